@@ -1,0 +1,1 @@
+"""What any Shoal process needs: settings, logs, metrics, exit codes and the clock as an argument. A leaf."""
