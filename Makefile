@@ -1,0 +1,50 @@
+# Every target sets up what it needs in .venv; nothing else on the machine is touched.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+WORKERS ?= 2
+
+export OMP_NUM_THREADS := 1
+export ORT_DISABLE_TELEMETRY := 1
+export FLWR_TELEMETRY_ENABLED := 0
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: install demo test test-all bench images lint clean help
+
+help:           ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+install: $(STAMP)  ## the whole project with its development tools, in .venv
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Shoal needs Python 3.11 or newer, $(PYTHON) is older" >&2; \
+	    echo "hint: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing Shoal and what it needs into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(STAMP)
+
+demo: install   ## 16 devices learn on the smartwatch data; report in build/demo/
+	$(BIN)/shoal-fleet demo --out build/demo
+
+test: install   ## the tests, without the slow ones
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+test-all: install  ## all tests, the slow ones too
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: install   ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install  ## one table of ratios against Flower, torch and memcpy; JSON in build/bench/
+	$(BIN)/python -m bench --out build/bench
+
+images:         ## the edge and cloud images, with docker, podman or buildah
+	deploy/build-images.sh
+
+clean:          ## remove .venv and build/
+	rm -rf $(VENV) build
