@@ -1,0 +1,1 @@
+"""The aggregator: registry, enrolment, rounds, releases, API. Imports wire, process and models only."""

@@ -1,0 +1,199 @@
+"""Opens the database and gives transactions: SQLite by default, PostgreSQL by URL.
+
+Laws of the file: a transaction that was entered either commits whole or leaves nothing; what commits is on
+the disk (SQLite: WAL with `synchronous=FULL`); a write transaction takes SQLite's write lock at its
+beginning, never in its middle (an upgrade from reader to writer fails with "database is locked" at once,
+whatever the time-out says); errors of the driver leave as `StorageError`. Source:
+https://sqlite.org/wal.html, docs/architecture.md (The aggregator).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.util import CommandError
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.pool import StaticPool
+
+from cloud_server.db import schema
+from wire.errors import ConfigurationError, StorageError
+
+__all__ = ["Connection", "Database", "open_database"]
+
+_MIGRATIONS = Path(__file__).with_name("migrations")
+_BUSY_TIMEOUT_MS = 30_000
+_READ_ONLY = "shoal_read_only"
+
+
+class Database:
+    """One open database, for any number of threads; a transaction belongs to the thread that entered it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._is_sqlite = engine.dialect.name == "sqlite"
+        # In memory there is one connection for all; in a file, waiting here is fair where SQLite's busy loop
+        # is not.
+        self._writer: AbstractContextManager[Any] = threading.Lock() if self._is_sqlite else nullcontext()
+        self._is_shared = isinstance(engine.pool, StaticPool)
+        self._local = threading.local()
+
+    @contextmanager
+    def transaction(self, *, fence: int | None = None) -> Iterator[Connection]:
+        """A write transaction: commits at the end of the block, rolls back if the block raises.
+
+        Args:
+            fence: the token that `claim_writer` gave; the block runs only while no other process has claimed
+                since.
+
+        Raises:
+            StorageError: (disk, us) the database refused; `is_conflict` tells a violated constraint from the
+                rest.
+        """
+        with self._enter(self._writer):
+            connection: Connection
+            with _translated(), self._engine.begin() as connection:
+                if fence is not None:
+                    _check_fence(connection, fence)
+                yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A read transaction: one consistent view; does not wait for writers.
+
+        Raises:
+            StorageError: (disk, us) the database refused.
+        """
+        lock = self._writer if self._is_shared else nullcontext()
+        with self._enter(lock), _translated(), self._engine.connect() as raw:
+            connection = raw.execution_options(**{_READ_ONLY: True})
+            with connection.begin():
+                yield connection
+
+    def migrate(self) -> None:
+        """Brings the schema to this version; creates it where there is none. Safe to call at every start.
+
+        Raises:
+            StorageError: (operator) the database was written by a newer version, or is not ours.
+        """
+        config = Config()
+        config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+        with self._enter(self._writer), _translated(), self._engine.begin() as connection:
+            config.attributes["connection"] = connection
+            try:
+                command.upgrade(config, "head")
+            except CommandError as error:
+                raise StorageError(
+                    f"the database cannot be brought to this version: {error}",
+                    hint="it was written by a newer version of Shoal: install that one",
+                    is_conflict=False,
+                ) from error
+
+    def claim_writer(self) -> int:
+        """Raises the fencing token and returns it: who claimed before can no longer commit with theirs."""
+        with self.transaction() as connection:
+            connection.execute(sa.update(schema.fencing).values(token=schema.fencing.c.token + 1))
+            token = connection.execute(sa.select(schema.fencing.c.token)).scalar_one()
+        return int(token)
+
+    def close(self) -> None:
+        """Closes every connection. Safe to call twice."""
+        self._engine.dispose()
+
+    @contextmanager
+    def _enter(self, lock: AbstractContextManager[Any]) -> Iterator[None]:
+        """Takes `lock`; a transaction inside another would wait for itself for ever, so it is an error."""
+        if getattr(self._local, "is_inside", False):
+            raise RuntimeError("a transaction was begun inside another: pass the connection on instead")
+        with lock:
+            self._local.is_inside = True
+            try:
+                yield
+            finally:
+                self._local.is_inside = False
+
+
+def open_database(url: str) -> Database:
+    """Opens (and for SQLite creates) the database of a URL; `sqlite://` alone is one in memory.
+
+    Raises:
+        ConfigurationError: (operator) not a URL, or a driver that is not installed.
+        StorageError: (disk) the folder is missing or not writable.
+    """
+    options: dict[str, Any] = {"json_serializer": _dump_json, "hide_parameters": True}
+    try:
+        parsed = sa.make_url(url)
+        if parsed.get_backend_name() == "sqlite":
+            options["connect_args"] = {"check_same_thread": False, "timeout": _BUSY_TIMEOUT_MS / 1000}
+            if parsed.database in (None, "", ":memory:"):
+                options["poolclass"] = StaticPool
+        else:
+            options["pool_pre_ping"] = True
+        engine = sa.create_engine(parsed, **options)
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+        raise ConfigurationError(
+            "the database URL cannot be used",
+            hint="use sqlite:////absolute/path/cloud.db or postgresql+psycopg://user@host/name",
+        ) from error
+    if parsed.get_backend_name() == "sqlite":
+        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+    with _translated(), engine.connect():
+        pass
+    return Database(engine)
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    # The driver's own BEGIN is deferred and late; with autocommit on, `_begin_sqlite` is the only one.
+    connection.isolation_level = None
+    for pragma in (
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "foreign_keys=ON",
+        f"busy_timeout={_BUSY_TIMEOUT_MS}",
+    ):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    is_read_only = connection.get_execution_options().get(_READ_ONLY, False)
+    connection.exec_driver_sql("BEGIN" if is_read_only else "BEGIN IMMEDIATE")
+
+
+def _dump_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _check_fence(connection: Connection, fence: int) -> None:
+    # FOR UPDATE: on PostgreSQL a newer claim must wait until this transaction is over (SQLite has one writer
+    # anyway).
+    current = connection.execute(sa.select(schema.fencing.c.token).with_for_update()).scalar_one()
+    if current != fence:
+        raise StorageError(
+            "another aggregator has taken over this database",
+            hint="stop this one: only the newest may write",
+            is_conflict=False,
+            fence=fence,
+            current=current,
+        )
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """The driver's errors as ours; what our own code raises inside passes as it is."""
+    try:
+        yield
+    except IntegrityError as error:
+        raise StorageError(f"the database refused a row: {error.orig}", is_conflict=True) from error
+    except SQLAlchemyError as error:
+        raise StorageError(
+            f"the database failed: {error}", hint="check the disk, the rights and the URL", is_conflict=False
+        ) from error
