@@ -146,7 +146,7 @@ windows = Table(
     "windows",
     metadata,
     Column("device", Id, ForeignKey("devices.device"), primary_key=True),
-    Column("type", String(8), primary_key=True),
+    Column("type", String(16), primary_key=True),
     Column("epoch", BigInteger, nullable=False),
     Column("highest", BigInteger, nullable=False),
     Column("bitmap", Unsigned64, nullable=False),

@@ -129,7 +129,7 @@ def _create_trust() -> None:
     op.create_table(
         "windows",
         sa.Column("device", sa.String(length=64), nullable=False),
-        sa.Column("type", sa.String(length=8), nullable=False),
+        sa.Column("type", sa.String(length=16), nullable=False),
         sa.Column("epoch", sa.BigInteger(), nullable=False),
         sa.Column("highest", sa.BigInteger(), nullable=False),
         sa.Column("bitmap", sa.BigInteger(), nullable=False),
