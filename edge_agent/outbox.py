@@ -1,0 +1,283 @@
+"""What the device owes the cloud: updates and evaluations, kept on disk until a receipt ends them.
+
+Laws of the file: a row is on disk before its first chunk is sent; every `update_id` ends in exactly one
+terminal state (`stored`, `refused`, `expired`, `evicted`, `destroyed`) and is counted there once; a receipt
+ends a row only if it names the SHA-256 of the very bytes that were sent; every row carries a digest, because
+neither SQLite nor a flash card notices a flipped bit. Source: docs/architecture.md (law 3), docs/protocol.md
+(receipts).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import struct
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from edge_agent.storage import Database
+from wire.errors import StorageError
+
+Kind = Literal["up", "ev"]
+EndState = Literal["stored", "refused", "expired", "evicted", "destroyed"]
+
+END_STATES: Final[tuple[EndState, ...]] = ("stored", "refused", "expired", "evicted", "destroyed")
+DEFAULT_MAX_BYTES: Final = 64 * 1024 * 1024
+# Ended rows are kept without their bodies, so that a late receipt or a repeated order still finds its update.
+ENDED_ROWS_KEPT: Final = 1024
+
+_OPEN: Final = "open"
+_VERDICTS: Final[dict[str, EndState]] = {"stored": "stored", "duplicate": "stored", "refused": "refused"}
+_COLUMNS: Final = (
+    "row, update_id, order_id, run, round_number, kind, body, sha256, sealed, transfer, created, deadline,"
+    " sends, sent_at"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxRow:
+    """One update or evaluation that the cloud has not receipted.
+
+    Attributes:
+        row: grows with every row of this database.
+        body: the encoded message body, before sealing (it is sealed anew after a change of keys).
+        sealed: the sealed message as it is sent, or None when it has to be sealed (again).
+        transfer: SHA-256 of `sealed`; the receipt names it.
+        sends: how often it was handed to the transport.
+    """
+
+    row: int
+    update_id: bytes
+    order_id: bytes
+    run: str
+    round_number: int
+    kind: Kind
+    body: bytes
+    sealed: bytes | None
+    transfer: bytes | None
+    created: float
+    deadline: float
+    sends: int
+    sent_at: float
+
+
+class Outbox:
+    """The outbox of one device.
+
+    Args:
+        max_bytes: cap over bodies and sealed messages of open rows. To make room for a new row, first what is
+            past its deadline goes (`expired`), then the oldest (`evicted`).
+    """
+
+    def __init__(self, database: Database, *, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+        self._database = database
+        self._max_bytes = max_bytes
+
+    def put(
+        self,
+        update_id: bytes,
+        order_id: bytes,
+        run: str,
+        round_number: int,
+        kind: Kind,
+        body: bytes,
+        now: float,
+        deadline: float,
+    ) -> bool:
+        """Stores one row; on disk when it returns, together with the order's answer (`orders.py`).
+
+        Returns:
+            False when `update_id` is there already (open or ended): nothing is changed.
+
+        Raises:
+            StorageError: larger than the outbox, or the disk is full.
+        """
+        if len(body) > self._max_bytes:
+            raise StorageError(
+                "update is larger than the outbox", size_bytes=len(body), limit_bytes=self._max_bytes
+            )
+        digest = _digest(update_id, order_id, run, round_number, kind, body)
+        with self._database.transaction() as connection:
+            if connection.execute("SELECT 1 FROM outbox WHERE update_id = ?", (update_id,)).fetchone():
+                return False
+            self._make_room(connection, len(body), now)
+            connection.execute(
+                "INSERT INTO outbox (update_id, order_id, run, round_number, kind, body, sha256, state,"
+                " created, deadline) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (update_id, order_id, run, round_number, kind, body, digest, _OPEN, now, deadline),
+            )
+            connection.execute("UPDATE orders SET update_id = ? WHERE order_id = ?", (update_id, order_id))
+        return True
+
+    def sealed(self, update_id: bytes, sealed: bytes, transfer: bytes) -> None:
+        """Stores the bytes that will be sent, before they are sent: a restart sends the same ones.
+
+        Raises:
+            StorageError: the disk is full, no such open row, or `transfer` is not the SHA-256 of `sealed`.
+        """
+        if hashlib.sha256(sealed).digest() != transfer:
+            raise StorageError("transfer digest is not that of the sealed bytes")
+        with self._database.transaction() as connection:
+            changed = connection.execute(
+                "UPDATE outbox SET sealed = ?, transfer = ?, sends = 0 WHERE update_id = ? AND state = ?",
+                (sealed, transfer, update_id, _OPEN),
+            ).rowcount
+            if not changed:
+                raise StorageError("no open outbox row with this update id", update_id=update_id.hex())
+
+    def mark_sent(self, update_id: bytes, now: float) -> None:
+        """Counts one hand-over to the transport. Not fsynced: losing it costs one more send."""
+        with self._database.transaction(durable=False) as connection:
+            connection.execute(
+                "UPDATE outbox SET sends = sends + 1, sent_at = ? WHERE update_id = ? AND state = ?",
+                (now, update_id, _OPEN),
+            )
+
+    def pending(self, *, limit: int = 64) -> list[OutboxRow]:
+        """Open rows, oldest first. A row that fails its digest is quarantined, counted as `destroyed` and
+        left out.
+        """
+        rows = self._database.read(
+            f"SELECT {_COLUMNS} FROM outbox WHERE state = ? ORDER BY row LIMIT ?", (_OPEN, limit)
+        )
+        return [row for row in map(self._checked, rows) if row is not None]
+
+    def find(self, update_id: bytes) -> OutboxRow | None:
+        """The open row of an update, or None (unknown, ended, or found damaged just now)."""
+        return self._one("update_id", update_id)
+
+    def find_transfer(self, transfer: bytes) -> OutboxRow | None:
+        """The open row whose sealed bytes have this SHA-256, or None. A receipt for missing chunks names only
+        this.
+        """
+        return self._one("transfer", transfer)
+
+    def end(
+        self, update_id: bytes, verdict: str, *, transfer: bytes, reason: str = "", now: float = 0.0
+    ) -> bool:
+        """Ends a row by a receipt.
+
+        Args:
+            verdict: `stored`, `duplicate` (counted as stored) or `refused`.
+            transfer: the receipt's digest of what the cloud received.
+
+        Returns:
+            False when nothing ended: no such open row, or its sealed bytes have another digest (a forged or
+            stale receipt must not empty an outbox).
+        """
+        state = _VERDICTS.get(verdict)
+        if state is None:
+            return False
+        with self._database.transaction() as connection:
+            row = connection.execute(
+                "SELECT row FROM outbox WHERE update_id = ? AND state = ? AND transfer = ?",
+                (update_id, _OPEN, transfer),
+            ).fetchone()
+            if row is None:
+                return False
+            _close(connection, row[0], state, reason, now)
+        return True
+
+    def expire(self, now: float) -> list[bytes]:
+        """Ends the rows that are past their deadline; returns their update ids."""
+        with self._database.transaction() as connection:
+            return self._expire(connection, now)
+
+    def depth(self) -> int:
+        """How many rows are open."""
+        return int(self._database.read("SELECT count(*) FROM outbox WHERE state = ?", (_OPEN,))[0][0])
+
+    def totals(self) -> dict[str, int]:
+        """How many updates ended in each state since the database was made; every state is there."""
+        counted = dict(self._database.read("SELECT state, total FROM outbox_totals"))
+        return {state: int(counted.get(state, 0)) for state in END_STATES}
+
+    def ended(self, update_id: bytes) -> tuple[str, str] | None:
+        """(terminal state, reason) of an update that ended not long ago, else None."""
+        rows = self._database.read(
+            "SELECT state, reason FROM outbox WHERE update_id = ? AND state != ?", (update_id, _OPEN)
+        )
+        return (rows[0][0], rows[0][1]) if rows else None
+
+    def _one(self, column: str, value: bytes) -> OutboxRow | None:
+        rows = self._database.read(
+            f"SELECT {_COLUMNS} FROM outbox WHERE {column} = ? AND state = ?", (value, _OPEN)
+        )
+        return self._checked(rows[0]) if rows else None
+
+    def _make_room(self, connection: sqlite3.Connection, needed_bytes: int, now: float) -> None:
+        if _open_bytes(connection) + needed_bytes <= self._max_bytes:
+            return
+        self._expire(connection, now)
+        while (used_bytes := _open_bytes(connection)) + needed_bytes > self._max_bytes and used_bytes:
+            oldest = connection.execute("SELECT min(row) FROM outbox WHERE state = ?", (_OPEN,)).fetchone()[0]
+            _close(connection, oldest, "evicted", "the outbox was full", now)
+
+    @staticmethod
+    def _expire(connection: sqlite3.Connection, now: float) -> list[bytes]:
+        late = connection.execute(
+            "SELECT row, update_id FROM outbox WHERE state = ? AND deadline < ? ORDER BY row", (_OPEN, now)
+        ).fetchall()
+        for row, _ in late:
+            _close(connection, row, "expired", "past its deadline", now)
+        return [update_id for _, update_id in late]
+
+    def _checked(self, values: tuple[Any, ...]) -> OutboxRow | None:
+        number, update_id, order_id, run, round_number, kind, body, digest, sealed, transfer, *rest = values
+        if not _is_intact(digest, update_id, order_id, run, round_number, kind, body):
+            self._destroy(number, update_id, body)
+            return None
+        if sealed is not None and hashlib.sha256(sealed).digest() != transfer:
+            # The body is intact, so nothing is lost: it is sealed again.
+            sealed = transfer = None
+        return OutboxRow(number, update_id, order_id, run, round_number, kind, body, sealed, transfer, *rest)
+
+    def _destroy(self, row: int, update_id: Any, body: Any) -> None:
+        name = f"outbox-{update_id.hex()}" if isinstance(update_id, bytes) else f"outbox-row-{row}"
+        data = body if isinstance(body, bytes) else repr(body).encode()
+        self._database.quarantine.keep(name, data, "outbox row does not match its digest")
+        with self._database.transaction() as connection:
+            _close(connection, row, "destroyed", "damaged on disk", 0.0)
+
+
+def _close(connection: sqlite3.Connection, row: int, state: EndState, reason: str, now: float) -> None:
+    """The only place where a row leaves the open state; the condition makes it happen once."""
+    changed = connection.execute(
+        "UPDATE outbox SET state = ?, reason = ?, ended_at = ?, body = x'', sealed = NULL"
+        " WHERE row = ? AND state = ?",
+        (state, reason[:512], now, row, _OPEN),
+    ).rowcount
+    if not changed:
+        return
+    connection.execute(
+        "INSERT INTO outbox_totals VALUES (?, 1) ON CONFLICT (state) DO UPDATE SET total = total + 1",
+        (state,),
+    )
+    connection.execute("DELETE FROM outbox WHERE state != ? AND row <= ?", (_OPEN, row - ENDED_ROWS_KEPT))
+
+
+def _open_bytes(connection: sqlite3.Connection) -> int:
+    total = connection.execute(
+        "SELECT total(length(body) + coalesce(length(sealed), 0)) FROM outbox WHERE state = ?", (_OPEN,)
+    ).fetchone()[0]
+    return int(total)
+
+
+def _digest(update_id: bytes, order_id: bytes, run: str, round_number: int, kind: str, body: bytes) -> bytes:
+    named = (update_id, order_id, run.encode(), struct.pack("<q", round_number), kind.encode())
+    state = hashlib.sha256(b"".join(struct.pack("<I", len(part)) + part for part in named))
+    state.update(body)
+    return state.digest()
+
+
+def _is_intact(
+    digest: Any, update_id: Any, order_id: Any, run: Any, round_number: Any, kind: Any, body: Any
+) -> bool:
+    """SQLite is dynamically typed: a flipped bit in a record header can turn a blob into a number."""
+    typed = (
+        all(isinstance(value, bytes) for value in (digest, update_id, order_id, body))
+        and isinstance(run, str)
+        and isinstance(round_number, int)
+        and isinstance(kind, str)
+    )
+    return typed and _digest(update_id, order_id, run, round_number, kind, body) == digest

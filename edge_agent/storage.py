@@ -1,0 +1,301 @@
+"""`agent.db`, the device's one database: connection, schema, format version, and what a damaged file becomes.
+
+Laws of the file: a damaged file never stops the agent (it goes to the quarantine and a fresh one, with a
+higher epoch, takes its place); a full disk is a `StorageError`, never a crash; nothing outside of this file
+talks to sqlite3. What the rows mean is the business of `outbox.py`, `samples.py`, `orders.py`, `sequence.py`
+and `time_floor.py`.
+
+Threads: one connection behind one re-entrant lock, shared by all threads of the agent. Transactions are short
+(one row or one query), so this is simpler than a connection per thread and as fast. What must survive a power
+cut commits with synchronous=FULL; samples with NORMAL, so that no fsync stands in the way of an inference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from edge_agent.disk import write_durably
+from edge_agent.quarantine import Quarantine
+from process.clock import Clock, SystemClock
+from wire.errors import StorageError
+
+DATABASE_NAME: Final = "agent.db"
+MEMORY: Final = ":memory:"
+FORMAT_VERSION: Final = 1
+DEFAULT_MAX_BYTES: Final = 256 * 1024 * 1024
+_EPOCH_NAME: Final = "EPOCH"
+_PAGE_BYTES: Final = 4096
+# A simulated fleet holds a thousand databases in one process: small pages, and an empty one costs 20 kB.
+_MEMORY_PAGE_BYTES: Final = 1024
+_WAL_LIMIT_BYTES: Final = 4 * 1024 * 1024
+_DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+_SCHEMA: Final = (
+    "CREATE TABLE format (version INTEGER NOT NULL)",
+    # epoch, reserved_seq, time_floor, at_rest_key_id
+    "CREATE TABLE facts (name TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID",
+    """CREATE TABLE outbox (
+        row INTEGER PRIMARY KEY AUTOINCREMENT, update_id BLOB NOT NULL UNIQUE, order_id BLOB NOT NULL,
+        run TEXT NOT NULL, round_number INTEGER NOT NULL, kind TEXT NOT NULL CHECK (kind IN ('up', 'ev')),
+        body BLOB NOT NULL, sha256 BLOB NOT NULL, sealed BLOB, transfer BLOB, state TEXT NOT NULL,
+        reason TEXT NOT NULL DEFAULT '', created REAL NOT NULL, deadline REAL NOT NULL,
+        sends INTEGER NOT NULL DEFAULT 0, sent_at REAL NOT NULL DEFAULT 0, ended_at REAL NOT NULL DEFAULT 0,
+        at_rest_key_id TEXT NOT NULL DEFAULT '')""",
+    "CREATE INDEX outbox_by_state ON outbox (state, row)",
+    "CREATE TABLE outbox_totals (state TEXT PRIMARY KEY, total INTEGER NOT NULL) WITHOUT ROWID",
+    """CREATE TABLE samples (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, window BLOB NOT NULL, dtype TEXT NOT NULL, shape TEXT NOT NULL,
+        label INTEGER, split TEXT NOT NULL CHECK (split IN ('train', 'val')), created REAL NOT NULL,
+        consent TEXT NOT NULL DEFAULT '', sha256 BLOB NOT NULL, at_rest_key_id TEXT NOT NULL DEFAULT '')""",
+    "CREATE TABLE tombstones (id INTEGER PRIMARY KEY, forgotten_at REAL NOT NULL)",
+    """CREATE TABLE orders (
+        order_id BLOB PRIMARY KEY, kind TEXT NOT NULL, run TEXT NOT NULL, round_number INTEGER NOT NULL,
+        update_id BLOB, seen_at REAL NOT NULL)""",
+    "CREATE TABLE windows (kind TEXT PRIMARY KEY, state BLOB NOT NULL) WITHOUT ROWID",
+)
+
+
+class _DamagedError(sqlite3.DatabaseError):
+    """The file is SQLite's, its content is not ours."""
+
+    sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+
+
+class Database:
+    """One device's database. Made by `open_database`; safe to use from several threads."""
+
+    def __init__(self, path: Path | None, quarantine: Quarantine, *, max_bytes: int, clock: Clock) -> None:
+        self.path = path
+        self.quarantine = quarantine
+        self.recovered_total = 0
+        self._max_bytes = max_bytes
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._durable = True
+        self._epoch = 0
+        self._connection = self._open_or_replace()
+
+    @property
+    def epoch(self) -> int:
+        """Names this incarnation of the database; grows whenever a fresh one had to be made."""
+        return self._epoch
+
+    @contextlib.contextmanager
+    def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """All or nothing; may be nested (the outermost commits, and decides about `durable`).
+
+        Args:
+            durable: on disk before it returns (fsync); False may lose the last seconds at a power cut, never
+                tear.
+
+        Raises:
+            StorageError: the disk is full, or the file is damaged (a fresh one is in place for the next
+                call).
+        """
+        with self._lock:
+            if self._depth:
+                yield self._connection
+                return
+            with self._translated():
+                self._set_durable(durable)
+                self._connection.execute("BEGIN IMMEDIATE")
+            self._depth = 1
+            try:
+                with self._translated():
+                    yield self._connection
+                    self._connection.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    if self._connection.in_transaction:
+                        self._connection.execute("ROLLBACK")
+                raise
+            finally:
+                self._depth = 0
+
+    def read(self, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
+        """All rows of one query, as tuples.
+
+        Raises:
+            StorageError: the file is damaged (a fresh one is in place for the next call) or cannot be read.
+        """
+        with self._lock, self._translated():
+            return self._connection.execute(sql, parameters).fetchall()
+
+    def fact(self, name: str) -> Any:
+        """A named value of the `facts` table, or None."""
+        rows = self.read("SELECT value FROM facts WHERE name = ?", (name,))
+        return rows[0][0] if rows else None
+
+    def set_fact(self, name: str, value: int | float | str | bytes, *, durable: bool = True) -> None:
+        with self.transaction(durable=durable) as connection:
+            connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+
+    def erase_leftovers(self) -> None:
+        """Empties the write-ahead log, so that what was deleted stands nowhere in the file (`secure_delete`
+        is on).
+        """
+        with self._lock, self._translated():
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        with self._lock:
+            self._connection.close()
+
+    def _set_durable(self, durable: bool) -> None:
+        if durable != self._durable and self.path is not None:
+            self._connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._durable = durable
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            if _code(error) in _DAMAGED:
+                self._recover(error)
+            raise _storage_error(error, self.path) from error
+
+    def _recover(self, error: sqlite3.Error) -> None:
+        """Puts a fresh file in the place of a damaged one; the caller's operation still fails."""
+        self._connection.close()
+        self._replace(str(error))
+        self._connection = self._open()
+
+    def _open_or_replace(self) -> sqlite3.Connection:
+        try:
+            return self._open()
+        except sqlite3.Error as error:
+            if self.path is None or _code(error) not in _DAMAGED:
+                raise _storage_error(error, self.path) from error
+            self._replace(str(error))
+        try:
+            return self._open()
+        except sqlite3.Error as error:
+            raise _storage_error(error, self.path) from error
+
+    def _replace(self, reason: str) -> None:
+        self.recovered_total += 1
+        if self.path is None:
+            return
+        for suffix in ("-wal", "-shm"):
+            with contextlib.suppress(OSError):
+                self.path.with_name(self.path.name + suffix).unlink()
+        self.quarantine.take(self.path, reason)
+
+    def _open(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            MEMORY if self.path is None else self.path,
+            timeout=5.0,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=64,
+        )
+        try:
+            page_bytes = _MEMORY_PAGE_BYTES if self.path is None else _PAGE_BYTES
+            connection.execute(f"PRAGMA page_size = {page_bytes}")
+            connection.execute(f"PRAGMA max_page_count = {max(64, self._max_bytes // page_bytes)}")
+            if self.path is not None:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT_BYTES}")
+                connection.execute("PRAGMA secure_delete = ON")
+                connection.execute("PRAGMA synchronous = FULL")
+            self._durable = True
+            self._prepare(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        known = connection.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'format'").fetchone()[0]
+        if not known:
+            self._create(connection)
+        version = connection.execute("SELECT max(version) FROM format").fetchone()[0]
+        epoch = connection.execute("SELECT value FROM facts WHERE name = 'epoch'").fetchone()
+        if version is None or epoch is None:
+            raise _DamagedError("format or epoch is missing")
+        if version > FORMAT_VERSION:
+            raise StorageError(
+                f"{self.path} has format {version}, this agent reads up to {FORMAT_VERSION}",
+                hint="update the agent, or move the file away to start with an empty one",
+            )
+        self._epoch = int(epoch[0])
+
+    def _create(self, connection: sqlite3.Connection) -> None:
+        epoch = max(int(self._clock.now()), self._last_epoch() + 1, 1)
+        self._keep_epoch(epoch)
+        connection.execute("BEGIN IMMEDIATE")
+        for statement in _SCHEMA:
+            connection.execute(statement)
+        connection.execute("INSERT INTO format VALUES (?)", (FORMAT_VERSION,))
+        connection.execute("INSERT INTO facts VALUES ('epoch', ?), ('reserved_seq', 0)", (epoch,))
+        connection.execute("COMMIT")
+
+    def _last_epoch(self) -> int:
+        """The epoch before this one, from a file beside the database: it survives the database, and a wrong
+        clock.
+        """
+        if self.path is None:
+            return self._epoch
+        try:
+            text = self.path.with_name(_EPOCH_NAME).read_text(encoding="ascii")[:20].strip()
+        except (OSError, UnicodeDecodeError):
+            return self._epoch
+        return int(text) if text.isdecimal() else self._epoch
+
+    def _keep_epoch(self, epoch: int) -> None:
+        if self.path is not None:
+            write_durably(self.path.with_name(_EPOCH_NAME), f"{epoch}\n".encode("ascii"))
+
+
+def open_database(
+    folder: str | Path, *, max_bytes: int = DEFAULT_MAX_BYTES, clock: Clock | None = None
+) -> Database:
+    """Opens (or makes) `agent.db` in a device's state folder.
+
+    Args:
+        folder: the state folder, or `":memory:"` for a simulated device.
+        max_bytes: cap of the file; above it, writes raise `StorageError` with `full=True`.
+        clock: gives a fresh database its epoch.
+
+    Raises:
+        StorageError: the folder cannot be written, or the file was made by a newer agent. A damaged file
+            raises nothing: it is in `quarantine/`, and `recovered_total` of the fresh database is 1.
+    """
+    clock = clock or SystemClock()
+    if str(folder) == MEMORY:
+        return Database(None, Quarantine(None), max_bytes=max_bytes, clock=clock)
+    root = Path(folder)
+    try:
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise StorageError(f"cannot make the state folder {root}: {error.strerror}") from error
+    return Database(root / DATABASE_NAME, Quarantine(root / "quarantine"), max_bytes=max_bytes, clock=clock)
+
+
+def _code(error: sqlite3.Error) -> int:
+    """SQLite's primary result code, or 0 for an error of the Python layer."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+def _storage_error(error: sqlite3.Error, path: Path | None) -> StorageError:
+    code = _code(error)
+    hints = {
+        sqlite3.SQLITE_FULL: "free space on the disk, or raise the database's cap",
+        sqlite3.SQLITE_BUSY: "another process holds the database: stop the second agent",
+        sqlite3.SQLITE_READONLY: "the state folder must be writable by the agent's user",
+        sqlite3.SQLITE_CANTOPEN: "the state folder must exist and be writable by the agent's user",
+    }
+    return StorageError(
+        f"database {path or MEMORY}: {error}",
+        hint=hints.get(code, ""),
+        full=code == sqlite3.SQLITE_FULL,
+        damaged=code in _DAMAGED,
+    )
