@@ -1,0 +1,222 @@
+"""Where the aggregator keeps bytes: blobs by their hash, and named files. The one door to obstore.
+
+Laws of the file: a blob's key is the hash of its bytes and what is read is compared with it; a write is seen
+whole or not at all; in a folder a write is on the disk when it returns (obstore renames but does not fsync,
+and a receipt may depend on these bytes). Keys are ours, never a peer's: `[A-Za-z0-9._-]` and `/`, no empty
+and no dot level.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.store import LocalStore, MemoryStore, from_url
+
+from wire.errors import ConfigurationError, StorageError
+
+_KEY = re.compile(r"(?!\.)[A-Za-z0-9._-]+(?:/(?!\.)[A-Za-z0-9._-]+)*")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_MAX_KEY_CHARS = 512
+
+
+class Artefacts:
+    """One store: a folder, S3, or memory. Safe to use from many threads."""
+
+    def __init__(self, store: Any, folder: Path | None = None) -> None:
+        self._store = store
+        self._folder = folder
+
+    @classmethod
+    def in_memory(cls) -> Artefacts:
+        """A store that ends with the process (simulations)."""
+        return cls(MemoryStore())
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> Artefacts:
+        """A store in a folder, which is made (0700) where it is missing.
+
+        Raises:
+            StorageError: (disk) the folder cannot be made or used.
+        """
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return cls(LocalStore(folder), folder)
+        except (OSError, BaseError) as error:
+            raise StorageError(f"the artefact folder {folder} cannot be used", path=str(folder)) from error
+
+    @classmethod
+    def open(cls, url: str) -> Artefacts:
+        """A store by URL: `memory:`, `file:///folder`, `s3://bucket/prefix` (credentials from the
+        environment).
+
+        Raises:
+            ConfigurationError: (operator) not a URL that names a store.
+        """
+        if url == "memory:":
+            return cls.in_memory()
+        if url.startswith("file://"):
+            return cls.in_folder(Path(url.removeprefix("file://")))
+        try:
+            return cls(from_url(url))
+        except (BaseError, ValueError) as error:
+            raise ConfigurationError(
+                f"the artefact URL {url!r} cannot be used",
+                hint="use memory:, file:///folder or s3://bucket/prefix",
+            ) from error
+
+    # ---- blobs, by hash ----
+
+    def put_blob(self, data: bytes) -> str:
+        """Keeps bytes and returns their SHA-256 (hex). Bytes that are there already are not written again."""
+        digest = hashlib.sha256(data).hexdigest()
+        self._put(blob_key(digest), data, is_new=True)
+        return digest
+
+    def get_blob(self, sha256: str) -> bytes:
+        """The bytes of a blob.
+
+        Raises:
+            StorageError: (disk) not there (`is_missing`), or not the bytes that were kept.
+        """
+        data = self._get(blob_key(sha256))
+        if data is None:
+            raise StorageError("an artefact is missing", sha256=sha256, is_missing=True)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise StorageError(
+                "an artefact is damaged", hint="restore it from a backup", sha256=sha256, is_missing=False
+            )
+        return data
+
+    def delete_blob(self, sha256: str) -> None:
+        """Forgets a blob; nothing happens when it is not there."""
+        self._delete(blob_key(sha256))
+
+    # ---- named files ----
+
+    def write(self, key: str, data: bytes) -> None:
+        """Writes or replaces a file."""
+        self._put(_checked(key), data, is_new=False)
+
+    def write_new(self, key: str, data: bytes) -> None:
+        """Writes a file that must not change afterwards; the same bytes again are fine.
+
+        Raises:
+            StorageError: (us) other bytes are there under this key.
+        """
+        if not self._put(_checked(key), data, is_new=True) and self._get(key) != data:
+            raise StorageError(f"the artefact {key} exists with other bytes", key=key)
+
+    def read(self, key: str) -> bytes | None:
+        """The bytes of a file, or None where there is none."""
+        return self._get(_checked(key))
+
+    def read_range(self, key: str, start: int, end: int) -> bytes:
+        """Bytes `start` up to (not with) `end`, which lie within the file.
+
+        Raises:
+            StorageError: (disk) the file is missing or shorter.
+        """
+        with _translated(key):
+            return bytes(obstore.get_range(self._store, _checked(key), start=start, end=end))
+
+    def size(self, key: str) -> int | None:
+        """Length of a file in bytes, or None where there is none."""
+        try:
+            with _translated(key):
+                return int(obstore.head(self._store, _checked(key))["size"])
+        except StorageError as error:
+            if error.facts.get("is_missing"):
+                return None
+            raise
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """The keys of all files under `prefix/`, sorted."""
+        with _translated(prefix):
+            found = [
+                str(meta["path"]) for page in obstore.list(self._store, _checked(prefix)) for meta in page
+            ]
+        yield from sorted(found)
+
+    def delete(self, key: str) -> None:
+        """Removes a file; nothing happens when it is not there."""
+        self._delete(_checked(key))
+
+    # ---- the store ----
+
+    def _put(self, key: str, data: bytes, *, is_new: bool) -> bool:
+        """Writes; False when `is_new` and the key was taken."""
+        with _translated(key):
+            try:
+                obstore.put(self._store, key, data, mode="create" if is_new else "overwrite")
+            except AlreadyExistsError:
+                return False
+        if self._folder is not None:
+            _sync(self._folder, key)
+        return True
+
+    def _get(self, key: str) -> bytes | None:
+        try:
+            with _translated(key):
+                return bytes(obstore.get(self._store, key).bytes())
+        except StorageError as error:
+            if error.facts.get("is_missing"):
+                return None
+            raise
+
+    def _delete(self, key: str) -> None:
+        with _translated(key), contextlib.suppress(FileNotFoundError):
+            obstore.delete(self._store, key)
+
+
+def blob_key(sha256: str) -> str:
+    """The key of a blob; two levels, so that no folder grows without bound.
+
+    Raises:
+        StorageError: (us) not the hex of a SHA-256.
+    """
+    if not _DIGEST.fullmatch(sha256):
+        raise StorageError("not the name of a blob", sha256=sha256[:80], is_missing=True)
+    return f"blobs/{sha256[:2]}/{sha256}"
+
+
+def _checked(key: str) -> str:
+    if len(key) > _MAX_KEY_CHARS or not _KEY.fullmatch(key):
+        raise StorageError(f"not the name of an artefact: {key[:80]!r}", key=key[:80], is_missing=False)
+    return key
+
+
+def _sync(folder: Path, key: str) -> None:
+    """Makes a renamed file durable: its bytes, then every folder that may have been made for it."""
+    path = folder / key
+    try:
+        for place in (path, *path.relative_to(folder).parents):
+            descriptor = os.open(folder / place, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    except OSError as error:
+        raise StorageError(f"the artefact {key} did not reach the disk", key=key, is_missing=False) from error
+
+
+@contextlib.contextmanager
+def _translated(key: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:  # obstore's own "not found" is this built-in one
+        raise StorageError(f"the artefact {key} is missing", key=key, is_missing=True) from error
+    except (BaseError, OSError) as error:
+        raise StorageError(
+            f"the artefact store failed at {key}: {error}",
+            hint="check the disk, the rights and the URL",
+            key=key,
+            is_missing=False,
+        ) from error
