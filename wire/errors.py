@@ -74,11 +74,15 @@ class MessageError(PeerError):
 
 
 class EnvelopeError(MessageError):
-    """A sealed or signed message that does not open; the reason is for our logs only."""
+    """A sealed or signed message that does not open; `reason` (one word) is for our logs only."""
+
+    reason: str = ""
 
 
 class ReplayError(PeerError):
-    """A (device, epoch, seq) that was seen before or lies behind the window."""
+    """A (device, epoch, seq) that was seen before or lies behind the window (`reason`: seen, behind)."""
+
+    reason: str = ""
 
 
 class ChunkError(PeerError):

@@ -19,7 +19,7 @@ from msgspec import Meta, Struct
 from wire.cbor import decode_canonical, encode_canonical
 from wire.errors import MessageError
 
-ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
+ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}\Z"
 MAX_CHUNKS = 4096
 MAX_BODY_BYTES = 256 * 1024 * 1024
 
@@ -111,7 +111,7 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     proximal_mu: Annotated[float, Meta(ge=0.0, le=100.0)] = 0.0
     clipping_norm: Annotated[float, Meta(gt=0.0, le=1e9)] = 10.0
     codec: CodecName = "int4"
-    seed: Annotated[int, Meta(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
 
 
 class Invitation(Body, frozen=True, kw_only=True):

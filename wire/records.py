@@ -1,0 +1,73 @@
+"""How a plaintext is cut into AEAD records, and padded to a size class so that its length says little.
+
+Laws of the file: pure arithmetic on lengths and bytes. Sources: Padmé (Nikitin et al., PETS 2019), ISO/IEC
+7816-4 padding, docs/protocol.md, clause 5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from wire.errors import EnvelopeError
+from wire.primitives import TAG_BYTES
+
+RECORD_BYTES: Final = 98_304
+"""Plaintext bytes of a record: with its tag and the head of a small message it fits one 120 KiB chunk."""
+MIN_RECORD_BYTES: Final = 1024
+MAX_RECORD_BYTES: Final = 122_864
+_MIN_CLASS_BYTES: Final = 256
+_PAD_MARK: Final = 0x80
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """How a plaintext is cut; an empty one is a single empty record."""
+
+    plaintext_bytes: int
+    record_bytes: int
+
+    @property
+    def count(self) -> int:
+        return max(1, -(-self.plaintext_bytes // self.record_bytes))
+
+    @property
+    def ciphertext_bytes(self) -> int:
+        return self.plaintext_bytes + self.count * TAG_BYTES
+
+    def is_last(self, index: int) -> bool:
+        return index == self.count - 1
+
+    def plaintext_slice(self, index: int) -> slice:
+        start = index * self.record_bytes
+        return slice(start, min(start + self.record_bytes, self.plaintext_bytes))
+
+    def ciphertext_slice(self, index: int) -> slice:
+        plain = self.plaintext_slice(index)
+        return slice(plain.start + index * TAG_BYTES, plain.stop + (index + 1) * TAG_BYTES)
+
+
+def size_class(size_bytes: int) -> int:
+    """The padded size of `size_bytes`: at most 12 % above it (Padmé), never below 256."""
+    if size_bytes <= _MIN_CLASS_BYTES:
+        return _MIN_CLASS_BYTES
+    exponent = size_bytes.bit_length() - 1
+    low_bits = exponent - exponent.bit_length()
+    return (size_bytes + (1 << low_bits) - 1) >> low_bits << low_bits
+
+
+def pad_to_class(body: bytes) -> bytes:
+    """ISO/IEC 7816-4 padding up to the size class: a mark, then zeros."""
+    return b"".join((body, bytes((_PAD_MARK,)), bytes(size_class(len(body) + 1) - len(body) - 1)))
+
+
+def unpad(plaintext: memoryview) -> bytes:
+    """Takes the padding off.
+
+    Raises:
+        EnvelopeError: (peer) no mark, or not padded to exactly its size class.
+    """
+    body = bytes(plaintext).rstrip(b"\0")
+    if not body or body[-1] != _PAD_MARK or size_class(len(body)) != len(plaintext):
+        raise EnvelopeError("message does not open", reason="padding")
+    return body[:-1]
