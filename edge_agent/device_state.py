@@ -1,0 +1,175 @@
+"""What decides what a device does next: one frozen value, and the small questions that are asked of it.
+
+Laws of the file: pure; all times are on the elapsed clock, which never goes back; nothing here is large
+(checkpoints and updates stay with the shell). Source: docs/architecture.md, "The agent".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import inf
+from typing import Any, Literal
+
+from edge_agent.ports import Moment
+from wire.messages import Invitation, Order
+
+Phase = Literal["idle", "training", "evaluating", "updating"]
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Every wait of the machine, in seconds. A wait that repeats doubles up to its `…_at_most` and is
+    jittered.
+
+    Attributes:
+        ask_after: silence after which the missing chunks of a head are asked for.
+        receipt_timeout: silence after which an update is sent again.
+        keep_after_deadline: how long after its round's deadline an update is still offered.
+        check_every: a release check without an announcement.
+        announcement_spread: a fleet's devices start their downloads within this time.
+        probation: how long a new release is watched before it becomes the last good one.
+    """
+
+    ask_after: float = 2.0
+    ask_after_at_most: float = 30.0
+    receipt_timeout: float = 10.0
+    receipt_timeout_at_most: float = 300.0
+    keep_after_deadline: float = 600.0
+    check_every: float = 6 * 3600.0
+    check_retry: float = 15.0
+    check_retry_at_most: float = 3600.0
+    announcement_spread: float = 1.0
+    telemetry_every: float = 60.0
+    report_every: float = 300.0
+    probation: float = 60.0
+    sweep_every: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A checkpoint that an invitation announced."""
+
+    invitation: Invitation
+    complete: bool = False
+    ask_at: float = inf
+    asked: int = 0
+
+    @property
+    def sha256(self) -> bytes:
+        return self.invitation.head.sha256
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """An accepted order that waits for its head or its graphs, or runs."""
+
+    order: Order
+    give_up_at: float
+    running: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """An update in the outbox that no receipt has ended."""
+
+    update_id: bytes
+    give_up_at: float
+    send_at: float
+    sends: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Everything that decides what happens next.
+
+    Attributes:
+        salt: of this device, for its jitter.
+        graphs_sha256: of the current release; empty without a model.
+        check_at: next release check; infinity while one runs.
+        probation_until: end of the watch over a new release; infinity when none is watched.
+    """
+
+    timing: Timing = field(default_factory=Timing)
+    salt: int = 0
+    connected: bool = False
+    phase: Phase = "idle"
+    heads: tuple[Head, ...] = ()
+    tasks: tuple[Task, ...] = ()
+    uploads: tuple[Upload, ...] = ()
+    release_version: int = 0
+    graphs_sha256: bytes = b""
+    announced_version: int = 0
+    check_at: float = inf
+    check_failures: int = 0
+    probation_until: float = inf
+    telemetry_at: float = inf
+    report_at: float = inf
+    sweep_at: float = inf
+
+
+def wake_at(state: State) -> float:
+    """When the next `Tick` is due; infinity when nothing waits for time."""
+    due = [state.sweep_at, state.probation_until]
+    due += [task.give_up_at for task in state.tasks if not task.running]
+    due += [upload.give_up_at for upload in state.uploads]
+    if state.phase == "idle":
+        due.append(state.check_at)
+    if state.connected:
+        due += [state.telemetry_at, state.report_at]
+        due += [upload.send_at for upload in state.uploads]
+        due += [head.ask_at for head in state.heads if is_missed(state, head)]
+    return min(due)
+
+
+def head_of(state: State, task: Task) -> Head | None:
+    """The head that a task needs, as far as an invitation announced it."""
+    return next((head for head in state.heads if head.sha256 == task.order.head_sha256), None)
+
+
+def is_wanted(state: State, head: Head) -> bool:
+    """Whether an accepted order needs this head."""
+    return any(task.order.head_sha256 == head.sha256 for task in state.tasks)
+
+
+def is_missed(state: State, head: Head) -> bool:
+    """Whether chunks of this head are missing that an order waits for."""
+    return not head.complete and is_wanted(state, head)
+
+
+def is_ready(state: State, task: Task) -> bool:
+    """Whether a task has its whole head, and the device has the graphs that the head belongs to."""
+    head = head_of(state, task)
+    return head is not None and head.complete and head.invitation.graphs_sha256 == state.graphs_sha256
+
+
+def with_head(state: State, sha256: bytes, **changes: Any) -> State:
+    heads = tuple(replace(head, **changes) if head.sha256 == sha256 else head for head in state.heads)
+    return replace(state, heads=heads)
+
+
+def with_upload(state: State, update_id: bytes, **changes: Any) -> State:
+    uploads = tuple(replace(up, **changes) if up.update_id == update_id else up for up in state.uploads)
+    return replace(state, uploads=uploads)
+
+
+def without_upload(state: State, update_id: bytes) -> State:
+    return replace(state, uploads=tuple(up for up in state.uploads if up.update_id != update_id))
+
+
+def on_elapsed(wall: float, now: Moment) -> float:
+    """A deadline of the wall clock on the elapsed clock: a later jump of the wall clock does not move it."""
+    return now.elapsed + (wall - now.wall)
+
+
+def after(state: State, now: Moment, wait: float, spread: float) -> float:
+    """`wait` seconds from now plus a share of `spread` seconds.
+
+    The share is a hash of the device's salt and of the time: a fleet spreads, a replay repeats.
+    """
+    mixed = (state.salt ^ (int(now.elapsed * 1e6) * 0x9E3779B1)) * 0x85EBCA6B & 0xFFFFFFFF
+    return now.elapsed + wait + spread * ((mixed ^ (mixed >> 15)) / 0x100000000)
+
+
+def backed_off(first: float, times: int, at_most: float) -> float:
+    """The wait after `times` fruitless tries."""
+    return float(min(first * 2.0 ** min(times, 32), at_most))

@@ -1,0 +1,168 @@
+"""What can happen to a device: the events of its state machine. Types only; source: docs/architecture.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from edge_agent.ports import JobKind
+from wire.messages import Evaluation, Invitation, Order, Update
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The agent came up.
+
+    Attributes:
+        release_version: of the current slot; 0 without a model.
+        graphs_sha256: of the current slot; empty without a model.
+        on_probation: the current slot was new when the agent went down.
+        pending: (update_id, deadline in unix seconds) of every update without a receipt.
+    """
+
+    release_version: int
+    graphs_sha256: bytes
+    on_probation: bool
+    pending: tuple[tuple[bytes, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The broker accepted us."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The connection to the broker is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class InvitationArrived:
+    """A verified `rd`."""
+
+    invitation: Invitation
+
+
+@dataclass(frozen=True, slots=True)
+class OrderArrived:
+    """A verified `cm`.
+
+    Attributes:
+        samples: how many samples the device could use for it.
+        update_id: of the update that this order already led to, or empty.
+    """
+
+    order: Order
+    samples: int
+    update_id: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkArrived:
+    """A chunk of a head that was still missing."""
+
+    sha256: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class HeadReady:
+    """A head is complete and its hash is right."""
+
+    sha256: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class JobDone:
+    """A train or evaluate job gave its answer; `key` is the order's id."""
+
+    key: bytes
+    body: Update | Evaluation
+
+
+@dataclass(frozen=True, slots=True)
+class JobFailed:
+    """A job ended without an answer; `key` is the order's id, empty for a release check."""
+
+    kind: JobKind
+    key: bytes
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseInstalled:
+    """A release check ended well. The version is the one before when there was nothing new."""
+
+    release_version: int
+    graphs_sha256: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptArrived:
+    """A verified `ak`; `update_id` is already resolved from the transfer's hash."""
+
+    update_id: bytes
+    verdict: Literal["stored", "duplicate", "refused", "missing"]
+    transfer: bytes
+    reason: str = ""
+    missing: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateLost:
+    """An update could not be kept (the disk is full) or was found damaged."""
+
+    update_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AnnouncementArrived:
+    """A verified `md`."""
+
+    release_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeysUnknown:
+    """A message downward was signed by a key that we do not know: the online keys may have changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedBadly:
+    """The current release failed on requests that the one before could answer."""
+
+    release_version: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RolledBack:
+    """The last good release serves again."""
+
+    release_version: int
+    graphs_sha256: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time went by."""
+
+
+Event = (
+    Started
+    | Connected
+    | Disconnected
+    | InvitationArrived
+    | OrderArrived
+    | ChunkArrived
+    | HeadReady
+    | JobDone
+    | JobFailed
+    | ReleaseInstalled
+    | ReceiptArrived
+    | UpdateLost
+    | AnnouncementArrived
+    | KeysUnknown
+    | ServedBadly
+    | RolledBack
+    | Tick
+)

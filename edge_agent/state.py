@@ -1,0 +1,374 @@
+"""What a device does next: a pure state machine over what it heard, what it finished and what time it is.
+
+Laws of the file: `step` has no clock, randomness, socket, disk or thread (all are arguments or actions);
+inference is not in it, so nothing here can hold up an answer; an order is never trained twice and a repeated
+one is answered again; an update leaves only by a receipt or its deadline. Source: docs/architecture.md, "The
+agent".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import inf
+from typing import Any, Literal
+
+from edge_agent import actions as do
+from edge_agent import events as on
+from edge_agent.device_state import (
+    Head,
+    Phase,
+    State,
+    Task,
+    Upload,
+    after,
+    backed_off,
+    head_of,
+    is_missed,
+    is_ready,
+    is_wanted,
+    on_elapsed,
+    with_head,
+    with_upload,
+    without_upload,
+)
+from edge_agent.ports import Moment
+from wire.messages import Order
+
+Outcome = tuple[State, list[do.Action]]
+Cause = Literal["train", "evaluate", "update", "job ended"]
+
+# One worker, one job: a job starts from idle and ends in idle. Being offline makes no difference to it.
+_MOVES: dict[tuple[Phase, Cause], Phase] = {
+    ("idle",       "train"):     "training",
+    ("idle",       "evaluate"):  "evaluating",
+    ("idle",       "update"):    "updating",
+    ("training",   "job ended"): "idle",
+    ("evaluating", "job ended"): "idle",
+    ("updating",   "job ended"): "idle",
+}  # fmt: skip
+
+MAX_TASKS = 4
+MAX_HEADS = 2
+
+
+def step(state: State, event: on.Event, now: Moment) -> Outcome:
+    """One event: the state after it, and what the shell must do, in order."""
+    state, actions = _TABLE[type(event)](state, event, now)
+    state, more = _start_next_job(state, now)
+    return state, actions + more
+
+
+# --- what happens -----------------------------------------------------------------------------------------
+
+
+def _started(state: State, event: on.Started, now: Moment) -> Outcome:
+    timing = state.timing
+    uploads = tuple(Upload(key, on_elapsed(deadline, now), now.elapsed) for key, deadline in event.pending)
+    state = replace(
+        state,
+        release_version=event.release_version,
+        graphs_sha256=event.graphs_sha256,
+        uploads=uploads,
+        check_at=now.elapsed,
+        probation_until=now.elapsed + timing.probation if event.on_probation else inf,
+        telemetry_at=after(state, now, timing.telemetry_every, timing.telemetry_every),
+        report_at=after(state, now, timing.report_every, timing.report_every),
+        sweep_at=now.elapsed + timing.sweep_every,
+    )
+    return state, []
+
+
+def _connected(state: State, event: on.Connected, now: Moment) -> Outcome:
+    due = tuple(replace(upload, send_at=now.elapsed, sends=0) for upload in state.uploads)
+    state, sends = _send_due(replace(state, connected=True, uploads=due), now)
+    return state, [do.PublishBirth(), *sends]
+
+
+def _disconnected(state: State, event: on.Disconnected, now: Moment) -> Outcome:
+    return replace(state, connected=False), []
+
+
+def _invited(state: State, event: on.InvitationArrived, now: Moment) -> Outcome:
+    invitation = event.invitation
+    if not invitation.open:
+        return _forget_heads(state, keep=0)
+    known = next((head for head in state.heads if head.sha256 == invitation.head.sha256), None)
+    others = tuple(head for head in state.heads if head is not known)
+    if known is not None:
+        return replace(state, heads=(replace(known, invitation=invitation), *others)), []
+    head = Head(invitation, ask_at=after(state, now, state.timing.ask_after, state.timing.ask_after))
+    state = replace(state, heads=(head, *others))
+    if invitation.graphs_sha256 != state.graphs_sha256:
+        state = _check_soon(state, now)
+    state, dropped = _forget_heads(state, keep=MAX_HEADS)
+    return state, [do.GatherHead(invitation.head), *dropped]
+
+
+def _ordered(state: State, event: on.OrderArrived, now: Moment) -> Outcome:
+    order = event.order
+    if any(task.order.order_id == order.order_id for task in state.tasks):
+        return state, [_accept(order)]
+    if event.update_id:
+        return _answer_again(state, order, event.update_id, now)
+    reason = _why_not(state, event, now)
+    if reason:
+        return state, [_decline(order, reason)]
+    task = Task(order, on_elapsed(order.deadline, now))
+    return replace(state, tasks=(*state.tasks, task)), [do.RememberOrder(order), _accept(order)]
+
+
+def _why_not(state: State, event: on.OrderArrived, now: Moment) -> str:
+    """The reason to decline, or empty."""
+    if event.order.deadline <= now.wall:
+        return "deadline passed"
+    if not event.samples:
+        return "no labelled samples" if event.order.kind == "train" else "no samples to evaluate on"
+    if len(state.tasks) >= MAX_TASKS:
+        return "busy"
+    return ""
+
+
+def _answer_again(state: State, order: Order, update_id: bytes, now: Moment) -> Outcome:
+    """The order was done before: its update goes again, if no receipt has ended it."""
+    state, sends = _send_due(with_upload(state, update_id, send_at=now.elapsed), now)
+    return state, [_accept(order), *sends]
+
+
+def _chunk(state: State, event: on.ChunkArrived, now: Moment) -> Outcome:
+    """Progress: no need to ask for a while."""
+    ask_at = after(state, now, state.timing.ask_after, state.timing.ask_after)
+    return with_head(state, event.sha256, ask_at=ask_at, asked=0), []
+
+
+def _head_ready(state: State, event: on.HeadReady, now: Moment) -> Outcome:
+    return with_head(state, event.sha256, complete=True), []
+
+
+def _job_done(state: State, event: on.JobDone, now: Moment) -> Outcome:
+    state, task = _end_job(state, event.key)
+    if task is None:
+        return state, []
+    deadline = task.order.deadline + state.timing.keep_after_deadline
+    upload = Upload(event.body.update_id, on_elapsed(deadline, now), now.elapsed)
+    state, sends = _send_due(replace(state, uploads=(*state.uploads, upload)), now)
+    return state, [do.StoreUpdate(event.body, deadline), *sends]
+
+
+def _job_failed(state: State, event: on.JobFailed, now: Moment) -> Outcome:
+    state, task = _end_job(state, event.key)
+    if event.kind == "update":
+        timing, failures = state.timing, state.check_failures
+        wait = backed_off(timing.check_retry, failures, timing.check_retry_at_most)
+        return replace(state, check_failures=failures + 1, check_at=after(state, now, wait, wait / 2)), []
+    return state, [] if task is None else [_decline(task.order, event.reason)]
+
+
+def _installed(state: State, event: on.ReleaseInstalled, now: Moment) -> Outcome:
+    state, _ = _end_job(state, b"")
+    timing = state.timing
+    is_new = event.release_version != state.release_version
+    state = replace(
+        state,
+        release_version=event.release_version,
+        graphs_sha256=event.graphs_sha256,
+        announced_version=event.release_version,
+        check_at=min(state.check_at, after(state, now, timing.check_every, timing.check_every / 4)),
+        check_failures=0,
+        probation_until=now.elapsed + timing.probation if is_new else state.probation_until,
+    )
+    return state, [do.PublishBirth()] if is_new and state.connected else []
+
+
+def _receipt(state: State, event: on.ReceiptArrived, now: Moment) -> Outcome:
+    if event.verdict != "missing":
+        state = without_upload(state, event.update_id)
+        return state, [do.EndUpdate(event.update_id, event.verdict, event.transfer, event.reason)]
+    if all(upload.update_id != event.update_id for upload in state.uploads):
+        return state, []
+    send_at = after(state, now, state.timing.receipt_timeout, state.timing.receipt_timeout / 2)
+    return with_upload(state, event.update_id, send_at=send_at), [
+        do.SendUpdate(event.update_id, event.missing)
+    ]
+
+
+def _update_lost(state: State, event: on.UpdateLost, now: Moment) -> Outcome:
+    return without_upload(state, event.update_id), []
+
+
+def _announced(state: State, event: on.AnnouncementArrived, now: Moment) -> Outcome:
+    if event.release_version in (state.release_version, state.announced_version):
+        return state, []
+    return _check_soon(replace(state, announced_version=event.release_version), now), []
+
+
+def _keys_unknown(state: State, event: on.KeysUnknown, now: Moment) -> Outcome:
+    return _check_soon(state, now), []
+
+
+def _served_badly(state: State, event: on.ServedBadly, now: Moment) -> Outcome:
+    if event.release_version != state.release_version or state.probation_until == inf:
+        return state, []
+    return replace(state, probation_until=inf), [do.RollBack(event.reason)]
+
+
+def _rolled_back(state: State, event: on.RolledBack, now: Moment) -> Outcome:
+    """The bad version stays the announced one, so that it is not fetched again at once."""
+    state = replace(state, release_version=event.release_version, graphs_sha256=event.graphs_sha256)
+    return state, [do.PublishBirth()] if state.connected else []
+
+
+def _tick(state: State, event: on.Tick, now: Moment) -> Outcome:
+    actions: list[do.Action] = []
+    for part in (_give_up, _sweep, _ask_due, _send_due, _report_due, _confirm_due):
+        state, more = part(state, now)
+        actions += more
+    return state, actions
+
+
+_TABLE: dict[type, Callable[[State, Any, Moment], Outcome]] = {
+    on.Started:             _started,
+    on.Connected:           _connected,
+    on.Disconnected:        _disconnected,
+    on.InvitationArrived:   _invited,
+    on.OrderArrived:        _ordered,
+    on.ChunkArrived:        _chunk,
+    on.HeadReady:           _head_ready,
+    on.JobDone:             _job_done,
+    on.JobFailed:           _job_failed,
+    on.ReceiptArrived:      _receipt,
+    on.UpdateLost:          _update_lost,
+    on.AnnouncementArrived: _announced,
+    on.KeysUnknown:         _keys_unknown,
+    on.ReleaseInstalled:    _installed,
+    on.ServedBadly:         _served_badly,
+    on.RolledBack:          _rolled_back,
+    on.Tick:                _tick,
+}  # fmt: skip
+
+
+# --- what time brings -------------------------------------------------------------------------------------
+
+
+def _give_up(state: State, now: Moment) -> Outcome:
+    """Orders that waited past their deadline. One that runs is left to end: a late update may still count."""
+    late = [task for task in state.tasks if not task.running and task.give_up_at <= now.elapsed]
+    state = replace(state, tasks=tuple(task for task in state.tasks if task not in late))
+    return state, [_decline(task.order, _what_lacked(state, task)) for task in late]
+
+
+def _what_lacked(state: State, task: Task) -> str:
+    head = head_of(state, task)
+    if head is None or not head.complete:
+        return "no head in time"
+    if head.invitation.graphs_sha256 != state.graphs_sha256:
+        return "graphs unknown"
+    return "no time left"
+
+
+def _sweep(state: State, now: Moment) -> Outcome:
+    """What is over leaves the disk; the outbox ends its own rows by the deadline that is stored with them."""
+    over = [upload for upload in state.uploads if upload.give_up_at <= now.elapsed]
+    if not over and state.sweep_at > now.elapsed:
+        return state, []
+    uploads = tuple(upload for upload in state.uploads if upload not in over)
+    return replace(state, uploads=uploads, sweep_at=now.elapsed + state.timing.sweep_every), [do.Sweep()]
+
+
+def _ask_due(state: State, now: Moment) -> Outcome:
+    actions: list[do.Action] = []
+    for head in state.heads:
+        if state.connected and is_missed(state, head) and head.ask_at <= now.elapsed:
+            wait = backed_off(state.timing.ask_after, head.asked + 1, state.timing.ask_after_at_most)
+            ask_at = after(state, now, wait, wait / 2)
+            state = with_head(state, head.sha256, ask_at=ask_at, asked=head.asked + 1)
+            actions.append(do.AskMissing(head.sha256))
+    return state, actions
+
+
+def _send_due(state: State, now: Moment) -> Outcome:
+    actions: list[do.Action] = []
+    for upload in state.uploads:
+        if state.connected and upload.send_at <= now.elapsed:
+            timing = state.timing
+            wait = backed_off(timing.receipt_timeout, upload.sends, timing.receipt_timeout_at_most)
+            send_at = after(state, now, wait, wait / 2)
+            state = with_upload(state, upload.update_id, send_at=send_at, sends=upload.sends + 1)
+            actions.append(do.SendUpdate(upload.update_id))
+    return state, actions
+
+
+def _report_due(state: State, now: Moment) -> Outcome:
+    actions: list[do.Action] = []
+    timing = state.timing
+    if state.connected and state.telemetry_at <= now.elapsed:
+        again_at = after(state, now, timing.telemetry_every, timing.telemetry_every / 5)
+        state = replace(state, telemetry_at=again_at)
+        actions.append(do.PublishTelemetry())
+    if state.connected and state.report_at <= now.elapsed:
+        state = replace(state, report_at=after(state, now, timing.report_every, timing.report_every / 5))
+        actions.append(do.PublishReport())
+    return state, actions
+
+
+def _confirm_due(state: State, now: Moment) -> Outcome:
+    if state.probation_until > now.elapsed:
+        return state, []
+    return replace(state, probation_until=inf), [do.ConfirmRelease()]
+
+
+# --- parts of moves ---------------------------------------------------------------------------------------
+
+
+def _start_next_job(state: State, now: Moment) -> Outcome:
+    """The order with the nearest deadline that lacks nothing, else a release check that is due."""
+    if state.phase != "idle":
+        return state, []
+    ready = [task for task in state.tasks if is_ready(state, task)]
+    if ready:
+        task = min(ready, key=lambda item: item.give_up_at)
+        running = replace(task, running=True)
+        state = replace(state, tasks=tuple(running if item is task else item for item in state.tasks))
+        head = head_of(state, task)
+        invitation = head.invitation if head else None
+        return _move(state, task.order.kind), [do.StartJob(task.order.kind, task.order, invitation)]
+    if state.check_at <= now.elapsed:
+        return replace(_move(state, "update"), check_at=inf), [do.StartJob("update")]
+    return state, []
+
+
+def _move(state: State, cause: Cause) -> State:
+    return replace(state, phase=_MOVES[state.phase, cause])
+
+
+def _end_job(state: State, key: bytes) -> tuple[State, Task | None]:
+    """Back to idle; returns the task that the job was for (None for a release check)."""
+    task = next((task for task in state.tasks if task.running and task.order.order_id == key), None)
+    state = replace(state, tasks=tuple(item for item in state.tasks if item is not task))
+    return _move(state, "job ended"), task
+
+
+def _forget_heads(state: State, *, keep: int) -> Outcome:
+    """Drops the oldest heads above `keep` that no order waits for."""
+    kept: list[Head] = []
+    dropped: list[do.Action] = []
+    for head in state.heads:
+        if len(kept) < keep or is_wanted(state, head):
+            kept.append(head)
+        else:
+            dropped.append(do.DropHead(head.sha256))
+    return replace(state, heads=tuple(kept)), dropped
+
+
+def _check_soon(state: State, now: Moment) -> State:
+    return replace(
+        state, check_at=min(state.check_at, after(state, now, 0.0, state.timing.announcement_spread))
+    )
+
+
+def _accept(order: Order) -> do.PublishJoin:
+    return do.PublishJoin(order.order_id, order.run, order.round_number, accepted=True)
+
+
+def _decline(order: Order, reason: str) -> do.PublishJoin:
+    return do.PublishJoin(order.order_id, order.run, order.round_number, accepted=False, reason=reason[:512])

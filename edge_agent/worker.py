@@ -1,0 +1,99 @@
+"""Where jobs run (train, evaluate, update): one background thread on a device, at once in a simulator.
+
+Laws of the file: one job at a time; a job's error becomes its result and never ends the thread; `done` is
+called exactly once for each job. Inference never runs here, so a long job cannot hold up an answer.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from edge_agent.ports import JobKind, JobResult
+from wire.errors import ShoalError
+
+_NICENESS = 10
+_STOP_SECONDS = 5.0
+
+Job = tuple[JobKind, bytes, Callable[[], Any], Callable[[JobResult], None]]
+
+
+def run_job(kind: JobKind, key: bytes, work: Callable[[], Any]) -> JobResult:
+    """Runs one job; errors that were raised on purpose, and a machine that is full, become the result."""
+    try:
+        return JobResult(kind, key, value=work())
+    except ShoalError as error:
+        return JobResult(kind, key, error=f"{type(error).__name__}: {error}")
+    except (OSError, MemoryError) as error:
+        return JobResult(kind, key, error=f"{type(error).__name__}: {error}")
+
+
+class ThreadWorker:
+    """One daemon thread of low priority, started with the first job."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def submit(
+        self, kind: JobKind, key: bytes, work: Callable[[], Any], done: Callable[[JobResult], None]
+    ) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="shoal-worker", daemon=True)
+            self._thread.start()
+        self._jobs.put((kind, key, work, done))
+
+    def stop(self) -> None:
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join(timeout=_STOP_SECONDS)
+            self._thread = None
+
+    def _run(self) -> None:
+        _lower_priority()
+        while (job := self._jobs.get()) is not None:
+            kind, key, work, done = job
+            try:
+                result = run_job(kind, key, work)
+            except Exception as error:  # noqa: BLE001  the outermost loop of this thread: it reports and goes on
+                result = JobResult(kind, key, error=f"unexpected {type(error).__name__}: {error}")
+            done(result)
+            del job, work, done, result
+
+
+def _lower_priority() -> None:
+    """Training gives way to inference. On Linux it touches this thread alone; elsewhere it does nothing."""
+    if hasattr(os, "setpriority") and os.uname().sysname == "Linux":
+        try:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        except OSError:
+            return
+
+
+class InlineWorker:
+    """Runs a job at once on the caller's thread and reports it after a virtual duration (simulator).
+
+    Args:
+        later: calls its second argument after that many virtual seconds.
+        cost: virtual seconds that a finished job took, from its result.
+    """
+
+    def __init__(
+        self,
+        later: Callable[[float, Callable[[], None]], None],
+        cost: Callable[[JobResult], float],
+    ) -> None:
+        self._later = later
+        self._cost = cost
+
+    def submit(
+        self, kind: JobKind, key: bytes, work: Callable[[], Any], done: Callable[[JobResult], None]
+    ) -> None:
+        result = run_job(kind, key, work)
+        self._later(self._cost(result), lambda: done(result))
+
+    def stop(self) -> None:
+        """Nothing to free: nothing outlives `submit`."""
