@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from edge_agent.storage import Database
+from wire.errors import StorageError
+from wire.replay import Window
 
 DEFAULT_MAX_ORDERS: Final = 1024
 
@@ -66,3 +68,34 @@ class Orders:
         """Drops an order whose job failed, so that a repetition is tried again."""
         with self._database.transaction() as connection:
             connection.execute("DELETE FROM orders WHERE order_id = ?", (order_id,))
+
+
+class ReplayWindows:
+    """One window per type of downward message; the cloud is the only sender."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def accept(self, kind: str, epoch: int, seq: int) -> None:
+        """Lets a message in once. Call it inside the transaction that stores the message's effect, if there
+        is one.
+
+        Raises:
+            ReplayError: (peer) seen before, or too old to tell.
+        """
+        with self._database.transaction(durable=False) as connection:
+            row = connection.execute(
+                "SELECT epoch, highest, bitmap FROM windows WHERE kind = ?", (kind,)
+            ).fetchone()
+            moved = _window(row).accept(epoch, seq)
+            connection.execute("INSERT OR REPLACE INTO windows VALUES (?, ?, ?, ?)", (kind, *moved.to_row()))
+
+
+def _window(row: tuple[int, int, int] | None) -> Window:
+    """A damaged window starts anew: what it then lets in twice, the order book and the outbox recognize."""
+    if row is None:
+        return Window()
+    try:
+        return Window.from_row(*row)
+    except (StorageError, TypeError):
+        return Window()

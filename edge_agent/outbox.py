@@ -27,7 +27,12 @@ DEFAULT_MAX_BYTES: Final = 64 * 1024 * 1024
 ENDED_ROWS_KEPT: Final = 1024
 
 _OPEN: Final = "open"
-_VERDICTS: Final[dict[str, EndState]] = {"stored": "stored", "duplicate": "stored", "refused": "refused"}
+_VERDICTS: Final[dict[str, EndState]] = {
+    "stored": "stored",
+    "duplicate": "stored",
+    "refused": "refused",
+    "expired": "expired",
+}
 _COLUMNS: Final = (
     "row, update_id, order_id, run, round_number, kind, body, sha256, sealed, transfer, created, deadline,"
     " sends, sent_at"
@@ -153,13 +158,19 @@ class Outbox:
         return self._one("transfer", transfer)
 
     def end(
-        self, update_id: bytes, verdict: str, *, transfer: bytes, reason: str = "", now: float = 0.0
+        self,
+        update_id: bytes,
+        verdict: str,
+        *,
+        transfer: bytes = b"",
+        reason: str = "",
+        now: float = 0.0,
     ) -> bool:
-        """Ends a row by a receipt.
+        """Ends a row by a receipt, or by our own deadline.
 
         Args:
-            verdict: `stored`, `duplicate` (counted as stored) or `refused`.
-            transfer: the receipt's digest of what the cloud received.
+            verdict: a receipt's `stored`, `duplicate` (counted as stored) or `refused`; or our own `expired`.
+            transfer: the receipt's digest of what the cloud received; `expired` needs none.
 
         Returns:
             False when nothing ended: no such open row, or its sealed bytes have another digest (a forged or
@@ -170,10 +181,9 @@ class Outbox:
             return False
         with self._database.transaction() as connection:
             row = connection.execute(
-                "SELECT row FROM outbox WHERE update_id = ? AND state = ? AND transfer = ?",
-                (update_id, _OPEN, transfer),
+                "SELECT row, transfer FROM outbox WHERE update_id = ? AND state = ?", (update_id, _OPEN)
             ).fetchone()
-            if row is None:
+            if row is None or (state != "expired" and row[1] != transfer):
                 return False
             _close(connection, row[0], state, reason, now)
         return True

@@ -56,7 +56,9 @@ _SCHEMA: Final = (
     """CREATE TABLE orders (
         order_id BLOB PRIMARY KEY, kind TEXT NOT NULL, run TEXT NOT NULL, round_number INTEGER NOT NULL,
         update_id BLOB, seen_at REAL NOT NULL)""",
-    "CREATE TABLE windows (kind TEXT PRIMARY KEY, state BLOB NOT NULL) WITHOUT ROWID",
+    """CREATE TABLE windows (
+        kind TEXT PRIMARY KEY, epoch INTEGER NOT NULL, highest INTEGER NOT NULL, bitmap INTEGER NOT NULL
+        ) WITHOUT ROWID""",
 )
 
 

@@ -1,0 +1,126 @@
+"""TLS to the aggregator: contexts that trust exactly one CA, and connections that verify the name we expect.
+
+Laws of the file: the machine's certificate store and its proxy settings are never asked; a connection is
+verified against the pinned CA and the server's TLS name, whatever address it goes to; every call has a
+time-out and a byte limit. The one exception, `unverified_context`, may fetch only what is checked by its
+hash.
+"""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import ssl
+from pathlib import Path
+from typing import Final
+
+from edge_agent.identity import Identity, parse_https_url
+from wire.errors import PeerError, TransportError, TrustError
+
+TIMEOUT_SECONDS: Final = 30.0
+USER_AGENT: Final = "shoal-edge"
+
+
+def verified_context(
+    ca_pem: bytes, *, certificate: Path | None = None, key: Path | None = None
+) -> ssl.SSLContext:
+    """A client context that trusts one CA, optionally with our own certificate (mutual TLS).
+
+    Raises:
+        TrustError: the CA, certificate or key cannot be used.
+    """
+    context = _context()
+    try:
+        context.load_verify_locations(cadata=ca_pem.decode("ascii"))
+        if certificate is not None:
+            context.load_cert_chain(certificate, key)
+    except (ssl.SSLError, OSError, ValueError) as error:
+        raise TrustError(f"a certificate or key cannot be used for TLS: {error}") from error
+    return context
+
+
+def identity_context(identity: Identity) -> ssl.SSLContext:
+    """Mutual TLS as one device; raises like `verified_context`."""
+    return verified_context(identity.ca_pem, certificate=identity.certificate_path, key=identity.tls_key_path)
+
+
+def unverified_context() -> ssl.SSLContext:
+    """Checks nothing. Only for bytes whose hash is known beforehand: the CA certificate named by a token."""
+    context = _context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _context() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    return context
+
+
+class HttpsConnection(http.client.HTTPSConnection):
+    """A connection to `url` that expects the certificate of `tls_name`, which need not be the URL's host."""
+
+    def __init__(
+        self, url: str, *, tls_name: str, context: ssl.SSLContext, timeout_seconds: float = TIMEOUT_SECONDS
+    ) -> None:
+        host, port = parse_https_url(url)
+        super().__init__(host, port, timeout=timeout_seconds, context=context)
+        self.url = url
+        self._tls_name = tls_name
+        self._tls = context
+
+    def connect(self) -> None:
+        """Raises `TransportError` (no way there) or `TrustError` (not the server that we expect)."""
+        try:
+            plain = socket.create_connection((self.host, self.port), self.timeout)
+        except OSError as error:
+            raise TransportError(
+                f"cannot connect to {self.url}: {error.strerror or error}",
+                hint="is the aggregator running, and reachable from here?",
+            ) from error
+        try:
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.sock = self._tls.wrap_socket(plain, server_hostname=self._tls_name)
+        except ssl.SSLCertVerificationError as error:
+            plain.close()
+            raise TrustError(
+                f"{self.url} does not show the certificate that we expect: {error.verify_message}",
+                hint="wrong address, wrong clock, or somebody in between",
+            ) from error
+        except (OSError, ValueError) as error:
+            plain.close()
+            raise TransportError(f"no TLS with {self.url}: {error}") from error
+
+
+def exchange(
+    connection: HttpsConnection,
+    method: str,
+    path: str,
+    body: bytes | None = None,
+    *,
+    limit_bytes: int,
+) -> tuple[int, bytes]:
+    """One request and its whole answer: (status, body).
+
+    Raises:
+        TransportError: the connection failed or timed out.
+        TrustError: another server than expected.
+        PeerError: the answer is longer than `limit_bytes`.
+    """
+    headers = {"User-Agent": USER_AGENT}
+    if body is not None:
+        headers["Content-Type"] = "application/json"
+    try:
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        data = response.read(limit_bytes + 1)
+    except (OSError, http.client.HTTPException) as error:
+        raise TransportError(
+            f"{method} {connection.url}{path} failed: {error or type(error).__name__}"
+        ) from error
+    finally:
+        connection.close()
+    if len(data) > limit_bytes:
+        raise PeerError(f"the answer of {connection.url}{path} is too long", limit_bytes=limit_bytes)
+    return response.status, data

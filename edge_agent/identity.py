@@ -1,0 +1,278 @@
+"""Who this device is: its names, keys and what it trusts, in `identity/` of the state folder.
+
+Laws of the file: private keys are 0600 and never printed; an identity appears whole or not at all (it is
+written beside its place and renamed); what cannot be read is an error that says how to enrol.
+Source: docs/architecture.md, "Keys".
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Final
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Meta, Struct
+
+from edge_agent.disk import sync_folder, write_durably
+from wire.enrolment import DeviceId, EnrolResponse, OnlineKey, Url
+from wire.errors import ConfigurationError, EnrolmentError, StorageError
+from wire.primitives import SigningKey, read_private, write_private
+
+FOLDER_NAME: Final = "identity"
+ENROLMENT: Final = "enrolment.json"
+CA: Final = "ca.pem"
+CERTIFICATE: Final = "certificate.pem"
+TLS_KEY: Final = "tls.key"
+UPDATE_KEY: Final = "update.key"
+TUF_ROOT: Final = "root.json"
+NOT_ENROLLED_HINT: Final = "enrol it: shoal-edge enroll TOKEN (a token comes from `shoal-cloud device add`)"
+_MAX_FILE_BYTES: Final = 256 * 1024
+_URL = re.compile(r"[a-z]+://[^/\s@?#]+/?")
+
+
+class Enrolment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`enrolment.json`: everything about a device that is not a key or a certificate."""
+
+    format: Annotated[int, Meta(ge=1, le=1)] = 1
+    tenant: DeviceId
+    fleet: DeviceId
+    device: DeviceId
+    url_enrol: Url
+    url_api: Url
+    tls_name: Annotated[str, Meta(min_length=1, max_length=253)]
+    broker_url: Url
+    ring: DeviceId = "stable"
+    channel: DeviceId = "stable"
+    kem: Annotated[tuple[OnlineKey, ...], Meta(max_length=8)] = ()
+    orders: Annotated[tuple[OnlineKey, ...], Meta(max_length=8)] = ()
+    max_examples: Annotated[int, Meta(ge=1, le=2**31)] = 1_000_000
+
+
+@dataclass(frozen=True)
+class Identity:
+    """One enrolled device.
+
+    Attributes:
+        url_enrol: `https://host:port` with server certificate only.
+        url_api: `https://host:port` with mutual TLS.
+        tls_name: the name that the aggregator's (and the broker's) certificate carries.
+        mqtt_tls: mutual TLS to the broker, with the same certificate.
+        folder: where the files are, for libraries that take paths; None for a simulated device.
+        kem, orders: the online keys of the day of enrolment; a verified `keys/online.json` replaces them.
+        max_examples: cap of `num_examples` that the fleet accepts from this device.
+    """
+
+    tenant: str
+    fleet: str
+    device: str
+    url_enrol: str
+    url_api: str
+    tls_name: str
+    mqtt_host: str
+    mqtt_port: int
+    mqtt_tls: bool
+    ca_pem: bytes = field(repr=False)
+    certificate_pem: bytes = field(repr=False)
+    update_key: SigningKey
+    tuf_root: bytes = field(repr=False)
+    ring: str = "stable"
+    channel: str = "stable"
+    kem: tuple[OnlineKey, ...] = ()
+    orders: tuple[OnlineKey, ...] = ()
+    max_examples: int = 1_000_000
+    folder: Path | None = None
+
+    @property
+    def tls_key_path(self) -> Path:
+        """The TLS key (PEM, 0600).
+
+        Raises:
+            ConfigurationError: a simulated device has none.
+        """
+        return self._path(TLS_KEY)
+
+    @property
+    def certificate_path(self) -> Path:
+        """The device's certificate (PEM); raises like `tls_key_path`."""
+        return self._path(CERTIFICATE)
+
+    @property
+    def ca_path(self) -> Path:
+        """The CA certificate (PEM); raises like `tls_key_path`."""
+        return self._path(CA)
+
+    def _path(self, name: str) -> Path:
+        if self.folder is None:
+            raise ConfigurationError("this identity has no files: it is a simulated device's")
+        return self.folder / name
+
+
+def from_response(
+    response: EnrolResponse, *, url_enrol: str, update_key: SigningKey, folder: Path | None
+) -> Identity:
+    """Puts an identity together from what the aggregator answered.
+
+    Raises:
+        EnrolmentError: (peer) a URL in the answer cannot be used.
+    """
+    host, port, tls = parse_broker_url(response.broker_url)
+    parse_https_url(response.device_url)
+    return Identity(
+        tenant=response.tenant,
+        fleet=response.fleet,
+        device=response.device,
+        url_enrol=url_enrol,
+        url_api=response.device_url,
+        tls_name=response.tls_name,
+        mqtt_host=host,
+        mqtt_port=port,
+        mqtt_tls=tls,
+        ca_pem=response.ca.encode(),
+        certificate_pem=response.certificate.encode(),
+        update_key=update_key,
+        tuf_root=response.tuf_root.encode(),
+        ring=response.ring,
+        channel=response.ring,
+        kem=response.kem,
+        orders=response.orders,
+        max_examples=response.max_examples,
+        folder=folder,
+    )
+
+
+def save(identity: Identity, folder: Path, *, tls_key_pem: bytes) -> None:
+    """Writes `identity/` under the state folder: whole, or not at all.
+
+    Raises:
+        ConfigurationError: there is an identity already.
+        StorageError: the folder cannot be written.
+    """
+    target = folder / FOLDER_NAME
+    if target.exists():
+        raise ConfigurationError(
+            f"{target} holds an identity already", hint="use another state folder, or remove this one first"
+        )
+    partial = folder / f".{FOLDER_NAME}.new"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, mode=0o700)
+        write_private(partial / TLS_KEY, tls_key_pem)
+        write_private(partial / UPDATE_KEY, identity.update_key.private_bytes())
+        write_durably(partial / CA, identity.ca_pem)
+        write_durably(partial / CERTIFICATE, identity.certificate_pem)
+        write_durably(partial / TUF_ROOT, identity.tuf_root)
+        write_durably(partial / ENROLMENT, _enrolment_json(identity))
+        os.rename(partial, target)
+        sync_folder(folder)
+    except OSError as error:
+        raise StorageError(f"cannot write {target}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load(folder: Path) -> Identity:
+    """Reads `identity/` of a state folder.
+
+    Raises:
+        ConfigurationError: not enrolled, or a key that others may read.
+        EnrolmentError: a file is missing or damaged.
+    """
+    place = folder / FOLDER_NAME
+    if not place.is_dir():
+        raise ConfigurationError(
+            f"{folder} holds no identity: this device is not enrolled", hint=NOT_ENROLLED_HINT
+        )
+    try:
+        facts = msgspec.json.decode(_read(place / ENROLMENT), type=Enrolment, strict=True)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise EnrolmentError(f"{place / ENROLMENT} is damaged: {error}", hint=NOT_ENROLLED_HINT) from error
+    host, port, tls = parse_broker_url(facts.broker_url)
+    if not (place / TLS_KEY).is_file():
+        raise EnrolmentError(f"{place / TLS_KEY} is missing", hint=NOT_ENROLLED_HINT)
+    return Identity(
+        tenant=facts.tenant,
+        fleet=facts.fleet,
+        device=facts.device,
+        url_enrol=facts.url_enrol,
+        url_api=facts.url_api,
+        tls_name=facts.tls_name,
+        mqtt_host=host,
+        mqtt_port=port,
+        mqtt_tls=tls,
+        ca_pem=_read(place / CA),
+        certificate_pem=_read(place / CERTIFICATE),
+        update_key=SigningKey(read_private(place / UPDATE_KEY)),
+        tuf_root=_read(place / TUF_ROOT),
+        ring=facts.ring,
+        channel=facts.channel,
+        kem=facts.kem,
+        orders=facts.orders,
+        max_examples=facts.max_examples,
+        folder=place,
+    )
+
+
+def parse_https_url(url: str) -> tuple[str, int]:
+    """Host and port of `https://host:port`.
+
+    Raises:
+        EnrolmentError: another scheme, a path, or no port.
+    """
+    host, port = _split(url, ("https",))
+    return host, port
+
+
+def parse_broker_url(url: str) -> tuple[str, int, bool]:
+    """Host, port and whether TLS is spoken, of `mqtt://host:port` or `mqtts://host:port`.
+
+    Raises:
+        EnrolmentError: another scheme, a path, or no port.
+    """
+    host, port = _split(url, ("mqtt", "mqtts"))
+    return host, port, url.startswith("mqtts:")
+
+
+def _split(url: str, schemes: tuple[str, ...]) -> tuple[str, int]:
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise EnrolmentError(f"{url!r} is not a URL") from error
+    if not _URL.fullmatch(url) or parts.scheme not in schemes or not host or not port:
+        raise EnrolmentError(f"{url!r} is not {' or '.join(schemes)}://host:port")
+    return host, port
+
+
+def _enrolment_json(identity: Identity) -> bytes:
+    host = f"[{identity.mqtt_host}]" if ":" in identity.mqtt_host else identity.mqtt_host
+    facts = Enrolment(
+        tenant=identity.tenant,
+        fleet=identity.fleet,
+        device=identity.device,
+        url_enrol=identity.url_enrol,
+        url_api=identity.url_api,
+        tls_name=identity.tls_name,
+        broker_url=f"{'mqtts' if identity.mqtt_tls else 'mqtt'}://{host}:{identity.mqtt_port}",
+        ring=identity.ring,
+        channel=identity.channel,
+        kem=identity.kem,
+        orders=identity.orders,
+        max_examples=identity.max_examples,
+    )
+    return msgspec.json.format(msgspec.json.encode(facts), indent=2) + b"\n"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise EnrolmentError(f"cannot read {path}: {error.strerror}", hint=NOT_ENROLLED_HINT) from error
+    if not data or len(data) > _MAX_FILE_BYTES:
+        raise EnrolmentError(f"{path} is damaged", size_bytes=len(data), hint=NOT_ENROLLED_HINT)
+    return data
