@@ -1,9 +1,10 @@
 """The seam between Shoal and a message broker: what a transport is given and what it reports.
 
-Three transports stand behind it: `mqtt.py` (MQTT 5, paho), `memory.py` (one process, deterministic), `faulty.py`
-(a wrapper that loses, doubles, delays and corrupts by seed). Laws: a transport never blocks its caller; it calls
-`deliver` from its own thread (MQTT) or from `pump` (memory), and the receiver may only enqueue; it never queues
-without bound. Delivery is a hint: receipts and digests decide what arrived (docs/protocol.md, clause 5).
+Three transports stand behind it: `mqtt.py` (MQTT 5, paho), `memory.py` (one process, deterministic),
+`faulty.py` (a wrapper that loses, doubles, delays and corrupts by seed). Laws: a transport never blocks its
+caller; it calls `deliver` from its own thread (MQTT) or from `pump` (memory), and the receiver may only
+enqueue; it never queues without bound. Delivery is a hint: receipts and digests decide what arrived
+(docs/protocol.md, clause 5).
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class Connected:
 
 @dataclass(frozen=True, slots=True)
 class Disconnected:
-    """The connection is gone; the transport reconnects by itself (exponential back-off, full jitter)."""
+    """The connection is gone, or an attempt failed; the transport tries again (exponential back-off, full
+    jitter).
+    """
 
     reason: str
 
@@ -60,10 +63,20 @@ TransportEvent = Connected | Disconnected | Received | Published
 Deliver = Callable[[TransportEvent], None]
 
 
+class Monotonic(Protocol):
+    """The one reading of time that a transport needs; a `process.clock.Clock` has it."""
+
+    def monotonic(self) -> float:
+        """Seconds since an arbitrary start; never goes back."""
+        ...
+
+
 class Transport(Protocol):
     """One client of a broker."""
 
-    def start(self, deliver: Deliver, *, filters: Sequence[tuple[str, int]], will: Packet | None = None) -> None:
+    def start(
+        self, deliver: Deliver, *, filters: Sequence[tuple[str, int]], will: Packet | None = None
+    ) -> None:
         """Connects, keeps connected, subscribes to (topic filter, qos) at every new session."""
         ...
 
@@ -78,4 +91,12 @@ class Transport(Protocol):
 
     def stop(self, last_words: Packet | None = None) -> None:
         """Publishes `last_words` if it can, disconnects cleanly and frees the thread. Safe to call twice."""
+        ...
+
+
+class DroppableTransport(Transport, Protocol):
+    """A transport whose connection can be cut on purpose: what fault injection needs."""
+
+    def drop(self, reason: str = ...) -> None:
+        """Cuts the connection without a goodbye: the will goes out, then the transport reconnects."""
         ...

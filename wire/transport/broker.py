@@ -1,0 +1,285 @@
+"""Starts a broker on this machine: mosquitto as a child when it is on PATH, else the embedded one.
+
+Laws: the child dies with its parent; what is returned has answered a CONNECT; the embedded broker, which
+verifies no certificate and has no access control, listens on 127.0.0.1 only. Source: DESIGN "Broker";
+docs/protocol.md, clause 2.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from wire.errors import BrokerError, ConfigurationError
+from wire.transport.broker_configuration import (
+    BrokerLimits,
+    BrokerTls,
+    embedded_configuration,
+    mosquitto_access,
+    mosquitto_configuration,
+)
+from wire.transport.dial import describe
+
+__all__ = ["BrokerLimits", "BrokerTls", "RunningBroker", "probe", "start_broker"]
+
+Kind = Literal["auto", "mosquitto", "embedded"]
+
+_START_SECONDS = 15.0
+_STOP_SECONDS = 5.0
+_POLL_SECONDS = 0.02
+_PORT_ATTEMPTS = 3
+_LOG_TAIL_BYTES = 600
+_MQTT_5_REASON_SUCCESS = 0
+
+# `exec` keeps mosquitto in the process that we started; the shell's child waits at our end of the pipe and
+# ends it when we are gone, but not when it reads a line, which says that mosquitto has ended (its number may be
+# another's by then). PDEATHSIG would not do: it fires when the *thread* that started the child ends.
+_WITH_PARENT = 'exec 3<&0; (read -r _ <&3 || kill -TERM $$) & exec "$@" 3<&- </dev/null'
+
+
+class RunningBroker:
+    """A broker that we started. A context manager: leaving it stops the broker."""
+
+    def __init__(
+        self, kind: str, host: str, port: int, process: subprocess.Popen[bytes], log_file: Path
+    ) -> None:
+        self.kind = kind
+        self.host = host
+        self.port = port
+        self.log_file = log_file
+        self._process = process
+
+    @property
+    def process_id(self) -> int:
+        """Of the child."""
+        return self._process.pid
+
+    def is_alive(self) -> bool:
+        """Whether the child runs; `probe` says whether it also answers."""
+        return self._process.poll() is None
+
+    def stop(self) -> None:
+        """Ends the broker, by force after 5 s. Safe to call twice."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        self._release()
+
+    def kill(self) -> None:
+        """Ends the broker as a crash would."""
+        self._process.kill()
+        self._release()
+
+    def _release(self) -> None:
+        self._process.wait()
+        leash = self._process.stdin
+        if leash is not None and not leash.closed:
+            try:
+                leash.write(b"\n")
+                leash.close()
+            except BrokenPipeError:  # the embedded broker has no watcher that outlives it
+                return
+
+    def __enter__(self) -> RunningBroker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def start_broker(
+    kind: Kind = "auto",
+    *,
+    folder: Path,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    tls: BrokerTls | None = None,
+    limits: BrokerLimits | None = None,
+) -> RunningBroker:
+    """Starts a broker and waits until it answers.
+
+    Args:
+        kind: "auto" takes mosquitto if it is on PATH, else the embedded one.
+        folder: configuration, log and mosquitto's database; made if absent.
+        host: address to listen on.
+        port: 0 takes a free one.
+        tls: mutual TLS and access rules; mosquitto only.
+
+    Raises:
+        BrokerError: nothing can be started, or it does not answer (the end of its log is in the message).
+        ConfigurationError: (operator) an unknown kind, or names that cannot stand in a topic.
+    """
+    if kind not in ("auto", "mosquitto", "embedded"):
+        raise ConfigurationError(f"no broker is called {kind!r}", hint="auto, mosquitto or embedded")
+    limits = limits if limits is not None else BrokerLimits()
+    command = _command(kind, host, tls)
+    folder.mkdir(parents=True, exist_ok=True)
+    for attempt in range(_PORT_ATTEMPTS):
+        chosen = port or _free_port(host)
+        configuration = _configure(command[0], folder, host, chosen, limits, tls)
+        try:
+            return _launch(command, configuration, host, chosen, tls)
+        except BrokerError:
+            # Between our choice of a free port and the broker's own bind another process may have taken it.
+            if port or attempt == _PORT_ATTEMPTS - 1:
+                raise
+    raise BrokerError("no broker was started")
+
+
+def probe(
+    host: str,
+    port: int,
+    *,
+    tls: ssl.SSLContext | None = None,
+    handshake_only: bool = False,
+    timeout_seconds: float = 5.0,
+) -> None:
+    """Opens a fresh connection and completes CONNECT and CONNACK: a broker may run and still accept nobody.
+
+    A broker that takes the client id from the certificate disconnects the present owner of that name: give
+        `tls` a
+    certificate of its own, or use `handshake_only`, which ends after TCP and TLS.
+
+    Raises:
+        BrokerError: no connection, no answer, or a refusal.
+    """
+    try:
+        with socket.create_connection((host, port), timeout=timeout_seconds) as plain:
+            if tls is None:
+                _connect_once(plain, handshake_only)
+            else:
+                with tls.wrap_socket(plain, server_hostname=host) as secured:
+                    _connect_once(secured, handshake_only)
+    except OSError as error:
+        raise BrokerError(
+            f"the broker at {host} port {port} does not answer: {describe(error)}",
+            hint="start it, or check host, port and certificates",
+        ) from error
+
+
+def _connect_once(connected: socket.socket, handshake_only: bool) -> None:
+    if handshake_only:
+        return
+    client_id = f"probe-{secrets.token_hex(6)}".encode()
+    # CONNECT, MQTT 5.0 clause 3.1: clean start, keep-alive 10 s, no properties (session expiry 0).
+    body = b"\x00\x04MQTT\x05\x02\x00\x0a\x00" + len(client_id).to_bytes(2, "big") + client_id
+    connected.sendall(b"\x10" + bytes([len(body)]) + body)
+    answer = b""
+    while len(answer) < 4:  # CONNACK: type, remaining length, flags, reason
+        more = connected.recv(4 - len(answer))
+        if not more:
+            raise ConnectionResetError("closed before CONNACK")
+        answer += more
+    if answer[0] != 0x20 or answer[3] != _MQTT_5_REASON_SUCCESS:
+        raise ConnectionRefusedError(f"CONNECT was answered by {answer.hex()}")
+    connected.sendall(b"\xe0\x00")
+
+
+def _command(kind: Kind, host: str, tls: BrokerTls | None) -> tuple[str, ...]:
+    """("mosquitto" or "embedded", program, arguments…) without the configuration file, which comes last."""
+    mosquitto = _find_mosquitto() if kind != "embedded" else None
+    if mosquitto is not None:
+        return ("mosquitto", "/bin/sh", "-c", _WITH_PARENT, "sh", mosquitto, "-c")
+    if kind == "mosquitto" or tls is not None:
+        why = "; the embedded broker verifies no certificates" if tls is not None else ""
+        raise BrokerError(f"mosquitto is not on PATH{why}", hint="install it (Debian: apt install mosquitto)")
+    if importlib.util.find_spec("iotcore") is None:
+        raise BrokerError(
+            "there is no MQTT broker: neither mosquitto on PATH nor the embedded one",
+            hint="apt install mosquitto, or pip install 'shoal[cloud]'",
+        )
+    if host not in ("127.0.0.1", "localhost"):
+        raise BrokerError(
+            f"the embedded broker has no access control and does not listen on {host}",
+            hint="use 127.0.0.1, or install mosquitto",
+        )
+    return ("embedded", sys.executable, "-m", "wire.transport.broker_process")
+
+
+def _find_mosquitto() -> str | None:
+    # Debian puts it where only root's PATH looks.
+    return shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
+
+
+def _configure(
+    kind: str, folder: Path, host: str, port: int, limits: BrokerLimits, tls: BrokerTls | None
+) -> Path:
+    if kind == "embedded":
+        text = embedded_configuration("127.0.0.1", port, limits)
+    else:
+        text = mosquitto_configuration(folder, host, port, limits, tls, as_root=os.geteuid() == 0)
+        if tls is not None:
+            access = folder / "access"
+            access.write_text(mosquitto_access(tls), encoding="utf-8")
+            access.chmod(0o600)
+    configuration = folder / ("broker.toml" if kind == "embedded" else "broker.conf")
+    configuration.write_text(text, encoding="utf-8")
+    return configuration
+
+
+def _launch(
+    command: tuple[str, ...], configuration: Path, host: str, port: int, tls: BrokerTls | None
+) -> RunningBroker:
+    log_file = configuration.with_name("broker.log")
+    with log_file.open("ab") as log:
+        process = subprocess.Popen(
+            [*command[1:], str(configuration.resolve())],
+            stdin=subprocess.PIPE,  # the child's sign that we live
+            stdout=log,
+            stderr=log,
+            cwd=Path(__file__).parents[2],  # where `-m wire…` is found in a source tree
+        )
+    broker = RunningBroker(command[0], host, port, process, log_file)
+    try:
+        _wait_until_it_answers(broker, tls)
+    except BaseException:
+        broker.kill()
+        raise
+    return broker
+
+
+def _wait_until_it_answers(broker: RunningBroker, tls: BrokerTls | None) -> None:
+    context = None
+    if tls is not None:
+        context = ssl.create_default_context(cafile=str(tls.ca_file))
+        context.check_hostname = False  # its name is the clients' matter; here it is our own child
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        if not broker.is_alive():
+            raise BrokerError(f"the {broker.kind} broker ended at its start: {_tail(broker.log_file)}")
+        try:
+            probe(broker.host, broker.port, tls=context, handshake_only=tls is not None, timeout_seconds=2.0)
+        except BrokerError as error:
+            if time.monotonic() > deadline:
+                raise BrokerError(f"{error}; its log ends with: {_tail(broker.log_file)}") from error
+            time.sleep(_POLL_SECONDS)
+        else:
+            return
+
+
+def _tail(log_file: Path) -> str:
+    text = log_file.read_bytes()[-_LOG_TAIL_BYTES:].decode("utf-8", "replace").strip()
+    return " / ".join(text.splitlines()[-5:]) or "(nothing)"
+
+
+def _free_port(host: str) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as taken:
+        taken.bind((host, 0))
+        port: int = taken.getsockname()[1]
+        return port
