@@ -187,8 +187,13 @@ def blob_key(sha256: str) -> str:
     return f"blobs/{sha256[:2]}/{sha256}"
 
 
+def is_key(text: str) -> bool:
+    """Whether this can name a file of a store (a path that a peer asks for may not)."""
+    return len(text) <= _MAX_KEY_CHARS and _KEY.fullmatch(text) is not None
+
+
 def _checked(key: str) -> str:
-    if len(key) > _MAX_KEY_CHARS or not _KEY.fullmatch(key):
+    if not is_key(key):
         raise StorageError(f"not the name of an artefact: {key[:80]!r}", key=key[:80], is_missing=False)
     return key
 

@@ -1,0 +1,1 @@
+"""From a checkpoint to what devices may run: the gate, the signed repository, publication."""

@@ -1,0 +1,460 @@
+"""The repository that devices trust: The Update Framework's metadata, signed role by role. The cloud's door
+to tuf.
+
+Laws of the file: a version never goes back and a published file never changes; one publication is written
+targets first, timestamp last, so that a device sees all of it or none of it, whatever instruction the writer
+dies at; the automatic part holds no key that could sign a new graph. Sources: TUF specification 1.0.33,
+docs/architecture.md, "TUF layout".
+
+What is published lies in the store under `tuf/`, which is also the only state: every call reads the newest
+signed set, changes it, and publishes the next one under the repository's lock (processes share it by a file
+lock).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Final, TypeVar
+
+from securesystemslib.signer import Signature, SSlibKey
+from securesystemslib.signer import Signer as TufSigner
+from tuf.api.exceptions import RepositoryError
+from tuf.api.metadata import (
+    DelegatedRole,
+    Delegations,
+    Metadata,
+    MetaFile,
+    Root,
+    Signed,
+    Snapshot,
+    TargetFile,
+    Targets,
+    Timestamp,
+)
+from tuf.api.serialization.json import JSONSerializer
+
+from cloud_server.artefacts import Artefacts, is_key
+from cloud_server.keys import ROOT_THRESHOLD, CloudKeys
+from process.clock import Clock
+from wire.errors import ConfigurationError, ReleaseError
+from wire.manifest import RELEASE, Release
+from wire.primitives import SigningKey, sha256
+
+DELEGATED: Final[dict[str, list[str]]] = {
+    "parameters": ["parameters/*/*"],
+    "keys": ["keys/*"],
+    "rings": ["rings/*"],
+}
+ONLINE_JSON: Final = "keys/online.json"
+_PREFIX: Final = "tuf/"
+_DAY: Final = 86_400.0
+
+_Payload = TypeVar("_Payload", Root, Targets, Snapshot, Timestamp)
+_Versioned = TypeVar("_Versioned", Targets, Snapshot)
+
+
+@dataclass(frozen=True)
+class TufExpiry:
+    """How long each role's signature holds, in days. Online roles are signed again at half of it."""
+
+    root: float = 365.0
+    targets: float = 180.0
+    parameters: float = 60.0
+    keys: float = 60.0
+    rings: float = 60.0
+    snapshot: float = 14.0
+    timestamp: float = 1.0
+
+
+@dataclass
+class _Set:
+    """The newest signed set, as plain payloads that may be changed before they are published."""
+
+    timestamp: Timestamp
+    snapshot: Snapshot
+    targets: dict[str, Targets]
+
+
+class TufRepository:
+    """The repository of one deployment.
+
+    Args:
+        store: where it lies (folder, S3, or memory in a simulation).
+        keys: what it signs with; without the offline keys only `init` and `add_graphs` fail.
+        clock: expiries count from its wall clock.
+        lock: makes one writer of many; over a shared folder it must exclude other processes too.
+        keep_releases: older releases than this many newest leave the metadata, unless a ring points at them.
+    """
+
+    def __init__(
+        self,
+        store: Artefacts,
+        keys: CloudKeys,
+        clock: Clock,
+        *,
+        expiry: TufExpiry | None = None,
+        lock: AbstractContextManager[object] | None = None,
+        keep_releases: int = 16,
+    ) -> None:
+        self._store = store
+        self._keys = keys
+        self._clock = clock
+        self._expiry = expiry or TufExpiry()
+        self._lock: AbstractContextManager[object] = lock or threading.Lock()
+        self._keep_releases = keep_releases
+
+    # ---- reading ----
+
+    def read(self, path: str) -> bytes | None:
+        """The bytes of `/metadata/…` or `/targets/…`, or None where nothing was published under that path."""
+        key = served_key(path)
+        return None if key is None else self._store.read(key)
+
+    def is_initialised(self) -> bool:
+        return self._store.size(_PREFIX + "metadata/timestamp.json") is not None
+
+    def first_root(self) -> bytes:
+        """`1.root.json`: what a device is given at enrolment.
+
+        Raises:
+            ReleaseError: (operator) the repository was not initialised.
+        """
+        return self._required("metadata/1.root.json")
+
+    def timestamp(self) -> bytes:
+        """The newest `timestamp.json`, which an announcement carries.
+
+        Raises:
+            ReleaseError: (operator) the repository was not initialised.
+        """
+        return self._required("metadata/timestamp.json")
+
+    def expiries(self) -> dict[str, float]:
+        """When each role's newest signature ends, unix seconds: an alarm is due long before."""
+        current = self._load()
+        roles: dict[str, Signed] = {"timestamp": current.timestamp, "snapshot": current.snapshot}
+        root = Metadata[Root].from_bytes(self._newest_root()).signed
+        return {
+            name: role.expires.timestamp()
+            for name, role in (roles | current.targets | {"root": root}).items()
+        }
+
+    def ring(self, ring: str) -> tuple[int, int]:
+        """What a ring runs: (release version, serial of its statement); (0, 0) where it was never set."""
+        return self._ring(self._load(), ring)
+
+    def releases(self) -> list[int]:
+        """The release versions that a ring may point at, ascending."""
+        return sorted({int(path.split("/")[1]) for path in self._load().targets["parameters"].targets})
+
+    # ---- writing ----
+
+    def init(self, *, online_keys: bytes) -> None:
+        """Signs the first root and publishes an empty repository that lists the online keys.
+
+        Raises:
+            ConfigurationError: (operator) there is a repository already, or the offline keys are away.
+        """
+        with self._lock:
+            if self.is_initialised():
+                raise ConfigurationError("there is a TUF repository already", hint="it is never made twice")
+            if len(self._keys.root) < ROOT_THRESHOLD:
+                raise _offline("root shares")
+            self._store.write_new(_PREFIX + "metadata/1.root.json", self._first_root())
+            empty = {name: Targets() for name in DELEGATED} | {"targets": self._top_targets()}
+            fresh = _Set(Timestamp(), Snapshot(meta={}), empty)
+            for payload in (fresh.timestamp, fresh.snapshot, *empty.values()):
+                payload.version = 0  # publication counts up
+            self._add_files(fresh, "keys", {ONLINE_JSON: online_keys})
+            self._publish(fresh, set(empty))
+
+    def add_graphs(self, graphs_sha256: str, files: Mapping[str, bytes]) -> None:
+        """Lists the graph files of a model, signed by the offline targets key. The same graphs again change
+        nothing.
+
+        Args:
+            graphs_sha256: SHA-256 (hex) of `manifest.json`.
+            files: name to bytes: what a device needs, `manifest.json` included.
+
+        Raises:
+            ConfigurationError: (operator) the targets key is away.
+            ReleaseError: (us) other bytes were published under these names.
+        """
+
+        def change(current: _Set) -> set[str]:
+            return self._add_files(
+                current, "targets", {f"graphs/{graphs_sha256}/{n}": d for n, d in files.items()}
+            )
+
+        self._change(change)
+
+    def add_release(self, release: Release, files: Mapping[str, bytes]) -> None:
+        """Lists the parameters of a release; no ring points at it yet.
+
+        Args:
+            files: `checkpoint.bin` and the golden files; `release.json` is made here.
+
+        Raises:
+            ReleaseError: (us) its graphs were never signed, or the version was published with other bytes.
+        """
+
+        def change(current: _Set) -> set[str]:
+            graphs = f"graphs/{release.graphs_sha256}/"
+            if not any(path.startswith(graphs) for path in current.targets["targets"].targets):
+                raise ReleaseError(
+                    f"release {release.version} is for graphs that were never signed",
+                    hint="import the model's bundle with `shoal-cloud model import`",
+                    graphs_sha256=release.graphs_sha256,
+                )
+            folder = f"parameters/{release.version}/"
+            whole = {RELEASE: release.to_bytes(), **files}
+            changed = self._add_files(
+                current, "parameters", {folder + name: data for name, data in whole.items()}
+            )
+            self._prune(current)
+            return changed
+
+        self._change(change)
+
+    def set_ring(self, ring: str, version: int, *, rollback: bool = False) -> int:
+        """Signs which release a ring runs, and returns the statement's serial.
+
+        Raises:
+            ReleaseError: (operator, us) no such release, or an older one without `rollback`.
+        """
+        serial = 0
+
+        def change(current: _Set) -> set[str]:
+            nonlocal serial
+            before, serial_before = self._ring(current, ring)
+            if f"parameters/{version}/{RELEASE}" not in current.targets["parameters"].targets:
+                raise ReleaseError(f"there is no signed release {version}", version=version)
+            if version < before and not rollback:
+                raise ReleaseError(
+                    f"ring {ring} runs release {before}, which is newer than {version}",
+                    hint="going back needs a rollback",
+                    version=version,
+                    current=before,
+                )
+            serial = serial_before + 1
+            statement = {
+                "release_version": version,
+                "ring": ring,
+                "rollback": rollback and version < before,
+                "serial": serial,
+            }
+            data = json.dumps(statement, sort_keys=True, separators=(",", ":")).encode()
+            return self._add_files(current, "rings", {f"rings/{ring}.json": data}, is_replacing=True)
+
+        self._change(change)
+        return serial
+
+    def set_online_keys(self, data: bytes) -> None:
+        """Publishes a newer `keys/online.json`: rotation, or a stolen key taken off the list."""
+        self._change(lambda current: self._add_files(current, "keys", {ONLINE_JSON: data}, is_replacing=True))
+
+    def refresh(self) -> None:
+        """Signs the timestamp again, and every online role past half of its life. Call it hourly."""
+
+        def change(current: _Set) -> set[str]:
+            roles: dict[str, Signed] = {**current.targets, "snapshot": current.snapshot}
+            due = {name for name in (*DELEGATED, "snapshot") if self._is_half_over(name, roles[name])}
+            return due or {"timestamp"}
+
+        self._change(change)
+
+    # ---- one publication ----
+
+    def _change(self, change: Callable[[_Set], set[str]]) -> None:
+        """Applies a change to the newest set and publishes the roles that it names (nothing, when none)."""
+        with self._lock:
+            current = self._load()
+            roles = change(current)
+            if roles:
+                self._publish(current, roles)
+
+    def _publish(self, current: _Set, roles: set[str]) -> None:
+        if "targets" in roles and self._keys.targets is None:
+            raise _offline("targets key")
+        for name in sorted(roles & set(current.targets)):
+            role = current.targets[name]
+            role.version = self._next_version(name, role.version)
+            role.expires = self._until(name)
+            self._write_versioned(name, role, self._signing_key(name))
+            current.snapshot.meta[f"{name}.json"] = MetaFile(version=role.version)
+        if roles != {"timestamp"}:
+            current.snapshot.version = self._next_version("snapshot", current.snapshot.version)
+            current.snapshot.expires = self._until("snapshot")
+            self._write_versioned("snapshot", current.snapshot, self._keys.snapshot)
+            current.timestamp.snapshot_meta = MetaFile(version=current.snapshot.version)
+        current.timestamp.version += 1
+        current.timestamp.expires = self._until("timestamp")
+        self._store.write(
+            _PREFIX + "metadata/timestamp.json", _signed(current.timestamp, [self._keys.timestamp])
+        )
+
+    def _next_version(self, role: str, version: int) -> int:
+        """The next free version: a writer that died before its timestamp leaves versions nobody points at."""
+        version += 1
+        while self._store.size(f"{_PREFIX}metadata/{version}.{role}.json") is not None:
+            version += 1
+        return version
+
+    def _write_versioned(self, role: str, payload: _Versioned, key: SigningKey) -> None:
+        self._store.write_new(f"{_PREFIX}metadata/{payload.version}.{role}.json", _signed(payload, [key]))
+
+    def _add_files(
+        self, current: _Set, role: str, files: Mapping[str, bytes], *, is_replacing: bool = False
+    ) -> set[str]:
+        """Writes target files and lists them in a role; returns the role if anything is new."""
+        listed = current.targets[role].targets
+        changed: set[str] = set()
+        for path, data in sorted(files.items()):
+            target = TargetFile.from_data(path, data, ["sha256"])
+            if path in listed and listed[path].hashes == target.hashes:
+                continue
+            if path in listed and not is_replacing:
+                raise ReleaseError(f"{path} was published with other bytes", path=path)
+            folder, _, name = path.rpartition("/")
+            self._store.write_new(f"{_PREFIX}targets/{folder}/{target.hashes['sha256']}.{name}", data)
+            listed[path] = target
+            changed = {role}
+        return changed
+
+    def _prune(self, current: _Set) -> None:
+        """Old releases leave the list that every device downloads; their files stay."""
+        listed = current.targets["parameters"].targets
+        versions = sorted({int(path.split("/")[1]) for path in listed})
+        in_rings = {self._ring(current, path[6:-5])[0] for path in current.targets["rings"].targets}
+        gone = {str(version) for version in versions[: -self._keep_releases]} - {str(v) for v in in_rings}
+        for path in [path for path in listed if path.split("/")[1] in gone]:
+            del listed[path]
+
+    # ---- the parts of a set ----
+
+    def _load(self) -> _Set:
+        try:
+            timestamp = Metadata[Timestamp].from_bytes(self.timestamp()).signed
+            version = timestamp.snapshot_meta.version
+            snapshot = (
+                Metadata[Snapshot].from_bytes(self._required(f"metadata/{version}.snapshot.json")).signed
+            )
+            targets = {
+                name: Metadata[Targets]
+                .from_bytes(self._required(f"metadata/{snapshot.meta[f'{name}.json'].version}.{name}.json"))
+                .signed
+                for name in ("targets", *DELEGATED)
+            }
+        except (RepositoryError, KeyError) as error:
+            raise ReleaseError("the TUF repository is damaged", hint="restore artefacts/tuf") from error
+        return _Set(timestamp, snapshot, targets)
+
+    def _ring(self, current: _Set, ring: str) -> tuple[int, int]:
+        path = f"rings/{ring}.json"
+        target = current.targets["rings"].targets.get(path)
+        if target is None:
+            return 0, 0
+        statement = json.loads(self._required(f"targets/rings/{target.hashes['sha256']}.{ring}.json"))
+        return int(statement["release_version"]), int(statement["serial"])
+
+    def _first_root(self) -> bytes:
+        root = Root(version=1, expires=self._until("root"), consistent_snapshot=True)
+        for share in self._keys.root:
+            root.add_key(_public(share), "root")
+        root.roles["root"].threshold = ROOT_THRESHOLD
+        for role in ("targets", "snapshot", "timestamp"):
+            root.add_key(_public(self._signing_key(role)), role)
+        return _signed(root, list(self._keys.root))
+
+    def _top_targets(self) -> Targets:
+        """Top-level targets: no graphs yet, and one delegation per online role, none sharing a path."""
+        public = {name: _public(self._signing_key(name)) for name in DELEGATED}
+        roles = {
+            name: DelegatedRole(name, [public[name].keyid], 1, terminating=True, paths=paths)
+            for name, paths in DELEGATED.items()
+        }
+        delegations = Delegations(keys={key.keyid: key for key in public.values()}, roles=roles)
+        return Targets(delegations=delegations)
+
+    def _signing_key(self, role: str) -> SigningKey:
+        key = getattr(self._keys, role)
+        if not isinstance(key, SigningKey):
+            raise _offline(f"{role} key")
+        return key
+
+    def _newest_root(self) -> bytes:
+        version = 1
+        while self._store.size(f"{_PREFIX}metadata/{version + 1}.root.json") is not None:
+            version += 1
+        return self._required(f"metadata/{version}.root.json")
+
+    def _required(self, path: str) -> bytes:
+        data = self.read(path)
+        if data is None:
+            raise ReleaseError(
+                f"the TUF repository has no {path}", hint="make it with `shoal-cloud init`", path=path
+            )
+        return data
+
+    def _until(self, role: str) -> datetime:
+        until = datetime.fromtimestamp(self._clock.now(), tz=UTC) + timedelta(
+            days=getattr(self._expiry, role)
+        )
+        return until.replace(microsecond=0)
+
+    def _is_half_over(self, role: str, payload: Signed) -> bool:
+        life_seconds: float = getattr(self._expiry, role) * _DAY
+        return payload.expires.timestamp() - self._clock.now() < life_seconds / 2
+
+
+def served_key(path: str) -> str | None:
+    """Where a path that a device asks for lies in the store; None where it can name nothing of TUF's."""
+    name = path.removeprefix("/")
+    is_ours = name.startswith(("metadata/", "targets/")) and is_key(name)
+    return _PREFIX + name if is_ours else None
+
+
+class _KeySigner(TufSigner):
+    """Our signing key behind securesystemslib's seam (where an HSM or a KMS would stand)."""
+
+    def __init__(self, key: SigningKey) -> None:
+        self._key = key
+
+    @property
+    def public_key(self) -> SSlibKey:
+        return _public(self._key)
+
+    def sign(self, payload: bytes) -> Signature:
+        return Signature(self.public_key.keyid, self._key.sign(payload).hex())
+
+    @classmethod
+    def from_priv_key_uri(
+        cls, priv_key_uri: str, public_key: object, secrets_handler: object = None
+    ) -> _KeySigner:
+        raise NotImplementedError("keys are loaded by cloud_server.keys")
+
+
+def _public(key: SigningKey) -> SSlibKey:
+    # TUF leaves the key id to us: the hash of the raw key, whose first 8 bytes are our own key id.
+    return SSlibKey(
+        keyid=sha256(key.public_bytes).hex(),
+        keytype="ed25519",
+        scheme="ed25519",
+        keyval={"public": key.public_bytes.hex()},
+    )
+
+
+def _signed(payload: _Payload, keys: list[SigningKey]) -> bytes:
+    metadata = Metadata(payload)
+    for key in keys:
+        metadata.sign(_KeySigner(key), append=True)
+    return metadata.to_bytes(JSONSerializer(compact=True))
+
+
+def _offline(what: str) -> ConfigurationError:
+    return ConfigurationError(f"the {what} is not here", hint="put keys/offline back for this command")
