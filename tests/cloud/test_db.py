@@ -14,6 +14,7 @@ from alembic.migration import MigrationContext
 from cloud_server.db import schema
 from cloud_server.db.engine import Database, open_database
 from wire.errors import ConfigurationError, StorageError
+from wire.replay import Window
 
 
 @pytest.fixture
@@ -119,10 +120,10 @@ def test_sqlite_file_is_opened_durable(database: Database) -> None:
     assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
 
 
-def test_bitmap_of_all_ones_comes_back(database: Database) -> None:
+def test_window_of_any_bitmap_comes_back(database: Database) -> None:
     device = {
         "device": "d1",
-        "node_id": 1,
+        "node_id": 2**63 - 1,
         "pseudonym": "p",
         "status": "approved",
         "update_key": "k",
@@ -132,15 +133,14 @@ def test_bitmap_of_all_ones_comes_back(database: Database) -> None:
         "max_examples": 1,
         "ring": "stable",
     }
-    bitmaps = {"up": 2**64 - 1, "ev": 2**63, "st": 0, "rs": 2**63 - 1}
+    full = Window(epoch=2**63 - 1, highest=2**63 - 1, bitmap=2**64 - 1)
     with database.transaction() as connection:
         connection.execute(sa.insert(schema.devices).values(device))
-        for kind, bitmap in bitmaps.items():
-            row = {"device": "d1", "type": kind, "epoch": 1, "highest": 9, "bitmap": bitmap}
-            connection.execute(sa.insert(schema.windows).values(row))
+        row = dict(zip(("epoch", "highest", "bitmap"), full.to_row(), strict=True))
+        connection.execute(sa.insert(schema.windows).values(device="d1", type="up", **row))
     with database.read() as connection:
-        rows = connection.execute(sa.select(schema.windows.c.type, schema.windows.c.bitmap)).all()
-    assert dict([tuple(row) for row in rows]) == bitmaps
+        columns = (schema.windows.c.epoch, schema.windows.c.highest, schema.windows.c.bitmap)
+        assert Window.from_row(*connection.execute(sa.select(*columns)).one()) == full
 
 
 def test_memory_database_is_one_for_all_threads() -> None:
