@@ -14,6 +14,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Dialect,
     Double,
     ForeignKey,
     ForeignKeyConstraint,
@@ -24,6 +25,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    TypeDecorator,
     UniqueConstraint,
 )
 
@@ -42,6 +44,21 @@ Id = String(64)
 Digest = String(64)
 MessageId = String(32)
 KeyId = String(16)
+
+
+class Unsigned64(TypeDecorator[int]):
+    """0 … 2**64 − 1 in a signed 64-bit column (two's complement). For equality: SQL orders it wrongly."""
+
+    impl = BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: int | None, dialect: Dialect) -> int | None:
+        if value is None:
+            return None
+        return value - (1 << 64) if value >= 1 << 63 else value
+
+    def process_result_value(self, value: int | None, dialect: Dialect) -> int | None:
+        return None if value is None else value & ((1 << 64) - 1)
 
 
 # ---- the database itself -----------------------------------------------------------------------------------
@@ -132,7 +149,7 @@ windows = Table(
     Column("type", String(16), primary_key=True),
     Column("epoch", BigInteger, nullable=False),
     Column("highest", BigInteger, nullable=False),
-    Column("bitmap", BigInteger, nullable=False),  # signed: `wire.replay.Window.to_row`
+    Column("bitmap", Unsigned64, nullable=False),
 )
 
 # ---- learning ----------------------------------------------------------------------------------------------

@@ -136,11 +136,11 @@ def test_window_of_any_bitmap_comes_back(database: Database) -> None:
     full = Window(epoch=2**63 - 1, highest=2**63 - 1, bitmap=2**64 - 1)
     with database.transaction() as connection:
         connection.execute(sa.insert(schema.devices).values(device))
-        row = dict(zip(("epoch", "highest", "bitmap"), full.to_row(), strict=True))
+        row = {"epoch": full.epoch, "highest": full.highest, "bitmap": full.bitmap}
         connection.execute(sa.insert(schema.windows).values(device="d1", type="up", **row))
     with database.read() as connection:
         columns = (schema.windows.c.epoch, schema.windows.c.highest, schema.windows.c.bitmap)
-        assert Window.from_row(*connection.execute(sa.select(*columns)).one()) == full
+        assert Window(*connection.execute(sa.select(*columns)).one()) == full
 
 
 def test_memory_database_is_one_for_all_threads() -> None:
