@@ -1,4 +1,6 @@
-"""The clock as an argument: nothing in a core reads the time by itself (a simulated fleet runs on a virtual one)."""
+"""The clock as an argument: nothing in a core reads the time by itself (a simulated fleet runs on a virtual
+one).
+"""
 
 from __future__ import annotations
 
