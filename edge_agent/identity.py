@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Final
 from urllib.parse import urlsplit
@@ -152,11 +152,8 @@ def save(identity: Identity, folder: Path, *, tls_key_pem: bytes) -> None:
         ConfigurationError: there is an identity already.
         StorageError: the folder cannot be written.
     """
+    refuse_second(folder)
     target = folder / FOLDER_NAME
-    if target.exists():
-        raise ConfigurationError(
-            f"{target} holds an identity already", hint="use another state folder, or remove this one first"
-        )
     partial = folder / f".{FOLDER_NAME}.new"
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -173,6 +170,20 @@ def save(identity: Identity, folder: Path, *, tls_key_pem: bytes) -> None:
         raise StorageError(f"cannot write {target}: {error.strerror}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_second(folder: Path) -> None:
+    """Raises `ConfigurationError` when the state folder holds an identity: it is never overwritten."""
+    if (folder / FOLDER_NAME).exists():
+        raise ConfigurationError(
+            f"{folder / FOLDER_NAME} holds an identity already",
+            hint="use another state folder, or remove this one first",
+        )
+
+
+def with_certificate(identity: Identity, certificate_pem: bytes) -> Identity:
+    """The same device with its next certificate."""
+    return replace(identity, certificate_pem=certificate_pem)
 
 
 def load(folder: Path) -> Identity:

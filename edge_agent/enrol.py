@@ -1,0 +1,191 @@
+"""How a device gets its identity from one token, and its next certificate before the old one expires.
+
+Laws of the file: nothing is sent before the server has shown a certificate of the very CA that the token
+pins; private keys are made here and never leave; an identity appears whole or not at all. Source:
+wire/enrolment.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import re
+import ssl
+from pathlib import Path
+from typing import Final, TypeVar
+
+import msgspec
+
+from edge_agent import identity as identity_files
+from edge_agent.disk import write_durably
+from edge_agent.https import HttpsConnection, exchange, identity_context, unverified_context, verified_context
+from edge_agent.identity import Identity
+from process.clock import Clock
+from wire.enrolment import (
+    MAX_BODY_BYTES,
+    EnrolmentToken,
+    EnrolRequest,
+    EnrolResponse,
+    Refusal,
+    RenewRequest,
+    RenewResponse,
+    decode_json,
+    encode_json,
+    proof_bytes,
+)
+from wire.errors import EnrolmentError, MessageError
+from wire.primitives import (
+    SigningKey,
+    certificate_fingerprint,
+    certificate_not_after,
+    generate_tls_key,
+    make_csr,
+    read_private,
+)
+
+CA_PATH: Final = "/v1/ca"
+ENROL_PATH: Final = "/v1/enroll"
+RENEW_PATH: Final = "/v1/renew"
+# Of the seven days that a certificate lives: three days without the aggregator do not lock a device out.
+RENEW_BEFORE_SECONDS: Final = 4 * 86_400.0
+_DEVICE = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_MAX_CA_BYTES: Final = 16_384
+_CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+
+_HINTS: Final = {
+    "token": "ask for a new token: shoal-cloud device add",
+    "token_used": "ask for a new token: shoal-cloud device add",
+    "token_expired": "ask for a new token: shoal-cloud device add",
+    "name": "device names are 1 to 64 of A-Z a-z 0-9 _ -",
+    "name_taken": "choose another name with --name, or revoke the other device first",
+    "revoked": "this device was revoked: enrol it anew with a new token",
+    "busy": "try again in a minute",
+}
+R = TypeVar("R", EnrolResponse, RenewResponse)
+
+
+def parse_token(text: str) -> EnrolmentToken:
+    """Reads a token; raises `EnrolmentError` when it is not one."""
+    return EnrolmentToken.parse(text)
+
+
+def enrol(token: str, folder: Path, *, name: str | None = None, clock: Clock) -> Identity:
+    """Makes this machine a device of the fleet that the token is for.
+
+    Args:
+        folder: the state folder; `identity/` appears in it.
+        name: the device's name; None takes the token's.
+
+    Raises:
+        EnrolmentError: the token is damaged, expired, used, or for another name; or the server is not the one
+            that the token pins.
+        ConfigurationError: there is an identity in the folder already.
+        TransportError: the aggregator cannot be reached.
+        StorageError: the folder cannot be written.
+    """
+    parsed = parse_token(token)
+    device = _device_name(parsed, name)
+    if parsed.expires and parsed.expires < clock.now():
+        raise EnrolmentError("the enrolment token has expired", hint=_HINTS["token_expired"])
+    identity_files.refuse_second(folder)
+    ca_pem = _fetch_ca(parsed)
+    tls_key, update_key = generate_tls_key(), SigningKey.generate()
+    csr = make_csr(tls_key, device).decode("ascii")
+    request = EnrolRequest(
+        token_id=parsed.token_id,
+        secret=parsed.secret,
+        device=device,
+        csr=csr,
+        update_key=update_key.public_bytes.hex(),
+        proof=update_key.sign(proof_bytes(parsed.token_id, device, csr)).hex(),
+    )
+    connection = HttpsConnection(parsed.url, tls_name=parsed.tls_name, context=verified_context(ca_pem))
+    response = _post(connection, ENROL_PATH, encode_json(request), EnrolResponse)
+    if certificate_fingerprint(response.ca.encode()).hex() != parsed.ca_sha256 or response.device != device:
+        raise EnrolmentError("the aggregator answered for another device or CA")
+    identity = identity_files.from_response(
+        response, url_enrol=parsed.url, update_key=update_key, folder=folder / identity_files.FOLDER_NAME
+    )
+    identity_files.save(identity, folder, tls_key_pem=tls_key)
+    return identity
+
+
+def renewal_is_due(identity: Identity, now: float) -> bool:
+    """Whether the certificate expires soon (or has expired). `now` in unix seconds."""
+    return certificate_not_after(identity.certificate_pem) - now < RENEW_BEFORE_SECONDS
+
+
+def renew(identity: Identity) -> Identity:
+    """Gets the next certificate for the same TLS key, over mutual TLS; on disk when it returns.
+
+    Raises:
+        EnrolmentError: the aggregator refuses (a revoked device), or answers with what cannot be used.
+        TransportError: the aggregator cannot be reached.
+    """
+    csr = make_csr(read_private(identity.tls_key_path), identity.device)
+    connection = HttpsConnection(
+        identity.url_api, tls_name=identity.tls_name, context=identity_context(identity)
+    )
+    body = encode_json(RenewRequest(csr=csr.decode("ascii")))
+    response = _post(connection, RENEW_PATH, body, RenewResponse)
+    certificate = response.certificate.encode()
+    if certificate_fingerprint(response.ca.encode()) != certificate_fingerprint(identity.ca_pem):
+        raise EnrolmentError("the aggregator answered with another CA", hint="enrol this device anew")
+    if certificate_not_after(certificate) <= certificate_not_after(identity.certificate_pem):
+        raise EnrolmentError("the aggregator answered with a certificate that is not newer")
+    write_durably(identity.certificate_path, certificate)
+    return identity_files.with_certificate(identity, certificate)
+
+
+def _device_name(token: EnrolmentToken, name: str | None) -> str:
+    device = name or token.device
+    if not device:
+        raise EnrolmentError("this token leaves the device's name open", hint="give one with --name")
+    if not _DEVICE.fullmatch(device):
+        raise EnrolmentError(f"{device[:80]!r} cannot be a device's name", hint=_HINTS["name"])
+    if token.device and token.device != device:
+        raise EnrolmentError(
+            f"this token is for device {token.device}, not {device}",
+            hint="leave --name away, or ask for another token",
+        )
+    return device
+
+
+def _fetch_ca(token: EnrolmentToken) -> bytes:
+    """The CA certificate, over a connection that proves nothing: only the pinned hash decides."""
+    connection = HttpsConnection(token.url, tls_name=token.tls_name, context=unverified_context())
+    status, data = exchange(connection, "GET", CA_PATH, limit_bytes=_MAX_CA_BYTES)
+    found = _CERTIFICATE.search(data.decode("ascii", "replace")) if status == http.client.OK else None
+    if found is not None:
+        try:
+            der = ssl.PEM_cert_to_DER_cert(found.group())
+        except ValueError:
+            der = b""
+        if hashlib.sha256(der).hexdigest() == token.ca_sha256:
+            return found.group().encode() + b"\n"
+    raise EnrolmentError(
+        f"{token.url} does not have the CA that the token pins",
+        hint="somebody is in between, or the token is of another aggregator: nothing was sent to it",
+    )
+
+
+def _post(connection: HttpsConnection, path: str, body: bytes, kind: type[R]) -> R:
+    status, data = exchange(connection, "POST", path, body, limit_bytes=2 * MAX_BODY_BYTES)
+    if status == http.client.OK:
+        try:
+            return decode_json(data, kind)
+        except MessageError as error:
+            raise EnrolmentError(
+                f"{connection.url}{path} answered with what we cannot read: {error}"
+            ) from error
+    try:
+        refusal = msgspec.json.decode(data, type=Refusal)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        refusal = Refusal(error=str(status))
+    message = refusal.message or refusal.error
+    raise EnrolmentError(
+        f"{connection.url}{path} refused: {message[:300]}",
+        hint=_HINTS.get(refusal.error, ""),
+        code=refusal.error[:64],
+        status=status,
+    )

@@ -1,0 +1,329 @@
+"""The one door to TUF: what the fleet's signed metadata says, and the files that it vouches for.
+
+Laws of the file: nothing is believed that TUF did not verify against the root of the day of enrolment; time
+comes from our clock, never from the machine's (`_session`, the one place); the folder is staging only: it may
+be lost at any moment, so the version floor lives with the slots. tuf and what it brings (about 10 MiB) are
+imported inside the functions: an agent that is not checking does not pay for them. Source:
+docs/architecture.md, "TUF layout".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import io
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Final, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from edge_agent.fetcher import Fetcher
+from process.clock import Clock
+from wire.enrolment import DeviceId, OnlineKey
+from wire.errors import RefusedError, ReleaseError, StorageError
+from wire.manifest import (
+    CHECKPOINT,
+    GOLDEN_INPUTS,
+    GOLDEN_OUTPUTS,
+    GRAPH_FILES,
+    MANIFEST,
+    MAX_FILE_BYTES,
+    RELEASE,
+    Release,
+)
+from wire.primitives import key_id
+
+if TYPE_CHECKING:
+    from tuf.api.metadata import TargetFile
+    from tuf.ngclient import Updater
+    from tuf.ngclient.fetcher import FetcherInterface
+
+METADATA_PATH: Final = "/metadata"
+TARGETS_PATH: Final = "/targets"
+ONLINE_KEYS: Final = "keys/online.json"
+MAX_SMALL_TARGET_BYTES: Final = 256 * 1024
+# tuf wants absolute URLs; the scheme and host are ours and go nowhere.
+_BASE: Final = "shoal://fleet"
+_METADATA: Final = "metadata"
+_TARGETS: Final = "targets"
+
+
+class _OnlineKeysFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    kem: Annotated[tuple[OnlineKey, ...], Meta(min_length=1, max_length=8)]
+    orders: Annotated[tuple[OnlineKey, ...], Meta(min_length=1, max_length=8)]
+    tenant: DeviceId
+    fleet: DeviceId
+
+
+class _RingFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    ring: DeviceId
+    release_version: Annotated[int, Meta(ge=1, le=2**53)]
+    rollback: bool
+    serial: Annotated[int, Meta(ge=0, le=2**53)]
+
+
+@dataclass(frozen=True, slots=True)
+class OnlineKeys:
+    """The aggregator's keys of today, as TUF vouches for them.
+
+    Attributes:
+        kem: (key id of 8 bytes, algorithm, public key) to seal to, the preferred one first.
+        orders: (key id, raw Ed25519 public key) that may sign messages downward.
+    """
+
+    tenant: str
+    fleet: str
+    kem: tuple[tuple[bytes, str, bytes], ...]
+    orders: tuple[tuple[bytes, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseInfo:
+    """What a check found.
+
+    Attributes:
+        release_version: that the ring shall run; 0 while the ring has none.
+        rollback: this release may be older than what runs.
+        serial: of the ring file; grows with every change of it.
+        keys: the online keys.
+        session: what `download` needs to go on from here.
+    """
+
+    ring: str
+    release_version: int
+    rollback: bool
+    serial: int
+    keys: OnlineKeys
+    session: _Session = field(repr=False, compare=False)
+
+
+class _Session:
+    """One updater: what it has verified holds for `check` and for the `download` after it."""
+
+    def __init__(self, folder: Path, updater: Updater, fetcher: Fetcher) -> None:
+        self.folder = folder
+        self.updater = updater
+        self.fetcher = fetcher
+
+    def target(self, path: str) -> TargetFile | None:
+        with _translated(path):
+            info = self.updater.get_targetinfo(path)
+        if info is not None and "sha256" not in info.hashes:
+            raise ReleaseError(f"{path} is signed without a SHA-256")
+        return info
+
+    def small_target(self, path: str) -> bytes | None:
+        """A target's bytes, or None when there is no such target."""
+        info = self.target(path)
+        if info is None:
+            return None
+        if info.length > MAX_SMALL_TARGET_BYTES:
+            raise ReleaseError(f"{path} is too long", size_bytes=info.length)
+        pieces = self.fetcher.fetch(_location(info), limit_bytes=info.length)
+        data = b"".join(pieces)
+        with _translated(path):
+            info.verify_length_and_hashes(data)
+        return data
+
+    def file(self, path: str) -> Path:
+        """Downloads a target into the staging folder; goes on where an earlier attempt stopped."""
+        info = self.target(path)
+        if info is None:
+            raise ReleaseError(f"the signed metadata names no {path}")
+        if info.length > MAX_FILE_BYTES:
+            raise ReleaseError(f"{path} is too long", size_bytes=info.length, limit_bytes=MAX_FILE_BYTES)
+        place = self.folder / _TARGETS / info.hashes["sha256"]
+        was_there = self._append(place, info)
+        try:
+            return self._verified(place, info)
+        except ReleaseError:
+            if not was_there:
+                raise
+        # What an earlier run left may be what is damaged: once more, from the start.
+        self._append(place, info)
+        return self._verified(place, info)
+
+    def _append(self, place: Path, info: TargetFile) -> bool:
+        """Fetches what is missing of a file; returns whether some of it was there."""
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with place.open("ab") as file:
+            there = file.tell()
+            if there < info.length:
+                limit = info.length - there
+                for piece in self.fetcher.fetch(_location(info), offset=there, limit_bytes=limit):
+                    file.write(piece)
+        return there > 0
+
+    def _verified(self, place: Path, info: TargetFile) -> Path:
+        """The file, whole; one that does not verify is removed."""
+        try:
+            with _translated(info.path), place.open("rb") as file:
+                info.verify_length_and_hashes(file)
+        except ReleaseError:
+            place.unlink(missing_ok=True)
+            raise
+        return place
+
+
+def check(folder: Path, root: bytes, fetcher: Fetcher, ring: str, clock: Clock) -> ReleaseInfo:
+    """Refreshes the metadata and reads the online keys and what the ring shall run.
+
+    Args:
+        folder: staging folder (`tuf/` of the state folder).
+        root: the `root.json` of the day of enrolment.
+        clock: decides what has expired; give it a floor (`time_floor.py`).
+
+    Raises:
+        ReleaseError: metadata that is expired, older than known, wrongly signed or not ours.
+        TransportError: the repository cannot be reached.
+    """
+    session = _session(folder, root, fetcher, clock)
+    keys = _online_keys(session.small_target(ONLINE_KEYS))
+    data = session.small_target(f"rings/{ring}.json")
+    if data is None:
+        return ReleaseInfo(ring, 0, False, 0, keys, session)
+    named = _decode(data, _RingFile, f"rings/{ring}.json")
+    if named.ring != ring:
+        raise ReleaseError(f"rings/{ring}.json is for ring {named.ring}")
+    return ReleaseInfo(ring, named.release_version, named.rollback, named.serial, keys, session)
+
+
+def download(info: ReleaseInfo, *, held: Callable[[str], frozenset[str]]) -> dict[str, Path]:
+    """Brings the files of a release into the staging folder.
+
+    Args:
+        held: gives, for a `graphs_sha256`, the names of the files that are here already (`Slots.held`).
+
+    Returns:
+        Name to path, for `Slots.stage`: `release.json`, `manifest.json`, `checkpoint.bin`, the golden files
+        and the graph files that were not held. Every file has the hash that TUF vouches for.
+
+    Raises:
+        ReleaseError: a file that does not verify, or a release that is not the one of the ring.
+        TransportError: the repository cannot be reached; another call goes on where this one stopped.
+        StorageError: the disk is full.
+    """
+    session = info.session
+    base = f"parameters/{info.release_version}"
+    try:
+        files = {RELEASE: session.file(f"{base}/{RELEASE}")}
+        release = _release(files[RELEASE].read_bytes(), info.release_version)
+        for name in (CHECKPOINT, GOLDEN_INPUTS, GOLDEN_OUTPUTS):
+            files[name] = session.file(f"{base}/{name}")
+        graphs = f"graphs/{release.graphs_sha256}"
+        files[MANIFEST] = session.file(f"{graphs}/{MANIFEST}")
+        if hashlib.sha256(files[MANIFEST].read_bytes()).hexdigest() != release.graphs_sha256:
+            raise ReleaseError(f"{graphs}/{MANIFEST} is not the manifest of that name")
+        for name in set(GRAPH_FILES) - held(release.graphs_sha256):
+            files[name] = session.file(f"{graphs}/{name}")
+    except OSError as error:
+        raise StorageError(
+            f"cannot stage release {info.release_version}: {error.strerror or error}"
+        ) from error
+    return files
+
+
+def clear_staging(folder: Path) -> None:
+    """Drops downloaded files (they are in a slot now, or not wanted); the metadata stays."""
+    shutil.rmtree(folder / _TARGETS, ignore_errors=True)
+
+
+def _session(folder: Path, root: bytes, fetcher: Fetcher, clock: Clock) -> _Session:
+    from tuf.ngclient import Updater, UpdaterConfig
+
+    metadata = folder / _METADATA
+    try:
+        metadata.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise StorageError(f"cannot make {metadata}: {error.strerror}") from error
+    with _translated("metadata"):
+        updater = Updater(
+            str(metadata),
+            f"{_BASE}{METADATA_PATH}/",
+            fetcher=_adapter(fetcher),
+            config=UpdaterConfig(prefix_targets_with_hash=True, max_root_rotations=64, max_delegations=8),
+            bootstrap=root,
+        )
+        # tuf has no argument for its clock; a contract test notices when this private name moves.
+        updater._trusted_set.reference_time = datetime.datetime.fromtimestamp(clock.now(), datetime.UTC)
+        updater.refresh()
+    return _Session(folder, updater, fetcher)
+
+
+def _adapter(fetcher: Fetcher) -> FetcherInterface:
+    from tuf.api.exceptions import DownloadHTTPError
+    from tuf.ngclient.fetcher import FetcherInterface
+
+    class Adapter(FetcherInterface):
+        """Our fetcher as tuf wants it, without tuf's temporary files."""
+
+        def _fetch(self, url: str) -> Iterator[bytes]:
+            return fetcher.fetch(url.removeprefix(_BASE), limit_bytes=MAX_FILE_BYTES)
+
+        @contextlib.contextmanager
+        def download_file(self, url: str, max_length: int) -> Iterator[IO[bytes]]:
+            try:
+                pieces = fetcher.fetch(url.removeprefix(_BASE), limit_bytes=max_length)
+                yield io.BytesIO(b"".join(pieces))
+            except RefusedError as error:
+                raise DownloadHTTPError(str(error), int(error.facts.get("status", 500))) from error
+
+    return Adapter()
+
+
+@contextlib.contextmanager
+def _translated(what: str) -> Iterator[None]:
+    from tuf.api.exceptions import DownloadError, RepositoryError
+
+    try:
+        yield
+    except (RepositoryError, DownloadError, ValueError) as error:
+        raise ReleaseError(
+            f"{what} does not verify: {error}",
+            hint="an outdated repository, somebody in between, or this device's clock is wrong",
+        ) from error
+    except OSError as error:
+        raise StorageError(f"cannot keep the release metadata: {error.strerror or error}") from error
+
+
+def _location(info: TargetFile) -> str:
+    """Where a target is served (consistent snapshots: its hash stands before its file name)."""
+    folder, _, name = info.path.rpartition("/")
+    return f"{TARGETS_PATH}/{folder}/{info.hashes['sha256']}.{name}"
+
+
+def _online_keys(data: bytes | None) -> OnlineKeys:
+    if data is None:
+        raise ReleaseError(f"the signed metadata names no {ONLINE_KEYS}")
+    listed = _decode(data, _OnlineKeysFile, ONLINE_KEYS)
+    for key in (*listed.kem, *listed.orders):
+        if key_id(bytes.fromhex(key.public)).hex() != key.id:
+            raise ReleaseError(f"{ONLINE_KEYS} lists a key under another key's id", key_id=key.id)
+    return OnlineKeys(
+        tenant=listed.tenant,
+        fleet=listed.fleet,
+        kem=tuple((bytes.fromhex(key.id), key.algorithm, bytes.fromhex(key.public)) for key in listed.kem),
+        orders=tuple((bytes.fromhex(key.id), bytes.fromhex(key.public)) for key in listed.orders),
+    )
+
+
+def _release(data: bytes, version: int) -> Release:
+    release = Release.from_bytes(data)
+    if release.version != version:
+        raise ReleaseError(f"parameters/{version} holds release {release.version}")
+    return release
+
+
+S = TypeVar("S", bound=Struct)
+
+
+def _decode(data: bytes, kind: type[S], path: str) -> S:
+    try:
+        return msgspec.json.decode(data, type=kind, strict=True)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ReleaseError(f"{path} is signed, but not what it should be: {error}") from error
