@@ -105,7 +105,7 @@ def quantizable_nodes(graph: FloatGraph) -> frozenset[str]:
 
 
 def int8_template(graph: FloatGraph, static: StaticModel) -> tuple[bytes, Int8Layout, Floats]:
-    """`template.onnx` (patchable bytes are zero), where they lie, and float32 [R, 2] ranges in their order."""
+    """`template.onnx` (patched bytes are zero), where they lie, and float32 [R, 2] ranges in that order."""
     model = onnx.load_from_string(static.data)
     places = {name: at for name, (at, _) in raw_data_places(static.data).items()}
     producer = {name: node for node in model.graph.node for name in node.output}
