@@ -1,0 +1,83 @@
+"""The optimizers of the train step, over one flat vector: pure functions of (params, state, gradient).
+
+The arithmetic is that of `torch.optim.SGD` (no dampening, no Nesterov) and `torch.optim.Adam` (no AMSGrad);
+the step count of Adam is the last element of its state, so that a state is one float32 vector whatever the
+optimizer. Weight decay and the FedProx term are in the gradient already (models/train_step/step.py).
+Source: Kingma and Ba, arXiv:1412.6980.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from wire.errors import ConfigurationError
+
+ADAM_BETA1 = 0.9
+ADAM_BETA2 = 0.999
+ADAM_EPSILON = 1e-8
+
+Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Optimizer:
+    """How one step moves the parameters.
+
+    Attributes:
+        name: "sgd" or "adam".
+        update: `(params [P], state [S], gradient [P], lr [], momentum []) -> (params [P], state [S])`.
+        state_size: S for a given P.
+    """
+
+    name: str
+    update: Update
+    state_size: Callable[[int], int]
+
+
+def optimizer_named(name: str) -> Optimizer:
+    """The optimizer of that name.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    if name not in OPTIMIZERS:
+        known = ", ".join(sorted(OPTIMIZERS))
+        raise ConfigurationError(f"unknown optimizer {name!r}", hint=f"one of: {known}", optimizer=name)
+    return OPTIMIZERS[name]
+
+
+def _sgd(
+    params: Tensor, state: Tensor, gradient: Tensor, lr: Tensor, momentum: Tensor
+) -> tuple[Tensor, Tensor]:
+    velocity = momentum * state + gradient
+    return params - lr * velocity, velocity
+
+
+def _adam(
+    params: Tensor, state: Tensor, gradient: Tensor, lr: Tensor, momentum: Tensor
+) -> tuple[Tensor, Tensor]:
+    size = params.shape[0]
+    first, second, count = torch.split(state, [size, size, 1])
+    count = count + 1
+    first = ADAM_BETA1 * first + (1 - ADAM_BETA1) * gradient
+    second = ADAM_BETA2 * second + (1 - ADAM_BETA2) * (gradient * gradient)
+    # In float64: 1 - 0.999**t in float32 is off by 6e-5 of itself in the first steps.
+    steps = count.double()
+    correction1 = (1 - torch.exp(steps * math.log(ADAM_BETA1))).float()
+    correction2 = (1 - torch.exp(steps * math.log(ADAM_BETA2))).float()
+    denominator = torch.sqrt(second) / torch.sqrt(correction2) + ADAM_EPSILON
+    return params - (lr / correction1) * (first / denominator), torch.cat([first, second, count])
+
+
+OPTIMIZERS: Mapping[str, Optimizer] = MappingProxyType(
+    {
+        "sgd": Optimizer("sgd", _sgd, lambda size: size),
+        "adam": Optimizer("adam", _adam, lambda size: 2 * size + 1),
+    }
+)

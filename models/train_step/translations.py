@@ -1,0 +1,91 @@
+"""Our own operators in ONNX: the translation table of the exporter.
+
+Each function is the twin of a torch operator of the same name, traced by onnxscript; the two must agree, and
+models/train_step/verify.py compares them in every exported graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from onnx import TensorProto
+from onnxscript import opset18
+
+from models.train_step.dropout import MULTIPLIERS, SHIFTS, WORD
+
+# onnxscript types its operators by tensor kind, which no value in a traced function carries.
+op: Any = opset18
+
+
+def onnx_translations() -> dict[Any, Callable[..., Any]]:
+    """ONNX translations of our own operators, for the exporter."""
+    return {
+        torch.ops.shoal.counter_bits.default: counter_bits_onnx,
+        torch.ops.shoal.max_pool.default: max_pool_onnx,
+        torch.ops.shoal.max_unpool.default: max_unpool_onnx,
+    }
+
+
+def counter_bits_onnx(like: Any, seed: Any, step: Any, layer: int) -> Any:
+    """The ONNX twin of `counter_bits`."""
+    low = op.BitwiseAnd(seed, _int64(WORD))
+    # What is left of the seed is a multiple of 2**32, so a division is the arithmetic shift that ONNX lacks.
+    high = op.BitwiseAnd(op.Div(op.Sub(seed, low), _int64(WORD + 1)), _int64(WORD))
+    key = _mix_onnx(op.BitwiseXor(_mix_onnx(low), high))
+    key = _mix_onnx(op.BitwiseXor(key, op.BitwiseAnd(step, _int64(WORD))))
+    key = _mix_onnx(op.BitwiseXor(key, _int64(layer)))
+    counter = op.Range(_int64(0), op.Size(like), _int64(1))
+    bits = _mix_onnx(op.BitwiseXor(_mix_onnx(op.BitwiseXor(counter, key)), _mix_onnx(key)))
+    return op.Reshape(bits, op.Shape(like))
+
+
+def _int64(value: int) -> Any:
+    return op.Constant(value_int=value)
+
+
+def _shift_right(word: Any, count: int) -> Any:
+    amount = op.Cast(_int64(count), to=TensorProto.UINT64)
+    shifted = op.BitShift(op.Cast(word, to=TensorProto.UINT64), amount, direction="RIGHT")
+    return op.Cast(shifted, to=TensorProto.INT64)
+
+
+def _mix_onnx(word: Any) -> Any:
+    for shift, multiplier in zip(SHIFTS, (*MULTIPLIERS, 1), strict=True):
+        word = op.BitwiseXor(word, _shift_right(word, shift))
+        if multiplier != 1:
+            word = op.BitwiseAnd(op.Mul(word, _int64(multiplier)), _int64(WORD))
+    return word
+
+
+def max_pool_onnx(
+    x: Any,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil: bool,
+) -> Any:
+    """The ONNX twin of `max_pool`."""
+    return op.MaxPool(
+        x,
+        kernel_shape=list(kernel),
+        strides=list(stride),
+        pads=[*padding, *padding],
+        dilations=list(dilation),
+        ceil_mode=int(ceil),
+    )
+
+
+def max_unpool_onnx(
+    grad: Any, indices: Any, x: Any, kernel: Sequence[int], stride: Sequence[int], overlapping: bool
+) -> Any:
+    """The ONNX twin of `max_unpool`."""
+    shape = op.Shape(x)
+    if not overlapping:
+        return op.MaxUnpool(grad, indices, shape, kernel_shape=list(kernel), strides=list(stride))
+    flat = op.Constant(value_ints=[-1])
+    zeros = op.Expand(op.Constant(value_float=0.0), op.Reshape(op.Size(x), op.Constant(value_ints=[1])))
+    added = op.ScatterElements(zeros, op.Reshape(indices, flat), op.Reshape(grad, flat), reduction="add")
+    return op.Reshape(added, shape)
