@@ -37,7 +37,8 @@ def make_ref(data: bytes, chunk_bytes: int = MAX_CHUNK_BYTES) -> tuple[BlobRef, 
 
 
 class BlobAssembly:
-    """One blob that is being gathered. A device that restarts adds the chunks it kept and asks for the rest."""
+    """One blob that is being gathered. A device that restarts adds the chunks it kept and asks for the
+    rest."""
 
     def __init__(self, ref: BlobRef, *, limit_bytes: int = MAX_BODY_BYTES) -> None:
         """Starts with nothing.
@@ -87,7 +88,8 @@ class BlobAssembly:
         return tuple(index for index in range(self.total) if index not in self._chunks)
 
     def need_bitmap(self) -> bytes:
-        """The same as `Need.bitmap`: bit i (LSB first) is set if chunk i is missing; one zero byte if none is."""
+        """The same as `Need.bitmap`: bit i (LSB first) is set if chunk i is missing; one zero byte if none
+        is."""
         bitmap = bytearray(max(1, -(-self.total // 8)))
         for index in self.missing():
             bitmap[index // 8] |= 1 << index % 8

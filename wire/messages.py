@@ -3,9 +3,10 @@
 Laws of the file: types only, no I/O, no keys; an unknown key, a wrong type or a value out of bounds is a
 `MessageError`; every string, list and byte string has a cap. Source: docs/protocol.md, clause 3.
 
-A message's body is canonical CBOR of the structure (`encode_body`); who sent it, to whom, for which round and how
-fresh it is stands in the envelope's `Header`, never in the body. Up: `Birth` travels signed and clear, everything else
-a device says is sealed. Down: everything is signed and clear but the answer of an escalation, which is sealed.
+A message's body is canonical CBOR of the structure (`encode_body`); who sent it, to whom, for which round
+and how fresh it is stands in the envelope's `Header`, never in the body. Up: `Birth` travels signed and
+clear, everything else a device says is sealed. Down: everything is signed and clear but the answer of an
+escalation, which is sealed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Seconds = Annotated[float, Meta(ge=0.0, le=1e11)]
 Text = Annotated[str, Meta(max_length=512)]
 ShortText = Annotated[str, Meta(max_length=64)]
 Metrics = Annotated[dict[ShortText, float], Meta(max_length=32)]
-CodecName = Literal["fp32", "fp16", "int8", "int4", "int2", "sign"]
+CodecName = Literal["fp32", "fp16", "int8", "int4", "int2", "sign", "dithered"]
 
 CODEC_NAMES: tuple[str, ...] = get_args(CodecName)
 
@@ -43,7 +44,8 @@ class Body(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class BlobRef(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Content-addressed bytes that travel in chunks: the hashes of the chunks, so each is checked on arrival."""
+    """Content-addressed bytes that travel in chunks: the hashes of the chunks, so each is checked on
+    arrival."""
 
     sha256: Digest
     size_bytes: Annotated[int, Meta(ge=0, le=MAX_BODY_BYTES)]
@@ -110,12 +112,13 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     weight_decay: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
     proximal_mu: Annotated[float, Meta(ge=0.0, le=100.0)] = 0.0
     clipping_norm: Annotated[float, Meta(gt=0.0, le=1e9)] = 10.0
-    codec: CodecName = "int4"
+    codec: CodecName = "dithered"
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
 
 
 class Invitation(Body, frozen=True, kw_only=True):
-    """`rd/{round}` and retained `rd/now`: what a round's devices share. An idle fleet has `open=False` there."""
+    """`rd/{round}` and retained `rd/now`: what a round's devices share. An idle fleet has `open=False`
+    there."""
 
     TYPE: ClassVar[str] = "rd"
     run: Id
@@ -130,8 +133,8 @@ class Invitation(Body, frozen=True, kw_only=True):
 class Order(Body, frozen=True, kw_only=True):
     """`cm/{device}`: train or evaluate the round's head; doubles as the grant of an upload slot.
 
-    `overrides` are the values of `TrainConfig` that differ for this device. A repeated order (same `order_id`) is
-    answered again and never trained twice.
+    `overrides` are the values of `TrainConfig` that differ for this device. A repeated order (same
+    `order_id`) is answered again and never trained twice.
     """
 
     TYPE: ClassVar[str] = "cm"
@@ -194,8 +197,8 @@ class Receipt(Body, frozen=True, kw_only=True):
     Attributes:
         update_id: the update that the verdict ends (zeros while chunks are still missing and it is unknown).
         transfer: SHA-256 of the whole sealed message, as the device sent it.
-        verdict: `stored` and `duplicate` and `refused` end the outbox row; `missing` asks for `missing` chunks.
-        durable: every update of this device with a row number up to here is in a backup.
+        verdict: `stored` and `duplicate` and `refused` end the outbox row; `missing` asks for `missing`
+        chunks. durable: every update of this device with a row number up to here is in a backup.
     """
 
     TYPE: ClassVar[str] = "ak"
@@ -208,7 +211,8 @@ class Receipt(Body, frozen=True, kw_only=True):
 
 
 class Announcement(Body, frozen=True, kw_only=True):
-    """`md/{channel}`, retained: there is a release; `timestamp` is TUF's timestamp.json, so a device knows at once."""
+    """`md/{channel}`, retained: there is a release; `timestamp` is TUF's timestamp.json, so a device knows
+    at once."""
 
     TYPE: ClassVar[str] = "md"
     channel: Id
@@ -253,7 +257,8 @@ def decode_body(data: bytes, kind: type[B], *, limit_bytes: int = MAX_BODY_BYTES
     """Reads one body.
 
     Raises:
-        MessageError: (peer) not canonical CBOR, an unknown or missing key, a wrong type, a value out of bounds.
+        MessageError: (peer) not canonical CBOR, an unknown or missing key, a wrong type, a value out of
+        bounds.
     """
     plain = decode_canonical(data, limit_bytes=limit_bytes)
     try:
