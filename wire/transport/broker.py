@@ -42,8 +42,8 @@ _LOG_TAIL_BYTES = 600
 _MQTT_5_REASON_SUCCESS = 0
 
 # `exec` keeps mosquitto in the process that we started; the shell's child waits at our end of the pipe and
-# ends it when we are gone, but not when it reads a line, which says that mosquitto has ended (its number may be
-# another's by then). PDEATHSIG would not do: it fires when the *thread* that started the child ends.
+# ends it when we are gone, but not when it reads a line, which says that mosquitto has ended (its number may
+# be another's by then). PDEATHSIG would not do: it fires when the *thread* that started the child ends.
 _WITH_PARENT = 'exec 3<&0; (read -r _ <&3 || kill -TERM $$) & exec "$@" 3<&- </dev/null'
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from wire.transport.selector import SelectorLoop
 
+CONNECT_TIMEOUT_SECONDS = 15.0  # for name resolution, TCP and TLS together
 _READ_BYTES = 65_536
 _IN_PROGRESS = frozenset({0, errno.EINPROGRESS, errno.EWOULDBLOCK})
 
@@ -106,11 +107,7 @@ class BoundedSocket:
 
 
 class Dial:
-    """One attempt to connect. Calls `done(socket, "")` or `done(None, reason)` once, on the loop's thread.
-
-    Args:
-        timeout_seconds: for name resolution, TCP and TLS together.
-    """
+    """One attempt to connect. Calls `done(socket, "")` or `done(None, reason)` once, on the loop's thread."""
 
     def __init__(
         self,
@@ -119,7 +116,6 @@ class Dial:
         port: int,
         tls: ssl.SSLContext | None,
         *,
-        timeout_seconds: float,
         max_read_bytes: int,
         done: Done,
     ) -> None:
@@ -133,7 +129,7 @@ class Dial:
         self._addresses: list[Address] = []
         self._last_reason = "the host has no address"
         self._deadline = loop.call_later(
-            timeout_seconds, lambda: self._finish(None, "timed out while connecting")
+            CONNECT_TIMEOUT_SECONDS, lambda: self._finish(None, "timed out while connecting")
         )
         self._resolve()
 

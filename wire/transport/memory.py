@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from wire.errors import BackpressureError, ConfigurationError, OversizeError
+from wire.errors import BackpressureError, ConfigurationError
 from wire.transport import (
     Connected,
     Deliver,
@@ -24,6 +24,7 @@ from wire.transport import (
     Received,
     TransportEvent,
 )
+from wire.transport.gate import check_room
 from wire.transport.topic_filters import check_filter, check_packet, is_wildcard, matches, publish_size_bytes
 
 _FOREVER = float("inf")
@@ -352,16 +353,7 @@ class MemoryTransport:
             ConfigurationError: (us) a topic or QoS that cannot be published.
         """
         check_packet(packet)
-        if not self._limit_bytes:
-            raise BackpressureError("there is no connection to the broker", hint="publish after Connected")
-        size = publish_size_bytes(packet)
-        if size > self._limit_bytes:
-            raise OversizeError(
-                f"a packet of {size} bytes is above the broker's limit of {self._limit_bytes}",
-                hint="cut it into chunks",
-                size_bytes=size,
-                limit_bytes=self._limit_bytes,
-            )
+        check_room(packet, self._limit_bytes)
         if len(self._unacknowledged) >= self._queue_packets:
             raise BackpressureError(
                 "the send queue is full",

@@ -93,6 +93,11 @@ class SelectorLoop:
         if not self.is_current():
             started.join(timeout_seconds)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread serves calls."""
+        return self._thread is not None and self._thread.is_alive() and not self._stopping
+
     def is_current(self) -> bool:
         """Whether the caller is on the loop's thread."""
         return self._thread is threading.current_thread()
