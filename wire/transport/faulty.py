@@ -26,7 +26,8 @@ from wire.transport import (
     Published,
     Received,
     TransportEvent,
-)from wire.transport.gate import check_room
+)
+from wire.transport.gate import check_room
 from wire.transport.topic_filters import check_packet
 
 Direction = Literal["up", "down"]
