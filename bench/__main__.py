@@ -1,0 +1,37 @@
+"""`python -m bench`: every benchmark in one run, one table on stdout, JSON beside it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+from bench.table import Row, render
+
+ALL = ("sealing", "folding", "train_step", "memory", "flower")
+
+
+def main() -> int:
+    """Runs the benchmarks that are named, or all."""
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ALL)} (default: all)")
+    parser.add_argument("--out", type=Path, default=Path("build/bench"), help="folder for bench.json")
+    arguments = parser.parse_args()
+    unknown = sorted(set(arguments.names) - set(ALL))
+    if unknown:
+        parser.error(f"no benchmark is called {unknown[0]!r}; there are {', '.join(ALL)}")
+    rows: list[Row] = []
+    for name in arguments.names or ALL:
+        print(f"measuring {name}", file=sys.stderr)
+        rows += importlib.import_module(f"bench.{name}").measure()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps([row.as_json() for row in rows], indent=2) + "\n"
+    (arguments.out / "bench.json").write_text(text, encoding="utf-8")
+    print(render(rows), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

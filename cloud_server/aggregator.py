@@ -1,0 +1,176 @@
+"""The aggregator: one place where packets, rounds and releases meet. Single-threaded, event by event.
+
+Laws of the file: order and I/O only, no rule of its own; it never blocks, so the same object serves a real broker (events
+from a queue) and a simulated fleet (events from a pump); a failure while one message is handled ends that message, not
+the aggregator. Source: docs/architecture.md, "The aggregator".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cloud_server.downlink import Downlink
+from cloud_server.inbox import Inbox
+from cloud_server.registry import Registry
+from cloud_server.rounds.runner import RoundRunner
+from cloud_server.sender import Sender
+from process.clock import Clock
+from process.logs import get_logger
+from wire.envelope import Opened
+from wire.errors import PeerError, ShoalError, StorageError
+from wire.messages import Birth, InferenceReport, Join, Need, Receipt, Telemetry
+from wire.primitives import KemPrivateKey
+from wire.topics import Topics
+from wire.transport import Connected, Disconnected, Published, Received, Transport, TransportEvent
+
+_log = get_logger("cloud.aggregator")
+
+SWEEP_SECONDS = 10.0
+SILENT_SECONDS = 180.0
+"""A device that said nothing for this long is not asked before it speaks again (heartbeats come every 30 s)."""
+
+
+class Aggregator:
+    """Receives for one fleet and drives its run.
+
+    Args:
+        runner: makes the round runner once the downlink exists (it is the runner's way out).
+        slot_bytes: largest sealed update of a device.
+        epoch: of this process's downward messages; larger than that of every earlier process.
+    """
+
+    def __init__(
+        self,
+        *,
+        topics: Topics,
+        transport: Transport,
+        registry: Registry,
+        downlink: Downlink,
+        sender: Sender,
+        runner: RoundRunner | None,
+        kem_keys: tuple[KemPrivateKey, ...],
+        clock: Clock,
+        slot_bytes: int,
+        on_maintenance: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._topics = topics
+        self._transport = transport
+        self._registry = registry
+        self._downlink = downlink
+        self._sender = sender
+        self._runner = runner
+        self._clock = clock
+        self._on_maintenance = on_maintenance
+        self._next_sweep = 0.0
+        self.telemetry: dict[str, Telemetry] = {}
+        self.inference: dict[str, InferenceReport] = {}
+        self.inbox = Inbox(
+            topics=topics,
+            signers=registry.signers,
+            kem_keys={key.key_id: key for key in kem_keys},
+            receiver=self,
+            clock=clock,
+            slot_bytes=slot_bytes,
+        )
+
+    # ---- driven from outside -----------------------------------------------------------------------------------
+
+    def start(self, deliver: Callable[[TransportEvent], None]) -> None:
+        """Connects; `deliver` is called from the transport's thread and may only enqueue for `handle`."""
+        filters = [(topic_filter, 1) for topic_filter in self._topics.cloud_filters()]
+        self._transport.start(deliver, filters=filters)
+
+    def handle(self, event: TransportEvent) -> None:
+        """Takes one event of the transport."""
+        match event:
+            case Received(packet):
+                self.inbox.receive(packet)
+            case Published():
+                self._sender.pump()
+            case Connected():
+                _log.info("broker_connected", max_packet_bytes=event.max_packet_bytes)
+                self._sender.pump()
+            case Disconnected(reason):
+                _log.warning("broker_lost", reason=reason)
+
+    def tick(self) -> float:
+        """Does all that is due and returns when it wants to be called again (unix seconds)."""
+        now = self._clock.now()
+        if now >= self._next_sweep or self._next_sweep - now > SWEEP_SECONDS:
+            self._next_sweep = now + SWEEP_SECONDS
+            self._sweep(now)
+        self._sender.pump()
+        if self._runner is None:
+            return self._next_sweep
+        return min(self._next_sweep, self._runner.tick())
+
+    def stop(self) -> None:
+        """Leaves the broker; the database has all that matters."""
+        self._transport.stop()
+
+    # ---- what opened messages mean -----------------------------------------------------------------------------
+
+    def on_birth(self, device: str, birth: Birth) -> None:
+        self._registry.note_birth(device, birth)
+        _log.info("device_" + birth.status, device=device, release=birth.release_version)
+        if self._runner is None:
+            return
+        if birth.status == "lost":
+            self._runner.on_node_lost(device)
+        self._runner.on_nodes_changed()
+
+    def on_telemetry(self, device: str, telemetry: Telemetry) -> None:
+        self.telemetry[device] = telemetry
+        self._seen(device, telemetry.release_version)
+
+    def on_inference_report(self, device: str, report: InferenceReport) -> None:
+        self.inference[device] = report
+        self._seen(device, report.release_version)
+
+    def on_join(self, device: str, join: Join) -> None:
+        if not join.accepted:
+            _log.info("order_declined", device=device, reason=join.reason)
+        if self._runner is not None:
+            self._runner.on_join(device, join)
+
+    def on_need(self, device: str, need: Need) -> None:
+        self._downlink.answer_need(need)
+
+    def on_missing(self, device: str, receipt: Receipt) -> None:
+        self._downlink.send_receipt(device, receipt)
+
+    def on_update(self, device: str, opened: Opened, transfer: bytes, size_bytes: int) -> None:
+        if self._runner is None:
+            return
+        try:
+            receipt = self._runner.on_update(
+                device, opened.header, opened.body, transfer_sha256=transfer, size_bytes=size_bytes
+            )
+        except StorageError as error:
+            # No receipt: the device keeps the update and sends it again.
+            _log.error("update_not_stored", device=device, error=str(error))
+            return
+        self._downlink.send_receipt(device, receipt)
+
+    # ---- inside ------------------------------------------------------------------------------------------------
+
+    def _seen(self, device: str, release_version: int) -> None:
+        before = len(self._registry.present())
+        self._registry.note_seen(device, release_version)
+        if self._runner is not None and len(self._registry.present()) != before:
+            self._runner.on_nodes_changed()
+
+    def _sweep(self, now: float) -> None:
+        """Devices that fell silent without a last will, and the chores of the repository."""
+        changed = False
+        for device, row in self._registry.presence().items():
+            if row.status == "online" and now - row.last_seen > SILENT_SECONDS:
+                _log.info("device_silent", device=device, seconds=round(now - row.last_seen))
+                self._registry.note_lost(device)
+                changed = True
+        if changed and self._runner is not None:
+            self._runner.on_nodes_changed()
+        try:
+            self._on_maintenance()
+        except (ShoalError, PeerError) as error:
+            _log.error("maintenance_failed", error=str(error), hint=error.hint)

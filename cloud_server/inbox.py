@@ -1,0 +1,214 @@
+"""Everything that comes up: from packets of an untrusted broker to opened bodies of enrolled devices.
+
+Laws of the file: nothing is believed before its signature verified against the registry and its topic agreed with its
+header; a device's reassembly has a byte cap before anything is allocated; whatever arrives, the aggregator goes on: a
+message that cannot be used is counted under its reason, logged once per sender, and dropped. Updates keep their replay
+window in the database (the receiver of `on_update` moves it with the row); everything else here is idempotent and keeps
+its window in memory. Source: docs/protocol.md, clauses 5, 6 and 9.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from process.clock import Clock
+from process.logs import get_logger
+from wire.chunks import Reassembly, parse
+from wire.envelope import Expect, Opened, Signer, open_sealed, open_signed
+from wire.errors import MessageError, PeerError, ReplayError
+from wire.messages import Birth, InferenceReport, Join, Need, Receipt, Telemetry, decode_body
+from wire.primitives import KemPrivateKey
+from wire.replay import Window
+from wire.topics import Topic, Topics
+from wire.transport import Packet
+
+OPEN_SENDERS = 16_384
+SMALL_MESSAGE_BYTES = 64 * 1024
+_UPDATE_TYPES = frozenset({"up", "ev"})
+_ZERO_ID = bytes(16)
+
+_log = get_logger("cloud.inbox")
+
+
+class Receiver(Protocol):
+    """What opened messages are for. Every method returns soon."""
+
+    def on_birth(self, device: str, birth: Birth) -> None: ...
+
+    def on_telemetry(self, device: str, telemetry: Telemetry) -> None: ...
+
+    def on_inference_report(self, device: str, report: InferenceReport) -> None: ...
+
+    def on_join(self, device: str, join: Join) -> None: ...
+
+    def on_need(self, device: str, need: Need) -> None: ...
+
+    def on_update(self, device: str, opened: Opened, transfer: bytes, size_bytes: int) -> None: ...
+
+    def on_missing(self, device: str, receipt: Receipt) -> None: ...
+
+
+class Inbox:
+    """Opens packets and hands them on.
+
+    Args:
+        signers: gives the registry's current key id → signer mapping; revoked devices are not in it.
+        slot_bytes: largest sealed update that a device may send.
+
+    Attributes:
+        refused_total: dropped messages by reason.
+        received_bytes_total: payload bytes, dropped ones too.
+    """
+
+    def __init__(
+        self,
+        *,
+        topics: Topics,
+        signers: Callable[[], Mapping[bytes, Signer]],
+        kem_keys: Mapping[bytes, KemPrivateKey],
+        receiver: Receiver,
+        clock: Clock,
+        slot_bytes: int,
+    ) -> None:
+        self._topics = topics
+        self._signers = signers
+        self._kem_keys = kem_keys
+        self._receiver = receiver
+        self._clock = clock
+        self._slot_bytes = slot_bytes
+        self._windows: OrderedDict[tuple[str, str], Window] = OrderedDict()
+        self._reassemblies: OrderedDict[str, Reassembly] = OrderedDict()
+        self._logged: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self.refused_total: Counter[str] = Counter()
+        self.received_bytes_total = 0
+
+    def receive(self, packet: Packet) -> None:
+        """Takes one packet; never raises for what is in it."""
+        self.received_bytes_total += len(packet.payload)
+        try:
+            topic = self._topics.parse(packet.topic)
+        except MessageError as error:
+            self._refuse("", "topic", error)
+            return
+        if not packet.payload:
+            return  # a retained message that was cleared
+        try:
+            self._HANDLERS[topic.kind](self, topic, packet.payload)
+        except KeyError:
+            self._refuse(topic.device, f"no upward topic {topic.kind}", None)
+        except PeerError as error:
+            self._refuse(topic.device, f"{topic.kind}: {getattr(error, 'reason', type(error).__name__)}", error)
+
+    # ---- one handler a topic -----------------------------------------------------------------------------------
+
+    def _on_birth(self, topic: Topic, payload: bytes) -> None:
+        opened = self._open_clear(topic, payload)
+        try:
+            self._let_in(topic, opened)
+        except ReplayError:
+            return  # retained: the broker gives it again at every new session
+        self._receiver.on_birth(topic.device, decode_body(opened.body, Birth))
+
+    def _on_need(self, topic: Topic, payload: bytes) -> None:
+        opened = self._open_clear(topic, payload)
+        self._let_in(topic, opened)
+        need = decode_body(opened.body, Need)
+        if need.sha256.hex() != topic.sha256:
+            raise MessageError("bitmap is for another blob than its topic")
+        self._receiver.on_need(topic.device, need)
+
+    def _on_join(self, topic: Topic, payload: bytes) -> None:
+        opened = self._open_small(topic, payload)
+        self._receiver.on_join(topic.device, decode_body(opened.body, Join))
+
+    def _on_telemetry(self, topic: Topic, payload: bytes) -> None:
+        opened = self._open_small(topic, payload)
+        self._receiver.on_telemetry(topic.device, decode_body(opened.body, Telemetry))
+
+    def _on_inference_report(self, topic: Topic, payload: bytes) -> None:
+        opened = self._open_small(topic, payload)
+        self._receiver.on_inference_report(topic.device, decode_body(opened.body, InferenceReport))
+
+    def _on_upload(self, topic: Topic, payload: bytes) -> None:
+        chunk = parse(payload)
+        reassembly = self._reassembly(topic.device)
+        message = reassembly.add(chunk)
+        if message is None:
+            missing = reassembly.missing(chunk.transfer)
+            if missing and chunk.index == chunk.total - 1:
+                receipt = Receipt(update_id=_ZERO_ID, transfer=chunk.transfer, verdict="missing", missing=missing)
+                self._receiver.on_missing(topic.device, receipt)
+            return
+        opened = open_sealed(
+            message,
+            signers=self._signers(),
+            recipients=self._kem_keys,
+            expect=self._expect(topic, _UPDATE_TYPES),
+            now=self._clock.now(),
+            limit_bytes=self._slot_bytes,
+        )
+        self._receiver.on_update(topic.device, opened, chunk.transfer, len(message))
+
+    _HANDLERS: Mapping[str, Callable[[Inbox, Topic, bytes], None]] = {
+        "st": _on_birth,
+        "nd": _on_need,
+        "jn": _on_join,
+        "tm": _on_telemetry,
+        "ir": _on_inference_report,
+        "up": _on_upload,
+    }
+
+    # ---- inside ------------------------------------------------------------------------------------------------
+
+    def _expect(self, topic: Topic, kind: str | frozenset[str]) -> Expect:
+        return Expect("up", self._topics.tenant, self._topics.fleet, kind, topic.device)
+
+    def _open_clear(self, topic: Topic, payload: bytes) -> Opened:
+        return open_signed(
+            payload,
+            signers=self._signers(),
+            expect=self._expect(topic, topic.kind),
+            now=self._clock.now(),
+            limit_bytes=SMALL_MESSAGE_BYTES,
+        )
+
+    def _open_small(self, topic: Topic, payload: bytes) -> Opened:
+        opened = open_sealed(
+            payload,
+            signers=self._signers(),
+            recipients=self._kem_keys,
+            expect=self._expect(topic, topic.kind),
+            now=self._clock.now(),
+            limit_bytes=SMALL_MESSAGE_BYTES,
+        )
+        self._let_in(topic, opened)
+        return opened
+
+    def _let_in(self, topic: Topic, opened: Opened) -> None:
+        key = (topic.device, opened.header.type)
+        window = self._windows.pop(key, Window())
+        try:
+            window = window.accept(opened.header.epoch, opened.header.seq)
+        finally:
+            self._windows[key] = window
+            while len(self._windows) > 8 * OPEN_SENDERS:
+                self._windows.popitem(last=False)
+
+    def _reassembly(self, device: str) -> Reassembly:
+        known = self._reassemblies.pop(device, None) or Reassembly(self._slot_bytes)
+        self._reassemblies[device] = known
+        while len(self._reassemblies) > OPEN_SENDERS:
+            self._reassemblies.popitem(last=False)
+        return known
+
+    def _refuse(self, device: str, reason: str, error: PeerError | None) -> None:
+        self.refused_total[reason] += 1
+        key = (device, reason)
+        if key in self._logged:
+            return
+        self._logged[key] = None
+        while len(self._logged) > OPEN_SENDERS:
+            self._logged.popitem(last=False)
+        _log.warning("message_refused", device=device, reason=reason, error=str(error) if error else "")
