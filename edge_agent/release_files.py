@@ -192,7 +192,9 @@ class Standing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return msgspec.structs.replace(self, probation="", refused=(*kept, release_sha256))
 
     def to_bytes(self) -> bytes:
-        return msgspec.json.encode(self)
+        """One line of JSON and one with its SHA-256: a flipped bit must not lower the version floor."""
+        line = msgspec.json.encode(self)
+        return line + b"\n" + hashlib.sha256(line).hexdigest().encode() + b"\n"
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Standing:
@@ -201,8 +203,11 @@ class Standing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Raises:
             StorageError: (disk) damaged.
         """
+        line, _, digest = data.rstrip(b"\n").partition(b"\n")
+        if hashlib.sha256(line).hexdigest().encode() != digest:
+            raise StorageError("the state of the slots does not match its digest")
         try:
-            return msgspec.json.decode(data, type=cls, strict=True)
+            return msgspec.json.decode(line, type=cls, strict=True)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise StorageError("the state of the slots is damaged") from error
 

@@ -348,6 +348,8 @@ class Slots:
             self.confirm()
         for name in (_STAGED, _OLD, _BAD, _COPY):
             _remove(self._root / name)
+        for unfinished in list(self._root.rglob(".*.new")):
+            unfinished.unlink()
 
     def _way_back(self, failed: str) -> str | None:
         for slot in (LAST_GOOD, FACTORY):
