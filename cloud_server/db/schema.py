@@ -69,6 +69,9 @@ meta = Table(
     Column("id", Integer, primary_key=True, autoincrement=False),  # always 1: the table has one row
     Column("format", Integer, nullable=False),
     Column("incarnation", Integer, nullable=False),  # goes up when the cloud is restored from a backup
+    Column(
+        "devices_version", BigInteger, nullable=False
+    ),  # goes up with every change of devices or their keys
 )
 
 # One row; the process that last raised `token` is the only one whose round transactions commit.
@@ -126,6 +129,8 @@ tokens = Table(
     Column("secret_hash", Digest, nullable=False),
     Column("name", Id, nullable=False, default=""),  # the only device name it enrols; empty: any free name
     Column("uses_left", Integer, nullable=False),
+    Column("approves", Boolean, nullable=False),  # false: who enrols with it waits in quarantine for approval
+    Column("claimed_by", Id, nullable=False, default=""),  # the last device that it enrolled
     Column("expires", Double, nullable=False),
     Column("created", Double, nullable=False),
 )

@@ -18,26 +18,13 @@ from tuf.ngclient.fetcher import FetcherInterface
 from cloud_server.artefacts import Artefacts
 from cloud_server.keys import CloudKeys
 from cloud_server.release.tuf_repository import TufExpiry, TufRepository
+from tests.cloud.deployment import SteppedClock
 from wire.errors import ConfigurationError, ReleaseError, StorageError
 from wire.manifest import FileRef, Release
 
 KEYS = CloudKeys.from_seed(b"tuf tests")
 GRAPHS = "ab" * 32
-NOW = 1_800_000_000.0
 DAY = 86_400.0
-
-
-class SteppedClock:
-    """A clock that stands still until it is moved."""
-
-    def __init__(self, now: float = NOW) -> None:
-        self.seconds = now
-
-    def now(self) -> float:
-        return self.seconds
-
-    def monotonic(self) -> float:
-        return self.seconds
 
 
 class RepositoryFetcher(FetcherInterface):

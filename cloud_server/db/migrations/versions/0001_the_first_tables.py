@@ -19,7 +19,7 @@ def upgrade() -> None:
     _create_learning()
     _create_releases()
     _create_books()
-    op.execute("INSERT INTO meta (id, format, incarnation) VALUES (1, 1, 1)")
+    op.execute("INSERT INTO meta (id, format, incarnation, devices_version) VALUES (1, 1, 1, 1)")
     op.execute("INSERT INTO fencing (id, token) VALUES (1, 0)")
 
 
@@ -56,6 +56,7 @@ def _create_trust() -> None:
         sa.Column("id", sa.Integer(), autoincrement=False, nullable=False),
         sa.Column("format", sa.Integer(), nullable=False),
         sa.Column("incarnation", sa.Integer(), nullable=False),
+        sa.Column("devices_version", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_meta")),
     )
     op.create_table(
@@ -111,6 +112,8 @@ def _create_trust() -> None:
         sa.Column("secret_hash", sa.String(length=64), nullable=False),
         sa.Column("name", sa.String(length=64), nullable=False),
         sa.Column("uses_left", sa.Integer(), nullable=False),
+        sa.Column("approves", sa.Boolean(), nullable=False),
+        sa.Column("claimed_by", sa.String(length=64), nullable=False),
         sa.Column("expires", sa.Double(), nullable=False),
         sa.Column("created", sa.Double(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_tokens")),

@@ -1,0 +1,159 @@
+"""Devices, their keys, certificates and presence in SQL.
+
+Laws of the file: each function is one statement of fact within a transaction that the caller owns; every
+change of a device or key raises `meta.devices_version`, by which caches in other processes see it. No policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from cloud_server.db.schema import certificates, device_keys, devices, meta, presence
+
+APPROVED, QUARANTINED, REVOKED = "approved", "quarantined", "revoked"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceRow:
+    """One device. `update_key` is the raw Ed25519 public key in hex; times are unix seconds."""
+
+    device: str
+    node_id: int
+    pseudonym: str
+    label: str = ""
+    status: str = APPROVED
+    reason: str = ""
+    update_key: str
+    certificate_serial: str = ""
+    certificate_not_after: float = 0.0
+    enrolled_at: float
+    max_examples: int
+    strikes: int = 0
+    ring: str = "stable"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PresenceRow:
+    """What a device said of itself last. `boot_id` is hex."""
+
+    device: str
+    status: str
+    boot_id: str
+    release_version: int
+    agent_version: str
+    last_seen: float
+
+
+# ---- devices ----
+
+
+def insert_device(connection: Connection, row: DeviceRow, key_id: str) -> None:
+    """A new device and its first update key."""
+    values = {name: getattr(row, name) for name in row.__slots__}
+    connection.execute(sa.insert(devices).values(**values))
+    key = {"key_id": key_id, "device": row.device, "public": row.update_key, "since": row.enrolled_at}
+    connection.execute(sa.insert(device_keys).values(**key))
+    _raise_version(connection)
+
+
+def update_device(connection: Connection, device: str, **values: Any) -> bool:
+    """Changes columns of a device; False when there is no such device."""
+    changed = connection.execute(
+        sa.update(devices).where(devices.c.device == device).values(**values)
+    ).rowcount
+    _raise_version(connection)
+    return bool(changed)
+
+
+def load_device(connection: Connection, device: str) -> DeviceRow | None:
+    row = connection.execute(sa.select(devices).where(devices.c.device == device)).one_or_none()
+    return None if row is None else DeviceRow(**row._mapping)
+
+
+def load_devices(connection: Connection) -> list[DeviceRow]:
+    """Every device, by name."""
+    return [
+        DeviceRow(**row._mapping) for row in connection.execute(sa.select(devices).order_by(devices.c.device))
+    ]
+
+
+def has_key(connection: Connection, key_id: str) -> bool:
+    """Whether a key id was ever registered, by whatever device."""
+    return (
+        connection.execute(sa.select(device_keys).where(device_keys.c.key_id == key_id)).first() is not None
+    )
+
+
+def load_keys(connection: Connection) -> list[tuple[str, str, str]]:
+    """The keys in use of devices that are not revoked: (key id, device, public key), keys in hex."""
+    query = (
+        sa.select(device_keys.c.key_id, device_keys.c.device, device_keys.c.public)
+        .join(devices, devices.c.device == device_keys.c.device)
+        .where((devices.c.status != REVOKED) & device_keys.c.until.is_(None))
+    )
+    return [(row.key_id, row.device, row.public) for row in connection.execute(query)]
+
+
+def load_version(connection: Connection) -> int:
+    """A number that grows with every change of devices or keys."""
+    return int(connection.execute(sa.select(meta.c.devices_version)).scalar_one())
+
+
+def _raise_version(connection: Connection) -> None:
+    connection.execute(sa.update(meta).values(devices_version=meta.c.devices_version + 1))
+
+
+# ---- certificates ----
+
+
+def insert_certificate(
+    connection: Connection, device: str, serial: str, *, issued: float, not_after: float
+) -> None:
+    """A certificate that was handed out; it becomes the device's newest."""
+    values = {"serial": serial, "device": device, "issued": issued, "not_after": not_after}
+    connection.execute(sa.insert(certificates).values(**values))
+    newest = {"certificate_serial": serial, "certificate_not_after": not_after}
+    connection.execute(sa.update(devices).where(devices.c.device == device).values(**newest))
+
+
+def is_certificate_good(connection: Connection, device: str, serial: str) -> bool:
+    """Whether we gave this certificate to this device and did not revoke it (expiry is TLS's to check)."""
+    where = (
+        (certificates.c.serial == serial)
+        & (certificates.c.device == device)
+        & certificates.c.revoked.is_(None)
+    )
+    return connection.execute(sa.select(certificates.c.serial).where(where)).first() is not None
+
+
+def revoke_certificates(connection: Connection, device: str, now: float) -> None:
+    """Every certificate of a device that is still valid."""
+    is_open = (certificates.c.device == device) & certificates.c.revoked.is_(None)
+    connection.execute(sa.update(certificates).where(is_open).values(revoked=now))
+
+
+def load_revoked_serials(connection: Connection, now: float) -> list[str]:
+    """Revoked certificates that have not expired by themselves."""
+    where = certificates.c.revoked.is_not(None) & (certificates.c.not_after > now)
+    return list(connection.execute(sa.select(certificates.c.serial).where(where)).scalars())
+
+
+# ---- presence ----
+
+
+def save_presence(connection: Connection, row: PresenceRow) -> None:
+    """What a known device said of itself; replaces what it said before."""
+    values = {name: getattr(row, name) for name in row.__slots__}
+    where = presence.c.device == row.device
+    if not connection.execute(sa.update(presence).where(where).values(**values)).rowcount:
+        connection.execute(sa.insert(presence).values(**values))
+
+
+def load_presence(connection: Connection) -> Mapping[str, PresenceRow]:
+    """The presence of every device that ever spoke, by device."""
+    return {row.device: PresenceRow(**row._mapping) for row in connection.execute(sa.select(presence))}

@@ -1,0 +1,158 @@
+"""Runs an ASGI application over TLS 1.3 on a thread of its own (uvicorn), with or without client
+certificates.
+
+Laws of the file: the socket is bound before `start` returns, so that a port that is taken is an error to the
+caller; no signal handler is touched; whom a client certificate names reaches the application as `Peer` in the
+scope, and nothing that a client sends can put it there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import threading
+from pathlib import Path
+from typing import Any, Final
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from cloud_server.api import PEER, Peer
+from wire.errors import ConfigurationError, TransportError
+
+_START_SECONDS: Final = 30.0
+_STOP_SECONDS: Final = 5
+_MAX_CONNECTIONS: Final = 1024
+_MAX_HEADER_BYTES: Final = 16_384
+
+
+def tls_context(certificate: Path, key: Path, client_ca: str | None = None) -> ssl.SSLContext:
+    """A server's context: TLS 1.3 only, and with `client_ca` (PEM) a client certificate of that CA is
+    required.
+
+    Raises:
+        ConfigurationError: (operator) the files are not a certificate and its key.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    try:
+        context.load_cert_chain(certificate, key)
+        if client_ca is not None:
+            context.load_verify_locations(cadata=client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.verify_flags |= ssl.VERIFY_X509_STRICT
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise ConfigurationError(f"{certificate} cannot be used for HTTPS", hint="restore ca/") from error
+    return context
+
+
+class HttpsServer:
+    """One application on one port.
+
+    Args:
+        port: 0 takes a free one; `port` tells which.
+    """
+
+    def __init__(self, app: FastAPI, context: ssl.SSLContext, *, host: str, port: int) -> None:
+        self._app = app
+        self._context = context
+        self._host = host
+        self.port = port
+        self._server: _Server | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Listens; returns when it answers.
+
+        Raises:
+            TransportError: (operator) the address cannot be listened on.
+        """
+        listener = _bind(self._host, self.port)
+        self.port = listener.getsockname()[1]
+        config = uvicorn.Config(
+            self._app,
+            http=_DeviceProtocol,
+            ws="none",
+            lifespan="off",
+            loop="asyncio",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=_MAX_CONNECTIONS,
+            h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+            timeout_graceful_shutdown=_STOP_SECONDS,
+            ssl_context_factory=lambda _config, _default: self._context,
+        )
+        self._server = _Server(config)
+        run = self._server.run
+        self._thread = threading.Thread(
+            target=lambda: run([listener]), name=f"https-{self.port}", daemon=True
+        )
+        self._thread.start()
+        if not self._server.is_up.wait(_START_SECONDS):
+            raise TransportError(f"HTTPS on {self._host}:{self.port} did not start")
+
+    def stop(self) -> None:
+        """Ends the requests under way (at most some seconds) and the thread. Safe to call twice."""
+        if self._server is not None and self._thread is not None:
+            self._server.should_exit = True
+            self._thread.join()
+            self._server = self._thread = None
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server that tells when it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.is_up = threading.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self.is_up.set()
+
+
+class _DeviceProtocol(H11Protocol):
+    """HTTP/1.1 that tells the application whom the client certificate names, which ASGI servers do not."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        peer = _peer(transport.get_extra_info("ssl_object"))
+        inner = self.app
+
+        async def with_peer(scope: Any, receive: Any, send: Any) -> None:
+            await inner({**scope, PEER: peer}, receive, send)
+
+        self.app = with_peer
+
+
+def _peer(connection: ssl.SSLObject | None) -> Peer | None:
+    """The verified certificate's name; None without one (a port that does not ask for any)."""
+    certificate = connection.getpeercert() if connection is not None else None
+    if not certificate:
+        return None
+    fields: dict[str, Any] = dict(certificate)
+    names = [value for part in fields["subject"] for name, value in part if name == "commonName"]
+    return Peer(names[0], f"{int(fields['serialNumber'], 16):x}") if len(names) == 1 else None
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+            listener.listen(2048)
+        except OSError:
+            listener.close()
+            raise
+    except (OSError, OverflowError) as error:
+        raise TransportError(
+            f"cannot listen on {host}:{port}: {error}",
+            hint="another program has the port, or the host is not ours",
+        ) from error
+    return listener

@@ -1,0 +1,318 @@
+"""The register of devices: who they are, what they may, which keys are theirs, which of them are here.
+
+Laws of the file: the database decides and this file only remembers; what another process changed (a
+revocation on the command line) is seen by the next call, because every call compares `devices_version`; a
+device's id is for ever, only its label changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from cloud_server.db import devices as table
+from cloud_server.db.audit import append_audit
+from cloud_server.db.devices import APPROVED, QUARANTINED, REVOKED, DeviceRow, PresenceRow
+from cloud_server.db.engine import Connection, Database
+from process.clock import Clock
+from wire.envelope import Signer
+from wire.errors import ConfigurationError, PeerError, TrustError
+from wire.messages import Birth
+from wire.primitives import VerifyKey
+from wire.topics import ID
+
+DEFAULT_MAX_EXAMPLES = 100_000
+MAX_LABEL_CHARS = 128
+# A heartbeat alone is worth a write to the disk only this often.
+_SEEN_EVERY_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The register as it was at one version."""
+
+    version: int
+    devices: Mapping[str, DeviceRow]
+    signers: Mapping[bytes, Signer]
+    by_node: Mapping[int, str]
+
+
+class Registry:
+    """The register of one fleet. Safe to use from many threads. A `NodeDirectory` of the round machine."""
+
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self._database = database
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._known = _Known(0, {}, {}, {})
+        with database.read() as connection:
+            self._presence = dict(table.load_presence(connection))
+
+    # ---- looking up ----
+
+    def devices(self) -> list[DeviceRow]:
+        """Every device, by name."""
+        return list(self._current().devices.values())
+
+    def show(self, device: str) -> DeviceRow:
+        """One device.
+
+        Raises:
+            ConfigurationError: (operator) there is no such device.
+        """
+        return _found(self._current(), device)
+
+    def status(self, device: str) -> str:
+        """`approved`, `quarantined`, `revoked`, or empty for a name that was never enrolled."""
+        row = self._current().devices.get(device)
+        return "" if row is None else row.status
+
+    def signers(self) -> Mapping[bytes, Signer]:
+        """Key id → signer, of every device that is not revoked; what `wire.envelope` opens messages with.
+
+        One query when nothing changed: a receiver of many messages asks once per batch.
+        """
+        return self._current().signers
+
+    def node_id(self, device: str) -> int:
+        """Flower's node id of a device, present or not; raises like `show`."""
+        return self.show(device).node_id
+
+    def device_of(self, node_id: int) -> str:
+        """The device of a node id.
+
+        Raises:
+            ConfigurationError: (us) there is no such node.
+        """
+        device = self._current().by_node.get(node_id)
+        if device is None:
+            raise ConfigurationError(f"there is no node {node_id}", node_id=node_id)
+        return device
+
+    def max_examples(self, device: str) -> int:
+        """The cap on `num_examples` of one update; raises like `show`."""
+        return self.show(device).max_examples
+
+    # ---- presence ----
+
+    def present(self) -> Mapping[str, int]:
+        """Device → node id, of the approved devices that are online, by name."""
+        known = self._current()
+        with self._lock:
+            online = {device for device, row in self._presence.items() if row.status == "online"}
+        return {
+            name: row.node_id
+            for name, row in known.devices.items()
+            if name in online and row.status == APPROVED
+        }
+
+    def presence(self) -> Mapping[str, PresenceRow]:
+        """What each device said of itself last."""
+        with self._lock:
+            return MappingProxyType(dict(self._presence))
+
+    def note_birth(self, device: str, birth: Birth) -> None:
+        """Keeps a birth, goodbye or last will. A goodbye of an earlier boot never ends the present one.
+
+        Raises:
+            PeerError: (peer) the device is unknown or revoked.
+        """
+        row = PresenceRow(
+            device=device,
+            status=birth.status,
+            boot_id=birth.boot_id.hex(),
+            release_version=birth.release_version,
+            agent_version=birth.agent_version,
+            last_seen=self._clock.now(),
+        )
+        self._check_may_speak(device)
+        with self._lock:
+            before = self._presence.get(device)
+            if before is not None and row.status != "online" and row.boot_id != before.boot_id:
+                return
+        self._keep_presence(row)
+
+    def note_seen(self, device: str, release_version: int) -> None:
+        """Any message of a device says that it is here; nothing happens for one that had no birth yet."""
+        with self._lock:
+            before = self._presence.get(device)
+        if before is not None:
+            now = self._clock.now()
+            row = replace(before, last_seen=now, release_version=release_version, status="online")
+            is_news = row.status != before.status or row.release_version != before.release_version
+            if is_news or now - before.last_seen >= _SEEN_EVERY_SECONDS:
+                self._keep_presence(row)
+
+    def note_lost(self, device: str) -> None:
+        """The device does not answer: it is not asked again before it speaks."""
+        with self._lock:
+            before = self._presence.get(device)
+        if before is not None:
+            self._keep_presence(replace(before, status="lost"))
+
+    def _keep_presence(self, row: PresenceRow) -> None:
+        with self._database.transaction() as connection:
+            table.save_presence(connection, row)
+        with self._lock:
+            self._presence[row.device] = row
+
+    def _check_may_speak(self, device: str) -> None:
+        status = self.status(device)
+        if status in ("", REVOKED):
+            raise PeerError(f"device {device} is {status or 'unknown'}", device=device)
+
+    # ---- changes by the operator ----
+
+    def revoke(self, device: str, reason: str = "") -> None:
+        """Ends a device's trust for good: keys, certificates, its place in rounds. Raises like `show`."""
+        row = self.show(device)
+        now = self._clock.now()
+        with self._database.transaction() as connection:
+            table.revoke_certificates(connection, device, now)
+            self._change(connection, row, "device.revoked", status=REVOKED, reason=reason)
+
+    def quarantine(self, device: str, reason: str = "") -> None:
+        """Keeps a device out of rounds until it is approved again.
+
+        Raises:
+            ConfigurationError: (operator) no such device, or it is revoked.
+        """
+        row = self._not_revoked(device)
+        with self._database.transaction() as connection:
+            self._change(connection, row, "device.quarantined", status=QUARANTINED, reason=reason)
+
+    def approve(self, device: str) -> None:
+        """Lets a device out of quarantine, its strikes forgiven. Raises like `quarantine`."""
+        row = self._not_revoked(device)
+        with self._database.transaction() as connection:
+            self._change(connection, row, "device.approved", status=APPROVED, reason="", strikes=0)
+
+    def rename(self, device: str, label: str) -> None:
+        """Gives a device another label for people; its id is in its certificate and stays.
+
+        Raises:
+            ConfigurationError: (operator) no such device, or the label is too long.
+        """
+        row = self.show(device)
+        if len(label) > MAX_LABEL_CHARS or not label.isprintable():
+            raise ConfigurationError(
+                "the label cannot be used", hint=f"at most {MAX_LABEL_CHARS} printable characters"
+            )
+        with self._database.transaction() as connection:
+            self._change(connection, row, "device.renamed", label=label)
+
+    def strike(self, device: str, reason: str, *, limit: int) -> int:
+        """Counts one refused update against a device; at `limit` it is quarantined. Returns the count."""
+        row = self.show(device)
+        with self._database.transaction() as connection:
+            fresh = table.load_device(connection, device)
+            strikes = (fresh or row).strikes + 1
+            self._change(connection, row, "device.struck", strikes=strikes)
+            if strikes >= limit and row.status == APPROVED:
+                self._change(connection, row, "device.quarantined", status=QUARANTINED, reason=reason)
+        return strikes
+
+    def _not_revoked(self, device: str) -> DeviceRow:
+        row = self.show(device)
+        if row.status == REVOKED:
+            raise ConfigurationError(
+                f"device {device} is revoked", hint="a revoked device is enrolled anew, under another name"
+            )
+        return row
+
+    def _change(self, connection: Connection, row: DeviceRow, kind: str, **values: str | int | float) -> None:
+        table.update_device(connection, row.device, **values)
+        # A label or a reason may name a person; the chain is for ever, so it says what changed and not to
+        # what.
+        body = {"device": row.pseudonym, "changed": sorted(values)}
+        append_audit(connection, kind, self._clock.now(), body)
+
+    # ---- the cache ----
+
+    def _current(self) -> _Known:
+        with self._lock:
+            known = self._known
+        with self._database.read() as connection:
+            version = table.load_version(connection)
+            if version == known.version:
+                return known
+            rows = table.load_devices(connection)
+            keys = table.load_keys(connection)
+        known = _Known(
+            version,
+            MappingProxyType({row.device: row for row in rows}),
+            MappingProxyType(
+                {bytes.fromhex(i): Signer(name, VerifyKey(bytes.fromhex(p))) for i, name, p in keys}
+            ),
+            MappingProxyType({row.node_id: row.device for row in rows}),
+        )
+        with self._lock:
+            if known.version > self._known.version:
+                self._known = known
+        return known
+
+
+def add_device(
+    connection: Connection,
+    device: str,
+    update_key: VerifyKey,
+    *,
+    now: float,
+    status: str = APPROVED,
+    reason: str = "",
+    ring: str = "stable",
+    max_examples: int = DEFAULT_MAX_EXAMPLES,
+) -> DeviceRow:
+    """Writes a new device in the caller's transaction: enrolment does it, and a simulation for its fleet.
+
+    Its node id comes from its key, so that the same keys make the same fleet.
+
+    Raises:
+        TrustError: (peer) the name is no id, or name or key are taken (`code`).
+    """
+    if not ID.fullmatch(device):
+        raise TrustError(
+            f"{device[:80]!r} cannot be a device's name", code="name", hint="use A-Z a-z 0-9 _ - (1 to 64)"
+        )
+    if table.load_device(connection, device) is not None:
+        raise TrustError(f"the name {device} is taken", code="name_taken", hint="choose another name")
+    key_id = update_key.key_id.hex()
+    if table.has_key(connection, key_id):
+        raise TrustError("this update key is registered already", code="update_key")
+    row = DeviceRow(
+        device=device,
+        node_id=node_id_of(update_key),
+        pseudonym=secrets.token_hex(16),
+        status=status,
+        reason=reason,
+        update_key=update_key.public_bytes.hex(),
+        enrolled_at=now,
+        max_examples=max_examples,
+        ring=ring,
+    )
+    table.insert_device(connection, row, key_id)
+    append_audit(
+        connection, "device.enrolled", now, {"device": row.pseudonym, "key": key_id, "status": status}
+    )
+    return row
+
+
+def node_id_of(update_key: VerifyKey) -> int:
+    """1 … 2**63 − 1, from the key's hash."""
+    digest = hashlib.sha256(b"shoal node id\0" + update_key.public_bytes).digest()
+    return (int.from_bytes(digest[:8], "big") >> 1) or 1
+
+
+def _found(known: _Known, device: str) -> DeviceRow:
+    row = known.devices.get(device)
+    if row is None:
+        raise ConfigurationError(
+            f"there is no device {device[:80]!r}",
+            hint="`shoal-cloud device list` names them all",
+            device=device[:80],
+        )
+    return row
