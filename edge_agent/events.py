@@ -48,12 +48,12 @@ class OrderArrived:
     """A verified `cm`.
 
     Attributes:
-        samples: how many samples the device could use for it.
+        refusal: why this device cannot do it, or empty.
         update_id: of the update that this order already led to, or empty.
     """
 
     order: Order
-    samples: int
+    refusal: str = ""
     update_id: bytes = b""
 
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from edge_agent.release_files import SlotContents
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -107,24 +110,6 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class StagedModel:
-    """A model that waits for its self-test: both variants, and what each must answer.
-
-    Attributes:
-        int8, float32: ONNX files.
-        golden_inputs: float32 [G, …].
-        golden_outputs: float32 [2, G, …], the answers of the int8 file, then of the float32 file.
-        tolerance: an answer passes within `tolerance · max(1, |golden|max)` of its golden one.
-    """
-
-    int8: bytes
-    float32: bytes
-    golden_inputs: Floats
-    golden_outputs: Floats
-    tolerance: float
-
-
-@dataclass(frozen=True, slots=True)
 class SelfTestVerdict:
     """What a passed self-test found: seconds per window of each variant on this machine, and the faster."""
 
@@ -136,8 +121,8 @@ class SelfTestVerdict:
 class SelfTest(Protocol):
     """Proves a staged model before it may serve."""
 
-    def check(self, staged: StagedModel) -> SelfTestVerdict:
-        """Loads and runs the model where a crash cannot hurt the agent.
+    def check(self, contents: SlotContents) -> SelfTestVerdict:
+        """Loads and runs both variants of a staged release where a crash cannot hurt the agent.
 
         Raises:
             SelfTestError: it does not load, crashes, takes too long or too much memory, or answers wrongly.

@@ -7,26 +7,69 @@ gets none of our secrets; the parent reads nothing from it but an exit code and 
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import os
 import resource
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from edge_agent.ports import Engine, Floats, SelfTestVerdict, StagedModel, Variant
+from edge_agent.ports import Engine, Floats, SelfTestVerdict, Variant
+from edge_agent.release_files import SlotContents
 from wire.errors import SelfTestError, ShoalError
+from wire.manifest import GOLDEN_INPUTS, GOLDEN_OUTPUTS
 
 _VARIANTS: tuple[Variant, ...] = ("int8", "float32")
 _VERDICT_LIMIT_BYTES = 4096
 _ADDRESS_SPACE_BYTES = 8 * 2**30
 _OPEN_FILES = 64
 _PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "HOME", "LANG", "OMP_NUM_THREADS")
+
+
+@dataclass(frozen=True, slots=True)
+class StagedModel:
+    """A model that waits for its self-test: both variants, and what each must answer.
+
+    Attributes:
+        int8, float32: ONNX files.
+        golden_inputs: float32 [G, …].
+        golden_outputs: float32 [2, G, …], the answers of the int8 file, then of the float32 file.
+        tolerance: an answer passes within `tolerance · max(1, |golden|max)` of its golden one.
+    """
+
+    int8: bytes
+    float32: bytes
+    golden_inputs: Floats
+    golden_outputs: Floats
+    tolerance: float
+
+
+def model_of(contents: SlotContents) -> StagedModel:
+    """Both variants of a release and its golden answers.
+
+    Raises:
+        BundleError: a file is not what was signed for.
+    """
+    manifest = contents.manifest
+    inputs = np.frombuffer(contents.read(GOLDEN_INPUTS), "<f4")
+    outputs = np.frombuffer(contents.read(GOLDEN_OUTPUTS), "<f4")
+    if inputs.size != math.prod(manifest.golden_inputs_shape) or outputs.size != math.prod(
+        manifest.golden_outputs_shape
+    ):
+        raise SelfTestError("the golden files do not have the shapes of the manifest")
+    return StagedModel(
+        int8=contents.int8(),
+        float32=contents.float32(),
+        golden_inputs=inputs.reshape(manifest.golden_inputs_shape),
+        golden_outputs=outputs.reshape(manifest.golden_outputs_shape),
+        tolerance=manifest.tolerance,
+    )
 
 
 class ChildSelfTest:
@@ -51,7 +94,8 @@ class ChildSelfTest:
         self._limits = [str(memory_bytes), str(cpu_seconds)]
         self._timeout_seconds = timeout_seconds
 
-    def check(self, staged: StagedModel) -> SelfTestVerdict:
+    def check(self, contents: SlotContents) -> SelfTestVerdict:
+        staged = model_of(contents)
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="selftest-", dir=self._folder) as name:
@@ -111,23 +155,12 @@ class InlineSelfTest:
     def __init__(self, engine: Engine, variant: Variant = "int8") -> None:
         self._engine = engine
         self._variant: Variant = variant
-        self._passed: set[bytes] = set()
+        self._passed: set[str] = set()
 
-    def check(self, staged: StagedModel) -> SelfTestVerdict:
-        content = hashlib.sha256(
-            b"".join(
-                hashlib.sha256(part).digest()
-                for part in (
-                    staged.int8,
-                    staged.float32,
-                    staged.golden_inputs.tobytes(),
-                    staged.golden_outputs.tobytes(),
-                )
-            )
-        ).digest()
-        if content not in self._passed:
-            compare_with_golden(self._engine, staged)
-            self._passed.add(content)
+    def check(self, contents: SlotContents) -> SelfTestVerdict:
+        if contents.release_sha256 not in self._passed:
+            compare_with_golden(self._engine, model_of(contents))
+            self._passed.add(contents.release_sha256)
         return SelfTestVerdict(self._variant, 0.0, 0.0)
 
 

@@ -122,8 +122,8 @@ def _why_not(state: State, event: on.OrderArrived, now: Moment) -> str:
     """The reason to decline, or empty."""
     if event.order.deadline <= now.wall:
         return "deadline passed"
-    if not event.samples:
-        return "no labelled samples" if event.order.kind == "train" else "no samples to evaluate on"
+    if event.refusal:
+        return event.refusal
     if len(state.tasks) >= MAX_TASKS:
         return "busy"
     return ""

@@ -1,0 +1,414 @@
+"""The agent: one device's answers, samples, and its conversation with the cloud. The public class is `Agent`.
+
+Laws of the file: `infer` never waits for the loop, the disk or the network; everything else happens on one
+thread, the one that calls `handle`, `pump` and `tick` (a simulator's, or `run_forever`'s); packets are
+verified before they become events; a message's effect and its place in the replay window are one transaction.
+Source: docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+
+from edge_agent import events as on
+from edge_agent.device_state import State, wake_at
+from edge_agent.feedback import Answered, RecentWindows, belongs_to_validation
+from edge_agent.heads import Heads
+from edge_agent.identity import Identity
+from edge_agent.install import Checked, Installer, ReleaseSource
+from edge_agent.orders import Orders, ReplayWindows
+from edge_agent.outbox import Outbox
+from edge_agent.outgoing import Outgoing
+from edge_agent.ports import Engine, Floats, JobResult, Moment, SelfTest, Worker
+from edge_agent.samples import SampleStore
+from edge_agent.sequence import Sequence
+from edge_agent.serving import Answer, Serving
+from edge_agent.settings import EdgeSettings
+from edge_agent.shell import Parts, Shell
+from edge_agent.slots import SlotContents, SlotStore
+from edge_agent.speaker import BlobChunk, DownBody, Speaker
+from edge_agent.state import step
+from edge_agent.storage import Database
+from edge_agent.time_floor import FlooredClock
+from process.clock import Clock
+from process.logs import get_logger
+from wire.errors import EnvelopeError, ModelError, ShoalError
+from wire.messages import Announcement, Evaluation, Invitation, Order, Receipt
+from wire.transport import Connected, Disconnected, Packet, Published, Received, Transport, TransportEvent
+
+_log = get_logger("edge_agent")
+
+PROBATION_STARTS_FACT = "probation_starts"
+_IDLE_SECONDS = 30.0
+_NO_UPDATE = bytes(16)
+
+Split = Literal["train", "val"]
+Incoming = TransportEvent | on.Event | JobResult
+
+
+class Agent:
+    """One device.
+
+    Args:
+        identity: who it is and whom it trusts.
+        releases: where verified releases come from.
+        worker: runs training, evaluation and release checks.
+        rng: draws the boot id and the jitter's salt; `random.SystemRandom()` on a device, seeded in a
+            simulation.
+        database: the device's, or one in memory.
+        engine: loads models; many agents of one process may share one.
+        notify: called, from any thread, when something waits for `pump`.
+    """
+
+    def __init__(
+        self,
+        settings: EdgeSettings,
+        identity: Identity,
+        *,
+        transport: Transport,
+        releases: ReleaseSource,
+        clock: Clock,
+        worker: Worker,
+        rng: random.Random,
+        database: Database,
+        slots: SlotStore,
+        selftest: SelfTest,
+        engine: Engine,
+        notify: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.identity = identity
+        self._settings = settings
+        self._transport = transport
+        self._notify = notify
+        self._inbox: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
+        self._complained: set[tuple[str, str]] = set()
+        self._recent = RecentWindows(
+            max_windows=settings.inference.recent_windows, max_bytes=settings.inference.recent_bytes
+        )
+        self._answers = 0
+        self.rejected_total = 0
+        self._floored = FlooredClock(clock, database)
+        windows, sequence = ReplayWindows(database), Sequence(database)
+        storage = settings.storage
+        self.parts = Parts(
+            settings=settings,
+            identity=identity,
+            clock=self._floored,
+            database=database,
+            slots=slots,
+            engine=engine,
+            worker=worker,
+            installer=Installer(
+                releases, slots, selftest, engine, database, variant=settings.inference.variant
+            ),
+            serving=Serving(clock, lambda version, reason: self._post(on.ServedBadly(version, reason))),
+            speaker=Speaker(identity, sequence=sequence, windows=windows, clock=self._floored),
+            outgoing=Outgoing(transport),
+            outbox=Outbox(database, max_bytes=storage.outbox_bytes),
+            orders=Orders(database),
+            samples=SampleStore(
+                database,
+                max_bytes=storage.sample_bytes,
+                retention_seconds=storage.retention_days * 86_400.0,
+                precision=storage.precision,
+            ),
+            heads=Heads(settings.training.max_head_bytes),
+            boot_id=rng.randbytes(16),
+        )
+        self.state = State(timing=settings.timing(), salt=rng.getrandbits(32))
+        self._shell = Shell(self.parts, self._post)
+
+    # --- answers and samples: any thread ------------------------------------------------------------------
+
+    def infer(self, x: Floats, *, sample_id: str = "") -> Answer:
+        """Answers one window with the model that serves now.
+
+        Args:
+            x: float32 [*input_shape].
+            sample_id: the caller's name for the window, for `feedback`; one is made when it is empty.
+
+        Raises:
+            DataError: the window does not fit the model, or is not finite.
+            ModelError: there is no model yet, or none could answer.
+        """
+        if not sample_id:
+            self._answers += 1
+            sample_id = f"{self.parts.boot_id[:4].hex()}-{self._answers}"
+        answer = self.parts.serving.infer(x, sample_id)
+        self._recent.keep(sample_id, Answered(np.asarray(x, np.float32), answer.label))
+        return answer
+
+    def observe(self, x: Floats, label: int | None = None, split: Split | None = None) -> int:
+        """Keeps a window to learn from; raw windows never leave the device.
+
+        Args:
+            x: float32 [*input_shape].
+            label: the class, when it is known.
+            split: `val` keeps it for evaluation only; None decides by the settings' validation share.
+
+        Returns:
+            The sample's id in the store.
+
+        Raises:
+            DataError: not a window that can be kept, or a label that cannot be.
+            StorageError: the disk is full.
+        """
+        now = self.parts.clock.now()
+        window = np.asarray(x, np.float32)
+        if split is None:
+            share = self._settings.training.validation_share
+            held_out = belongs_to_validation(f"{now}-{window.ravel()[:8].tobytes().hex()}", share)
+            split = "val" if held_out else "train"
+        return self.parts.samples.add(window, label, now, split)
+
+    def feedback(self, sample_id: str, label: int) -> bool:
+        """Says what an answered window really was; it becomes a labelled sample.
+
+        Returns:
+            False when the window is not in memory any more.
+
+        Raises:
+            DataError: a label that cannot be.
+            StorageError: the disk is full.
+        """
+        answered = self._recent.take(sample_id)
+        if answered is None:
+            return False
+        share = self._settings.training.validation_share
+        split: Split = "val" if belongs_to_validation(sample_id, share) else "train"
+        self.parts.samples.add(answered.window, label, self.parts.clock.now(), split)
+        self.parts.feedback_total += 1
+        self.parts.feedback_correct += int(answered.label == label)
+        return True
+
+    # --- the loop's thread --------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Loads the current model, reads what is owed to the cloud, and connects.
+
+        Raises:
+            StorageError: the state folder cannot be used.
+        """
+        self.parts.started_at = self.parts.clock.monotonic()
+        contents = self._load_current()
+        pending = tuple((row.update_id, row.deadline) for row in self.parts.outbox.pending(limit=4096))
+        self._step(
+            on.Started(
+                release_version=contents.version if contents else 0,
+                graphs_sha256=bytes.fromhex(contents.graphs_sha256) if contents else b"",
+                on_probation=self.parts.slots.on_probation,
+                pending=pending,
+            )
+        )
+        _log.info(
+            "agent_started",
+            device=self.identity.device,
+            release=contents.version if contents else 0,
+            owed=len(pending),
+        )
+        will = self.parts.speaker.birth(self._shell.birth("lost"))
+        self._transport.start(self._post, filters=self.parts.speaker.filters, will=will)
+
+    def stop(self) -> None:
+        """Says goodbye, ends the worker and the connection, closes the database. Safe to call twice."""
+        if self.parts.stopping:
+            return
+        self.parts.stopping = True
+        last_words = self.parts.speaker.birth(self._shell.birth("offline"))
+        self._transport.stop(last_words)
+        self.parts.worker.stop()
+        self.parts.database.close()
+
+    def handle(self, event: Incoming) -> None:
+        """Takes one event: a transport's, the state machine's own, or the end of a job."""
+        match event:
+            case Received(packet):
+                self._receive(packet)
+            case Connected():
+                self.parts.max_packet_bytes = event.max_packet_bytes
+                self._step(on.Connected())
+            case Disconnected():
+                self.parts.outgoing.connection_lost()
+                self._step(on.Disconnected())
+            case Published():
+                if not event.accepted:
+                    self._complain("publish", event.reason)
+            case JobResult():
+                self._step(self._job_ended(event))
+            case _:
+                self._step(event)
+        self.parts.outgoing.pump()
+
+    def pump(self) -> None:
+        """Handles everything that waits."""
+        while True:
+            try:
+                event = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            self.handle(event)
+
+    def tick(self) -> None:
+        """Does what is due by now; cheap when nothing is."""
+        if wake_at(self.state) <= self.parts.clock.monotonic():
+            self.handle(on.Tick())
+
+    @property
+    def wake_at(self) -> float:
+        """When `tick` has something to do, on the clock's `monotonic`."""
+        return wake_at(self.state)
+
+    def run_forever(self, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Runs the loop on this thread until `should_stop`; errors are logged, and it goes on."""
+        while not should_stop():
+            wait = min(max(self.wake_at - self.parts.clock.monotonic(), 0.0), _IDLE_SECONDS)
+            try:
+                event = self._inbox.get(timeout=wait) if wait > 0 else None
+            except queue.Empty:
+                event = None
+            try:
+                if event is not None:
+                    self.handle(event)
+                self.pump()
+                self.tick()
+            except Exception:  # noqa: BLE001  the outermost loop of the process: it logs and goes on
+                _log.exception("event_failed", event=type(event).__name__)
+
+    def wake(self) -> None:
+        """Makes `run_forever` look at `should_stop` now; from any thread or signal handler."""
+        self._post(on.Tick())
+
+    # --- inside -------------------------------------------------------------------------------------------
+
+    def _post(self, event: Incoming) -> None:
+        self._inbox.put(event)
+        self._notify()
+
+    def _now(self) -> Moment:
+        return Moment(self.parts.clock.now(), self.parts.clock.monotonic())
+
+    def _step(self, event: on.Event) -> None:
+        self.state, actions = step(self.state, event, self._now())
+        for action in actions:
+            self._shell.perform(action)
+
+    def _receive(self, packet: Packet) -> None:
+        self.parts.received_bytes_total += len(packet.payload) + len(packet.topic)
+        try:
+            chunk = self.parts.speaker.hear_chunk(packet)
+            if chunk is not None:
+                self._take_chunk(chunk)
+                return
+            with self.parts.database.transaction():
+                event = self._event_of(self.parts.speaker.hear(packet))
+                if event is not None:
+                    self._step(event)
+        except EnvelopeError as error:
+            reason = str(error.facts.get("reason", ""))
+            self._complain(packet.topic, reason)
+            if reason == "signer":
+                self._step(on.KeysUnknown())
+        except ShoalError as error:
+            self._complain(packet.topic, type(error).__name__)
+
+    def _take_chunk(self, chunk: BlobChunk) -> None:
+        is_new, is_complete = self.parts.heads.add(chunk.sha256, chunk.index, chunk.piece)
+        if is_complete:
+            self._step(on.HeadReady(chunk.sha256))
+        elif is_new:
+            self._step(on.ChunkArrived(chunk.sha256))
+
+    def _event_of(self, body: DownBody) -> on.Event | None:
+        match body:
+            case Invitation():
+                return on.InvitationArrived(body)
+            case Order():
+                seen = self.parts.orders.find(body.order_id)
+                update_id = (seen.update_id or b"") if seen is not None else b""
+                return on.OrderArrived(body, self._refusal(body), update_id)
+            case Receipt():
+                return self._receipt(body)
+            case Announcement():
+                return on.AnnouncementArrived(body.release_version)
+
+    def _refusal(self, order: Order) -> str:
+        """Why this device cannot do an order, or empty."""
+        training, counts = self._settings.training, self.parts.samples.counts()
+        model = self.parts.serving.current
+        needs_labels = model is None or model.task.kind == "classification"
+        if order.kind == "evaluate":
+            return "" if counts["val" if needs_labels else "samples"] else "no samples to evaluate on"
+        if not training.enabled:
+            return "training is switched off on this device"
+        there = counts["train" if needs_labels else "samples"]
+        return "" if there >= training.min_samples else "no labelled samples"
+
+    def _receipt(self, body: Receipt) -> on.ReceiptArrived | None:
+        """A receipt counts only for the very bytes that were sent."""
+        row = self.parts.outbox.find_transfer(body.transfer)
+        if row is None or body.update_id not in (row.update_id, _NO_UPDATE):
+            return None
+        return on.ReceiptArrived(row.update_id, body.verdict, body.transfer, body.reason, body.missing)
+
+    def _job_ended(self, result: JobResult) -> on.Event:
+        if result.error:
+            _log.warning("job_failed", job=result.kind, reason=result.error)
+            return on.JobFailed(result.kind, result.key, result.error)
+        value: Any = result.value
+        if isinstance(value, Checked):
+            return self._checked(value)
+        if isinstance(value, Evaluation):
+            return on.JobDone(result.key, value)
+        update, feedback = value
+        if feedback is not None:
+            self._shell.keep_feedback(update.run, feedback)
+        return on.JobDone(result.key, update)
+
+    def _checked(self, checked: Checked) -> on.Event:
+        self.parts.speaker.trust(checked.keys)
+        serving = self.parts.serving
+        if checked.installed is None:
+            model = serving.current
+            return on.ReleaseInstalled(
+                model.release_version if model else 0, model.graphs_sha256 if model else b""
+            )
+        contents, model = checked.installed
+        self._floored.raise_to(contents.release.created)
+        self.parts.database.set_fact(PROBATION_STARTS_FACT, 0)
+        serving.swap(model, serving.current)
+        _log.info("release_installed", version=model.release_version, variant=model.variant)
+        return on.ReleaseInstalled(model.release_version, model.graphs_sha256)
+
+    def _load_current(self) -> SlotContents | None:
+        """Loads the current slot; a release on probation that did not survive two starts goes back first."""
+        parts = self.parts
+        if parts.slots.on_probation:
+            starts = int(parts.database.fact(PROBATION_STARTS_FACT) or 0) + 1
+            parts.database.set_fact(PROBATION_STARTS_FACT, starts)
+            if starts > 1:
+                _log.warning("release_rolled_back", reason="it did not survive its watch window")
+                parts.slots.roll_back()
+        for _ in range(3):
+            contents = parts.slots.current()
+            if contents is None:
+                return None
+            try:
+                parts.serving.swap(parts.installer.load(contents), None)
+                return contents
+            except ModelError as error:
+                _log.error("release_does_not_load", version=contents.version, reason=str(error))
+                parts.slots.roll_back()
+        return None
+
+    def _complain(self, where: str, reason: str) -> None:
+        """Counts what was dropped; logs it once for each sender and reason."""
+        self.rejected_total += 1
+        kind = where if where == "publish" else "/".join(where.split("/")[:5])
+        if (kind, reason) not in self._complained and len(self._complained) < 256:
+            self._complained.add((kind, reason))
+            _log.warning("message_dropped", topic=kind, reason=reason)

@@ -1,0 +1,84 @@
+"""Packets on their way out: a queue in front of the transport, which accepts only so much at a time.
+
+Laws of the file: the transport is never waited for; a full transport stops the queue until it reports
+progress; what a reconnection says anew (births, uploads, reports) is dropped when the connection goes, the
+rest is kept.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from process.logs import get_logger
+from wire.errors import BackpressureError, OversizeError
+from wire.transport import Packet, Transport
+
+_log = get_logger("edge_agent.outgoing")
+
+MAX_QUEUED = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    packet: Packet
+    upload: bytes
+    survives: bool
+
+
+class Outgoing:
+    """The queue of one device. Used from the agent's loop only."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._queue: deque[_Queued] = deque()
+        self._uploading: dict[bytes, int] = {}
+        self.sent_bytes_total = 0
+        self.dropped_total = 0
+
+    def say(self, packet: Packet, *, survives: bool = False) -> None:
+        """Queues one packet; `survives`: it is kept while there is no connection."""
+        self._push(_Queued(packet, b"", survives))
+
+    def upload(self, update_id: bytes, packets: Iterable[Packet]) -> None:
+        """Queues the packets of an update, unless some of them are still queued from before."""
+        if update_id not in self._uploading:
+            for packet in packets:
+                self._push(_Queued(packet, update_id, survives=False))
+
+    def pump(self) -> None:
+        """Hands over as much as the transport takes now."""
+        while self._queue:
+            queued = self._queue[0]
+            try:
+                self._transport.publish(queued.packet)
+            except BackpressureError:
+                return
+            except OversizeError as error:
+                _log.warning("packet dropped", topic=queued.packet.topic, reason=str(error))
+                self.dropped_total += 1
+            else:
+                self.sent_bytes_total += len(queued.packet.payload) + len(queued.packet.topic)
+            self._queue.popleft()
+            self._settle(queued)
+
+    def connection_lost(self) -> None:
+        """Keeps only what is not said anew at the next connection."""
+        self._queue = deque(queued for queued in self._queue if queued.survives)
+        self._uploading.clear()
+
+    def _push(self, queued: _Queued) -> None:
+        if len(self._queue) >= MAX_QUEUED:
+            self.dropped_total += 1
+            return
+        self._queue.append(queued)
+        if queued.upload:
+            self._uploading[queued.upload] = self._uploading.get(queued.upload, 0) + 1
+
+    def _settle(self, queued: _Queued) -> None:
+        left = self._uploading.get(queued.upload, 0) - 1
+        if left > 0:
+            self._uploading[queued.upload] = left
+        else:
+            self._uploading.pop(queued.upload, None)

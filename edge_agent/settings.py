@@ -1,0 +1,183 @@
+"""The settings of an agent: one TOML file and `SHOAL_…` variables over it, frozen and bounded.
+
+Law of the file: every option has a default, a unit, a bound and one sentence; where an agent connects to and
+which keys it trusts is not here but in its identity (enrolment). Source: docs/reference.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct, field
+
+from edge_agent.device_state import Timing
+from edge_agent.learning import TrainPolicy
+from process.settings import load_settings
+
+TOKEN_VARIABLE = "SHOAL_ENROLL_TOKEN"
+STATE_VARIABLE = "SHOAL_STATE"
+
+
+def _option(sentence: str, **bounds: Any) -> Meta:
+    return Meta(description=sentence, **bounds)
+
+
+class InferenceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[inference]`"""
+
+    variant: Annotated[
+        Literal["auto", "int8", "float32"],
+        _option(
+            "Which model file serves; auto measures both when a release is installed and keeps the faster."
+        ),
+    ] = "auto"
+    recent_windows: Annotated[
+        int, _option("Answered windows kept in memory until a label for them arrives.", ge=0, le=1_000_000)
+    ] = 256
+    recent_bytes: Annotated[int, _option("Most bytes of those windows.", ge=0, le=2**32)] = 4 * 2**20
+
+
+class TrainingSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[training]`: what the device is willing to do, whatever the cloud asks for."""
+
+    enabled: Annotated[bool, _option("Whether this device trains at all.")] = True
+    min_samples: Annotated[
+        int, _option("Labelled samples below which the device declines to train.", ge=1, le=10**9)
+    ] = 1
+    validation_share: Annotated[
+        float, _option("Share of labelled samples that is held out to evaluate on.", ge=0.0, le=0.9)
+    ] = 0.2
+    max_epochs: Annotated[int, _option("Most passes over the samples in one round.", ge=1, le=100)] = 20
+    max_steps: Annotated[int, _option("Most optimizer steps in one round.", ge=1, le=100_000)] = 2000
+    max_batch_size: Annotated[int, _option("Largest batch, in samples.", ge=1, le=4096)] = 256
+    max_learning_rate: Annotated[float, _option("Largest learning rate.", gt=0.0, le=10.0)] = 1.0
+    max_clipping_norm: Annotated[
+        float, _option("Largest L2 norm that an update may have.", gt=0.0, le=1e9)
+    ] = 1000.0
+    max_examples: Annotated[int, _option("Newest samples that one round trains on.", ge=1, le=10**7)] = 4096
+    max_head_bytes: Annotated[
+        int, _option("Largest checkpoint that the device gathers for a round.", ge=1024, le=256 * 2**20)
+    ] = 64 * 2**20
+
+    def policy(self, fleet_cap: int) -> TrainPolicy:
+        """The bounds for `learning.bounded`; `fleet_cap` is the most examples that the fleet counts."""
+        return TrainPolicy(
+            max_epochs=self.max_epochs,
+            max_steps=self.max_steps,
+            max_batch_size=self.max_batch_size,
+            max_learning_rate=self.max_learning_rate,
+            max_clipping_norm=self.max_clipping_norm,
+            max_examples=min(self.max_examples, fleet_cap),
+        )
+
+
+class StorageSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[storage]`"""
+
+    database_bytes: Annotated[int, _option("Cap of agent.db.", ge=2**20, le=2**40)] = 256 * 2**20
+    sample_bytes: Annotated[
+        int, _option("Cap of stored windows; the oldest go first.", ge=2**16, le=2**40)
+    ] = 64 * 2**20
+    outbox_bytes: Annotated[int, _option("Cap of updates that wait for a receipt.", ge=2**16, le=2**40)] = (
+        64 * 2**20
+    )
+    retention_days: Annotated[
+        float, _option("Age in days at which a stored window is deleted.", gt=0.0, le=36_500.0)
+    ] = 30.0
+    precision: Annotated[Literal["float32", "float16"], _option("How windows are kept on disk.")] = "float32"
+
+
+class ReleaseSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[release]`"""
+
+    check_seconds: Annotated[
+        float, _option("Seconds between release checks without an announcement.", ge=1.0, le=2_592_000.0)
+    ] = 21_600.0
+    spread_seconds: Annotated[
+        float,
+        _option("Seconds over which a fleet spreads its downloads of a new release.", ge=0.0, le=86_400.0),
+    ] = 1.0
+    probation_seconds: Annotated[
+        float, _option("Seconds that a new release is watched before it is trusted.", ge=0.0, le=2_592_000.0)
+    ] = 60.0
+    selftest_memory_bytes: Annotated[
+        int, _option("Private memory that a model's self-test may use.", ge=2**26, le=2**40)
+    ] = 2**30
+    selftest_seconds: Annotated[
+        float, _option("Wall time that a model's self-test may take.", ge=1.0, le=3600.0)
+    ] = 120.0
+
+
+class ReportSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[report]`"""
+
+    telemetry_seconds: Annotated[float, _option("Seconds between heartbeats.", ge=1.0, le=86_400.0)] = 60.0
+    inference_seconds: Annotated[
+        float, _option("Seconds between inference statistics.", ge=1.0, le=86_400.0)
+    ] = 300.0
+
+
+class NetworkSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[network]`"""
+
+    keepalive_seconds: Annotated[
+        int, _option("Longest silence towards the broker, in seconds.", ge=1, le=65_535)
+    ] = 30
+    receipt_seconds: Annotated[
+        float, _option("Seconds without a receipt after which an update is sent again.", ge=0.1, le=86_400.0)
+    ] = 10.0
+    ask_seconds: Annotated[
+        float, _option("Seconds of silence after which missing chunks are asked for.", ge=0.1, le=3600.0)
+    ] = 2.0
+    late_seconds: Annotated[
+        float,
+        _option(
+            "Seconds after a round's deadline in which its update is still offered.", ge=0.0, le=2_592_000.0
+        ),
+    ] = 600.0
+
+
+class LogSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[log]`"""
+
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"], _option("The least severe line that is written.")
+    ] = "info"
+    json: Annotated[bool, _option("Write one JSON object a line instead of text.")] = False
+
+
+class EdgeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All settings of one agent."""
+
+    inference: InferenceSettings = field(default_factory=InferenceSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    storage: StorageSettings = field(default_factory=StorageSettings)
+    release: ReleaseSettings = field(default_factory=ReleaseSettings)
+    report: ReportSettings = field(default_factory=ReportSettings)
+    network: NetworkSettings = field(default_factory=NetworkSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+
+    def timing(self) -> Timing:
+        """The waits of the state machine."""
+        return Timing(
+            ask_after=self.network.ask_seconds,
+            receipt_timeout=self.network.receipt_seconds,
+            keep_after_deadline=self.network.late_seconds,
+            check_every=self.release.check_seconds,
+            announcement_spread=self.release.spread_seconds,
+            probation=self.release.probation_seconds,
+            telemetry_every=self.report.telemetry_seconds,
+            report_every=self.report.inference_seconds,
+        )
+
+
+def load_edge_settings(path: Path | None, environment: Mapping[str, str] | None) -> EdgeSettings:
+    """Reads settings from a file and the environment.
+
+    Raises:
+        ConfigurationError: (operator) see `process.settings.load_settings`.
+    """
+    others = (TOKEN_VARIABLE, STATE_VARIABLE)
+    return load_settings(EdgeSettings, path, environment, other_variables=others)

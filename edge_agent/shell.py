@@ -1,0 +1,349 @@
+"""Carries out what the state machine decides: publishes, stores, starts jobs, swaps models.
+
+Laws of the file: it decides nothing; an action that fails becomes an event or a log line and never stops the
+loop; an update is on disk before its first byte is handed to the transport. Source: docs/architecture.md,
+"The agent".
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from edge_agent import actions as do
+from edge_agent import events as on
+from edge_agent.heads import Heads
+from edge_agent.identity import Identity
+from edge_agent.install import Installer
+from edge_agent.jobs import Assignment, Samples, do_evaluate, do_train
+from edge_agent.orders import Orders
+from edge_agent.outbox import Outbox
+from edge_agent.outgoing import Outgoing
+from edge_agent.ports import Engine, JobResult, Worker
+from edge_agent.samples import SampleStore
+from edge_agent.serving import Serving
+from edge_agent.settings import EdgeSettings
+from edge_agent.slots import SlotStore
+from edge_agent.speaker import Speaker
+from edge_agent.storage import Database
+from process.clock import Clock
+from process.logs import get_logger
+from wire.codec import ErrorFeedback
+from wire.errors import ModelError, ShoalError, StorageError
+from wire.messages import (
+    CODEC_NAMES,
+    Birth,
+    InferenceReport,
+    Invitation,
+    Join,
+    Order,
+    Telemetry,
+    Update,
+    decode_body,
+    encode_body,
+)
+from wire.primitives import sha256
+
+_log = get_logger("edge_agent")
+
+AGENT_VERSION = "0.1.0"
+WIRE_VERSIONS = (1, 1)
+FEEDBACK_FACT = "error_feedback"
+
+
+@dataclass(slots=True)
+class Parts:
+    """Everything that an agent is made of. `boot_id` names this life of the process."""
+
+    settings: EdgeSettings
+    identity: Identity
+    clock: Clock
+    database: Database
+    slots: SlotStore
+    engine: Engine
+    worker: Worker
+    installer: Installer
+    serving: Serving
+    speaker: Speaker
+    outgoing: Outgoing
+    outbox: Outbox
+    orders: Orders
+    samples: SampleStore
+    heads: Heads
+    boot_id: bytes
+    max_packet_bytes: int = 131_072
+    received_bytes_total: int = 0
+    feedback_correct: int = 0
+    feedback_total: int = 0
+    started_at: float = 0.0
+    stopping: bool = False
+    sealed_to: dict[bytes, bytes] = field(default_factory=dict)
+
+
+class Shell:
+    """Performs actions for one agent, on its loop's thread.
+
+    Args:
+        post: queues an event for the state machine; from any thread.
+    """
+
+    def __init__(self, parts: Parts, post: Callable[[on.Event | JobResult], None]) -> None:
+        self._parts = parts
+        self._post = post
+        self._perform: dict[type, Callable[[Any], None]] = {
+            do.PublishBirth:     lambda _: self._say_birth(),
+            do.PublishJoin:      self._say_join,
+            do.PublishTelemetry: lambda _: self._say_telemetry(),
+            do.PublishReport:    lambda _: self._say_report(),
+            do.RememberOrder:    self._remember,
+            do.GatherHead:       lambda action: parts.heads.gather(action.head),
+            do.DropHead:         lambda action: parts.heads.drop(action.sha256),
+            do.AskMissing:       self._ask,
+            do.StartJob:         self._start_job,
+            do.StoreUpdate:      self._store,
+            do.SendUpdate:       self._send,
+            do.EndUpdate:        self._end,
+            do.Sweep:            lambda _: self._sweep(),
+            do.ConfirmRelease:   lambda _: self._confirm(),
+            do.RollBack:         self._roll_back,
+        }  # fmt: skip
+
+    def perform(self, action: do.Action) -> None:
+        """Carries out one action; what fails is logged, and told to the state machine where it matters."""
+        try:
+            self._perform[type(action)](action)
+        except ShoalError as error:
+            _log.warning("action_failed", action=type(action).__name__, reason=str(error))
+            if isinstance(action, do.StartJob):
+                key = action.order.order_id if action.order else b""
+                self._post(on.JobFailed(action.kind, key, str(error)))
+
+    # --- what is said -----------------------------------------------------------------------------------
+
+    def birth(self, status: str) -> Birth:
+        """The presence message; `status` is `online`, `offline` or `lost`."""
+        parts, model = self._parts, self._parts.serving.current
+        return Birth(
+            status=status,  # type: ignore[arg-type]
+            boot_id=parts.boot_id,
+            agent_version=AGENT_VERSION,
+            wire_versions=WIRE_VERSIONS,
+            machine=os.uname().machine[:64],
+            cores=os.cpu_count() or 0,
+            memory_bytes=_memory_bytes(),
+            codecs=CODEC_NAMES,  # type: ignore[arg-type]
+            release_version=model.release_version if model else 0,
+            release_sha256=model.release_sha256 if model else b"",
+        )
+
+    def _say_birth(self) -> None:
+        self._parts.outgoing.say(self._parts.speaker.birth(self.birth("online")))
+
+    def _say_join(self, action: do.PublishJoin) -> None:
+        parts = self._parts
+        body = Join(order_id=action.order_id, accepted=action.accepted, reason=action.reason)
+        if not action.accepted:
+            _log.info("order_declined", run=action.run, round=action.round_number, reason=action.reason)
+            parts.orders.forget(action.order_id)
+        packet = parts.speaker.join(body, run=action.run, round_number=action.round_number)
+        parts.outgoing.say(packet, survives=True)
+
+    def _say_telemetry(self) -> None:
+        parts, counts = self._parts, self._parts.samples.counts()
+        model = parts.serving.current
+        body = Telemetry(
+            uptime_seconds=max(0.0, parts.clock.monotonic() - parts.started_at),
+            release_version=model.release_version if model else 0,
+            requests_total=parts.serving.total.requests,
+            errors_total=parts.serving.total.errors,
+            samples=counts["samples"],
+            labelled_samples=counts["labelled"],
+            outbox=parts.outbox.depth(),
+            rss_bytes=_resident_bytes(),
+            sent_bytes_total=parts.outgoing.sent_bytes_total,
+            received_bytes_total=parts.received_bytes_total,
+        )
+        parts.outgoing.say(parts.speaker.quick(body))
+
+    def _say_report(self) -> None:
+        parts = self._parts
+        model = parts.serving.current
+        if model is None:
+            return
+        statistics = parts.serving.statistics()
+        body = InferenceReport(
+            release_version=model.release_version,
+            requests=statistics.requests,
+            errors=statistics.errors,
+            latency_p50_seconds=statistics.latency_p50_seconds,
+            latency_p99_seconds=statistics.latency_p99_seconds,
+            confidence_mean=statistics.confidence_mean,
+            label_counts=statistics.label_counts,
+            feedback_correct=parts.feedback_correct,
+            feedback_total=parts.feedback_total,
+        )
+        parts.feedback_correct = parts.feedback_total = 0
+        parts.outgoing.say(parts.speaker.quick(body))
+
+    def _ask(self, action: do.AskMissing) -> None:
+        need = self._parts.heads.need(action.sha256)
+        if need is not None:
+            self._parts.outgoing.say(self._parts.speaker.need(need))
+
+    # --- jobs -------------------------------------------------------------------------------------------
+
+    def _remember(self, action: do.RememberOrder) -> None:
+        order = action.order
+        now = self._parts.clock.now()
+        self._parts.orders.accept(order.order_id, order.kind, order.run, order.round_number, now)
+
+    def _start_job(self, action: do.StartJob) -> None:
+        parts = self._parts
+        if action.order is None or action.invitation is None:
+            parts.worker.submit("update", b"", parts.installer.check, self._post)
+            return
+        work = self._assignment(action.order, action.invitation)
+        key = action.order.order_id
+        if action.kind == "train":
+            parts.worker.submit(
+                "train", key, lambda: do_train(parts.engine, work, lambda: parts.stopping), self._post
+            )
+        else:
+            parts.worker.submit("evaluate", key, lambda: do_evaluate(parts.engine, work), self._post)
+
+    def _assignment(self, order: Order, invitation: Invitation) -> Assignment:
+        parts = self._parts
+        contents = parts.slots.current()
+        if contents is None:
+            raise ModelError("there is no model on this device yet")
+        policy = parts.settings.training.policy(parts.identity.max_examples)
+        return Assignment(
+            device=parts.identity.device,
+            order=order,
+            invitation=invitation,
+            contents=contents,
+            head=parts.heads.read(order.head_sha256),
+            train=self._samples(contents.manifest.task.kind, "train", contents.manifest.input_shape),
+            validation=self._samples(contents.manifest.task.kind, "val", contents.manifest.input_shape),
+            policy=policy,
+            feedback=self._stored_feedback(order.run, contents.manifest.params_size),
+        )
+
+    def _samples(self, task: str, split: Any, shape: tuple[int, ...]) -> Samples:
+        store = self._parts.samples
+        if task == "anomaly":
+            return Samples(*store.windows(split, shape=shape))
+        return Samples(*store.labelled(split, shape=shape))
+
+    def _stored_feedback(self, run: str, params_size: int) -> ErrorFeedback | None:
+        stored = self._parts.database.fact(FEEDBACK_FACT)
+        if not isinstance(stored, bytes):
+            return None
+        name, _, residual = stored.partition(b"\0")
+        if name.decode() != run or len(residual) != 4 * params_size:
+            return None
+        return ErrorFeedback.from_bytes(residual, params_size)
+
+    def keep_feedback(self, run: str, feedback: ErrorFeedback) -> None:
+        """Stores what a biased codec left out; call it in the transaction that stores the update."""
+        self._parts.database.set_fact(FEEDBACK_FACT, run.encode() + b"\0" + feedback.to_bytes())
+
+    # --- the outbox -------------------------------------------------------------------------------------
+
+    def _store(self, action: do.StoreUpdate) -> None:
+        parts, body = self._parts, action.body
+        try:
+            parts.outbox.put(
+                body.update_id,
+                body.order_id,
+                body.run,
+                body.round_number,
+                "up" if isinstance(body, Update) else "ev",
+                encode_body(body),
+                parts.clock.now(),
+                action.deadline,
+            )
+        except StorageError as error:
+            _log.error("update_not_stored", run=body.run, round=body.round_number, reason=str(error))
+            self._post(on.UpdateLost(body.update_id))
+            self._say_join(
+                do.PublishJoin(body.order_id, body.run, body.round_number, False, str(error)[:512])
+            )
+
+    def _send(self, action: do.SendUpdate) -> None:
+        parts = self._parts
+        row = parts.outbox.find(action.update_id)
+        if row is None:
+            parts.sealed_to.pop(action.update_id, None)
+            self._post(on.UpdateLost(action.update_id))
+            return
+        sealed = row.sealed
+        # A change of the cloud's key since this process sealed it: seal it anew, to the key of today.
+        if sealed is None or parts.sealed_to.get(row.update_id, b"") not in (b"", parts.speaker.kem_key_id):
+            base = decode_body(row.body, Update).base_sha256 if row.kind == "up" else b""
+            sealed = parts.speaker.seal_update(
+                row.kind, row.body, run=row.run, round_number=row.round_number, base=base
+            )
+            parts.outbox.sealed(row.update_id, sealed, sha256(sealed))
+            parts.sealed_to[row.update_id] = parts.speaker.kem_key_id
+        packets = parts.speaker.uploads(
+            sealed, row.round_number, max_packet_bytes=parts.max_packet_bytes, parts=action.parts
+        )
+        parts.outgoing.upload(row.update_id, packets)
+        parts.outbox.mark_sent(row.update_id, parts.clock.now())
+
+    def _end(self, action: do.EndUpdate) -> None:
+        parts = self._parts
+        parts.sealed_to.pop(action.update_id, None)
+        parts.outbox.end(
+            action.update_id,
+            action.verdict,
+            transfer=action.transfer,
+            reason=action.reason,
+            now=parts.clock.now(),
+        )
+        if action.verdict == "refused":
+            _log.warning("update_refused", update=action.update_id.hex(), reason=action.reason)
+
+    def _sweep(self) -> None:
+        now = self._parts.clock.now()
+        for update_id in self._parts.outbox.expire(now):
+            self._post(on.UpdateLost(update_id))
+        self._parts.samples.expire(now)
+
+    # --- releases ---------------------------------------------------------------------------------------
+
+    def _confirm(self) -> None:
+        parts = self._parts
+        parts.slots.confirm()
+        parts.serving.trust()
+        model = parts.serving.current
+        _log.info("release_confirmed", version=model.release_version if model else 0)
+
+    def _roll_back(self, action: do.RollBack) -> None:
+        parts = self._parts
+        contents = parts.slots.roll_back()
+        if contents is None:
+            return
+        model = parts.installer.load(contents)
+        parts.serving.swap(model, None)
+        _log.warning("release_rolled_back", to=model.release_version, reason=action.reason)
+        self._post(on.RolledBack(model.release_version, model.graphs_sha256))
+
+
+def _memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return 0
+
+
+def _resident_bytes() -> int:
+    """Resident memory of this process, 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
