@@ -17,9 +17,12 @@ from wire.errors import MessageError
 MAX_DEPTH: Final = 16
 MAX_ITEMS: Final = 65_536
 
-_BYTES, _TEXT, _ARRAY, _MAP, _TAG, _SIMPLE = 2, 3, 4, 5, 6, 7
-_KEY_MAJORS = (0, 1, 3)
-_FALSE, _NULL, _HALF, _DOUBLE = 20, 22, 25, 27
+# Major types (RFC 8949 §3.1) and, of the lowest five bits, what this file knows by name.
+_UNSIGNED, _NEGATIVE, _BYTES, _TEXT, _ARRAY, _MAP, _TAG, _SIMPLE, _REFUSED = range(9)
+_FALSE, _NULL, _ONE_BYTE, _HALF, _DOUBLE = 20, 22, 24, 25, 27
+_KEY_KINDS: Final = frozenset((_UNSIGNED, _NEGATIVE, _TEXT))
+_STRING_KINDS: Final = frozenset((_BYTES, _TEXT))
+_CONTAINER_KINDS: Final = frozenset((_ARRAY, _MAP))
 _CBOR_FAILURES = (cbor2.CBORError, ValueError, TypeError, OverflowError, RecursionError)
 
 
@@ -76,56 +79,61 @@ def _decode(data: bytes) -> Any:
 def _walk(data: bytes) -> None:
     """Checks the shape of one item and that nothing follows it, without building anything.
 
-    `left` holds, for each open container, how many items are still to come and whether it is a map (whose
-    keys are those at an even count). Lengths are compared with what is there before they are believed.
+    `outer` holds, for each container around the current one, how many items are still to come and whether
+    it is a map, whose keys stand where an even number is to come. Lengths are compared with what is there
+    before they are believed.
     """
     end = len(data)
     at = items = 0
-    left: list[list[int]] = [[1, 0]]
-    while left:
-        top = left[-1]
-        if top[0] == 0:
-            left.pop()
+    outer: list[tuple[int, bool]] = []
+    left, in_map = 1, False
+    while left or outer:
+        if left == 0:
+            left, in_map = outer.pop()
             continue
-        is_key = top[1] and top[0] % 2 == 0
-        top[0] -= 1
+        kind = _KINDS[data[at]] if at < end else _REFUSED
+        if kind == _REFUSED or items == MAX_ITEMS:
+            raise MessageError(
+                "CBOR ends early, has too many items or holds something of no plain type", at=at
+            )
+        if in_map and not left & 1 and kind not in _KEY_KINDS:
+            raise MessageError("CBOR map key is neither a number nor text", at=at)
+        left -= 1
         items += 1
-        if items > MAX_ITEMS:
-            raise MessageError("CBOR has too many items", limit=MAX_ITEMS)
-        major, argument, at = _head(data, at, end)
-        if is_key and major not in _KEY_MAJORS:
-            raise MessageError("CBOR map key is neither a number nor text")
-        if major in (_BYTES, _TEXT):
+        argument, at = _argument(data, at, end)
+        if kind in _STRING_KINDS:
             if argument > end - at:
-                raise MessageError("CBOR string runs past its end")
+                raise MessageError("CBOR string runs past its end", at=at)
             at += argument
-        elif major in (_ARRAY, _MAP):
-            if argument > end - at:
-                raise MessageError("CBOR container runs past its end")
-            if len(left) > MAX_DEPTH:
-                raise MessageError("CBOR is nested too deep", limit=MAX_DEPTH)
-            left.append([2 * argument, 1] if major == _MAP else [argument, 0])
+        elif kind in _CONTAINER_KINDS:
+            if argument > end - at or len(outer) == MAX_DEPTH:
+                raise MessageError("CBOR container runs past its end or is nested too deep", at=at)
+            outer.append((left, in_map))
+            in_map = kind == _MAP
+            left = 2 * argument if in_map else argument
     if at != end:
-        raise MessageError("CBOR is followed by other bytes")
+        raise MessageError("CBOR is followed by other bytes", at=at)
 
 
-def _head(data: bytes, at: int, end: int) -> tuple[int, int, int]:
-    """Reads one head; returns (major type, argument, where its content starts)."""
-    if at >= end:
-        raise MessageError("CBOR ends early")
-    major, info = data[at] >> 5, data[at] & 31
+def _argument(data: bytes, at: int, end: int) -> tuple[int, int]:
+    """Reads the argument of the head at `at`; returns it and where the item's content starts."""
+    info = data[at] & 31
     at += 1
-    if major == _TAG:
-        raise MessageError("CBOR holds a tag")
-    if info < 24:
-        if major == _SIMPLE and not _FALSE <= info <= _NULL:
-            raise MessageError("CBOR holds a value of no plain type")
-        return major, info, at
-    if info > _DOUBLE:
-        raise MessageError("CBOR has an indefinite or reserved length")
-    if major == _SIMPLE and info < _HALF:
-        raise MessageError("CBOR holds a value of no plain type")
-    width = 1 << (info - 24)
+    if info < _ONE_BYTE:
+        return info, at
+    width = 1 << (info - _ONE_BYTE)
     if width > end - at:
-        raise MessageError("CBOR ends early")
-    return major, int.from_bytes(data[at : at + width], "big"), at + width
+        raise MessageError("CBOR ends early", at=at)
+    return int.from_bytes(data[at : at + width], "big"), at + width
+
+
+def _kind(initial: int) -> int:
+    """What an item is by its first byte; tags, indefinite and reserved lengths and odd simple values are
+    refused."""
+    major, info = initial >> 5, initial & 31
+    if major == _SIMPLE:
+        return _SIMPLE if _FALSE <= info <= _NULL or _HALF <= info <= _DOUBLE else _REFUSED
+    return major if info <= _DOUBLE and major != _TAG else _REFUSED
+
+
+_KINDS: Final = bytes(_kind(initial) for initial in range(256))

@@ -51,10 +51,19 @@ class Sign1:
 
 def sign1(content: list[Any], signer: SigningKey) -> bytes:
     """COSE_Sign1 over the canonical CBOR of `content`."""
-    payload = encode_canonical(content)
-    protected = encode_canonical({_ALG: _EDDSA, _CONTENT: CONTENT_TYPE, _KID: signer.key_id})
+    payload, protected = encode_canonical(content), _protected_by(signer)
     signature = signer.sign(_to_be_signed(protected, payload))
     return encode_tagged(_SIGN1_TAG, [protected, {}, payload, signature])
+
+
+def sign1_length(content: list[Any], signer: SigningKey) -> int:
+    """How long `sign1` of any content of these lengths is."""
+    parts = [_protected_by(signer), {}, encode_canonical(content), bytes(SIGNATURE_BYTES)]
+    return len(encode_tagged(_SIGN1_TAG, parts))
+
+
+def _protected_by(signer: SigningKey) -> bytes:
+    return encode_canonical({_ALG: _EDDSA, _CONTENT: CONTENT_TYPE, _KID: signer.key_id})
 
 
 def read_sign1(head: bytes, *, limit_bytes: int) -> Sign1:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any, Final
 
 from wire.cose import (
@@ -30,6 +31,7 @@ from wire.cose import (
     record_aad,
     record_nonce,
     sign1,
+    sign1_length,
 )
 from wire.errors import MessageError
 from wire.header import ALL_DEVICES, Header, check_header, header_bytes, header_from_map, header_to_map
@@ -37,6 +39,7 @@ from wire.primitives import (
     CONTENT_ALGORITHMS,
     CONTENT_KEY_BYTES,
     NONCE_BYTES,
+    TAG_BYTES,
     Aead,
     KemPrivateKey,
     KemPublicKey,
@@ -45,7 +48,14 @@ from wire.primitives import (
     random_bytes,
     sha256,
 )
-from wire.records import MAX_RECORD_BYTES, MIN_RECORD_BYTES, RECORD_BYTES, Records, pad_to_class, unpad
+from wire.records import (
+    MAX_RECORD_BYTES,
+    MIN_RECORD_BYTES,
+    RECORD_BYTES,
+    Records,
+    pad_to_class,
+    unpadded_length,
+)
 
 MAX_MESSAGE_BYTES: Final = 272 * 1024 * 1024
 CLOCK_SKEW_SECONDS: Final = 60.0
@@ -128,32 +138,39 @@ def seal(
     encapsulated, wrapped = recipient.wrap(content_key, info=to.kdf_info(content_algorithm, bound))
     encrypt = Encrypt(content_algorithm, iv, to, encapsulated, wrapped)
     records = Records(len(plaintext), record_bytes)
-    ciphertext, hashes = _seal_records(plaintext, records, encrypt, content_key, bound)
     content = [
         header_to_map(header),
         encrypt.to_cbor(),
         [len(plaintext), record_bytes, pad],
-        hashes,
+        bytes(records.count * _HASH_BYTES),
         checked_extensions(extensions),
     ]
-    return _frame(sign1(content, signer), ciphertext)
+    # The head's length does not depend on the hashes, so the records go where they stay: a fresh copy of ten
+    # megabytes costs as much time as hashing them.
+    message = BytesIO()
+    message.seek(_LENGTH_BYTES + sign1_length(content, signer))
+    content[3] = _seal_records(message, plaintext, records, encrypt, content_key, bound)
+    message.seek(0)
+    message.write(_framed(sign1(content, signer)))
+    return message.getvalue()
 
 
 def _seal_records(
-    plaintext: bytes, records: Records, encrypt: Encrypt, content_key: bytes, bound: bytes
-) -> tuple[bytearray, bytes]:
-    """Returns the ciphertext and the hashes of its records, one after the other."""
+    message: BytesIO, plaintext: bytes, records: Records, encrypt: Encrypt, content_key: bytes, bound: bytes
+) -> bytes:
+    """Appends the ciphertext to `message`; returns the hashes of its records, one after the other."""
     protected = content_protected(encrypt.algorithm)
     aead = Aead(encrypt.algorithm, content_key)
-    ciphertext = bytearray(records.ciphertext_bytes)
-    view, out = memoryview(plaintext), memoryview(ciphertext)
+    scratch = memoryview(bytearray(min(records.record_bytes, len(plaintext)) + TAG_BYTES))
     hashes = []
     for index in range(records.count):
-        record = out[records.ciphertext_slice(index)]
+        piece = memoryview(plaintext)[records.plaintext_slice(index)]
+        record = scratch[: len(piece) + TAG_BYTES]
         aad = record_aad(protected, bound, index, last=records.is_last(index))
-        aead.seal_into(record_nonce(encrypt.iv, index), view[records.plaintext_slice(index)], aad, record)
+        aead.seal_into(record_nonce(encrypt.iv, index), piece, aad, record)
         hashes.append(sha256(record))
-    return ciphertext, b"".join(hashes)
+        message.write(record)
+    return b"".join(hashes)
 
 
 def sign(
@@ -165,7 +182,7 @@ def sign(
         MessageError: (us) a header or extension that no receiver would accept.
     """
     content = [header_to_map(check_header(header)), body, checked_extensions(extensions)]
-    return _frame(sign1(content, signer), b"")
+    return _framed(sign1(content, signer))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +197,7 @@ class Opening:
     _encrypt: Encrypt
     _aead: Aead
     _hashes: bytes
+    _bound: bytes
 
     def open_record_into(self, index: int, ciphertext: memoryview, out: memoryview) -> None:
         """Opens record `index` into `out`, which is as long as `records.plaintext_slice(index)`.
@@ -192,7 +210,7 @@ class Opening:
         if sha256(ciphertext) != self._hashes[index * _HASH_BYTES : (index + 1) * _HASH_BYTES]:
             raise failed("digest")
         protected = content_protected(self._encrypt.algorithm)
-        aad = record_aad(protected, header_bytes(self.header), index, last=self.records.is_last(index))
+        aad = record_aad(protected, self._bound, index, last=self.records.is_last(index))
         self._aead.open_into(record_nonce(self._encrypt.iv, index), ciphertext, aad, out)
 
 
@@ -228,9 +246,10 @@ def open_head(
         raise failed("recipient")
     if private.algorithm != encrypt.recipient.algorithm:
         raise failed("algorithm")
-    info = encrypt.recipient.kdf_info(encrypt.algorithm, header_bytes(header))
+    bound = header_bytes(header)
+    info = encrypt.recipient.kdf_info(encrypt.algorithm, bound)
     aead = Aead(encrypt.algorithm, private.unwrap(encrypt.encapsulated, encrypt.wrapped, info=info))
-    return Opening(header, key_id, extensions, records, padded, encrypt, aead, hashes)
+    return Opening(header, key_id, extensions, records, padded, encrypt, aead, hashes, bound)
 
 
 def open_sealed(
@@ -261,13 +280,18 @@ def open_sealed(
     records = opening.records
     if len(ciphertext) != records.ciphertext_bytes:
         raise failed("size")
-    plaintext = bytearray(records.plaintext_bytes)
-    out = memoryview(plaintext)
+    plaintext = BytesIO()
+    scratch = memoryview(bytearray(min(records.record_bytes, records.plaintext_bytes)))
     for index in range(records.count):
         record = ciphertext[records.ciphertext_slice(index)]
-        opening.open_record_into(index, record, out[records.plaintext_slice(index)])
-    body = unpad(out) if opening.padded else bytes(plaintext)
-    return Opened(opening.header, body, opening.key_id, opening.extensions)
+        piece = scratch[: len(record) - TAG_BYTES]
+        opening.open_record_into(index, record, piece)
+        plaintext.write(piece)
+    if opening.padded:
+        with plaintext.getbuffer() as padded:
+            body_bytes = unpadded_length(padded)
+        plaintext.truncate(body_bytes)
+    return Opened(opening.header, plaintext.getvalue(), opening.key_id, opening.extensions)
 
 
 def open_signed(
@@ -305,8 +329,8 @@ def peek(message: bytes) -> Header:
     return _read_header(content[0])
 
 
-def _frame(head: bytes, ciphertext: bytes | bytearray) -> bytes:
-    return b"".join((len(head).to_bytes(_LENGTH_BYTES, "big"), head, ciphertext))
+def _framed(head: bytes) -> bytes:
+    return len(head).to_bytes(_LENGTH_BYTES, "big") + head
 
 
 def _split_frame(message: bytes, limit_bytes: int) -> tuple[bytes, memoryview]:

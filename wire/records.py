@@ -48,7 +48,7 @@ class Records:
 
 
 def size_class(size_bytes: int) -> int:
-    """The padded size of `size_bytes`: at most 12 % above it (Padmé), never below 256."""
+    """The padded size of `size_bytes`: at most a sixteenth above it (Padmé), never below 256."""
     if size_bytes <= _MIN_CLASS_BYTES:
         return _MIN_CLASS_BYTES
     exponent = size_bytes.bit_length() - 1
@@ -61,13 +61,16 @@ def pad_to_class(body: bytes) -> bytes:
     return b"".join((body, bytes((_PAD_MARK,)), bytes(size_class(len(body) + 1) - len(body) - 1)))
 
 
-def unpad(plaintext: memoryview) -> bytes:
-    """Takes the padding off.
+def unpadded_length(plaintext: memoryview) -> int:
+    """How much of a padded plaintext is body.
 
     Raises:
         EnvelopeError: (peer) no mark, or not padded to exactly its size class.
     """
-    body = bytes(plaintext).rstrip(b"\0")
-    if not body or body[-1] != _PAD_MARK or size_class(len(body)) != len(plaintext):
+    # Padding is at most a sixteenth of a long plaintext, so its mark is near the end.
+    near = max(0, len(plaintext) - len(plaintext) // 16 - _MIN_CLASS_BYTES)
+    tail = bytes(plaintext[near:]).rstrip(b"\0")
+    marked = near + len(tail)
+    if not tail or tail[-1] != _PAD_MARK or size_class(marked) != len(plaintext):
         raise EnvelopeError("message does not open", reason="padding")
-    return body[:-1]
+    return marked - 1
