@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from wire.checkpoint import Checkpoint
 from wire.errors import BundleError
 from wire.manifest import FLOAT32, TEMPLATE, Manifest
-from wire.manifest_layout import FloatTensor, Int8Layout, LayerSource
+from wire.manifest_layout import Float32Layout, FloatTensor, Int8Layer, Int8Layout, LayerSource
 
 Floats = NDArray[np.float32]
 
@@ -42,24 +42,46 @@ def materialize_int8(template: bytes, manifest: Manifest, checkpoint: Checkpoint
     """
     manifest.file(TEMPLATE).check(template)
     checkpoint.check(manifest)
-    out = bytearray(template)
-    with np.errstate(all="ignore"):
-        _write_int8(out, manifest.int8, checkpoint)
-    return bytes(out)
+    return fill_int8(template, manifest.int8, checkpoint)
 
 
 def materialize_float32(template: bytes, manifest: Manifest, checkpoint: Checkpoint) -> bytes:
     """The float32 model file; arguments and errors are those of `materialize_int8`, with `float32.onnx`."""
     manifest.file(FLOAT32).check(template)
     checkpoint.check(manifest)
+    return fill_float32(template, manifest.float32, checkpoint)
+
+
+def fill_int8(template: bytes, layout: Int8Layout, checkpoint: Checkpoint) -> bytes:
+    """The template with a checkpoint in it. The caller has checked that they belong together.
+
+    Raises:
+        BundleError: (peer) a BatchNorm that cannot be folded.
+    """
+    out = bytearray(template)
+    # Values at the edge of float32 overflow or divide zero by zero; each such place has its rule below.
+    with np.errstate(all="ignore"):
+        activations = Activations.of(checkpoint.ranges)
+        for patch in layout.ranges:
+            _put(out, patch.scale_at, activations.scale[patch.range], "<f4")
+            _put(out, patch.zero_point_at, activations.zero_point[patch.range], "u1")
+        for layer in layout.layers:
+            _write_layer(out, layer, layout.weight_max, activations.scale[layer.input_range], checkpoint)
+    for tensor in layout.tensors:
+        _write_tensor(out, tensor, checkpoint)
+    return bytes(out)
+
+
+def fill_float32(template: bytes, layout: Float32Layout, checkpoint: Checkpoint) -> bytes:
+    """The template with a checkpoint's params and buffers in it; as `fill_int8`."""
     out = bytearray(template)
     with np.errstate(all="ignore"):
-        for layer in manifest.float32.layers:
+        for layer in layout.layers:
             weight, bias = layer_values(layer.source, checkpoint)
             _put(out, layer.weight_at, weight.T if layer.source.transpose else weight, "<f4")
             if layer.bias_at is not None and bias is not None:
                 _put(out, layer.bias_at, bias, "<f4")
-    for tensor in manifest.float32.tensors:
+    for tensor in layout.tensors:
         _write_tensor(out, tensor, checkpoint)
     return bytes(out)
 
@@ -105,26 +127,21 @@ def layer_values(source: LayerSource, checkpoint: Checkpoint) -> tuple[Floats, F
     return weight, bias
 
 
-def _write_int8(out: bytearray, layout: Int8Layout, checkpoint: Checkpoint) -> None:
-    activations = Activations.of(checkpoint.ranges)
-    for patch in layout.ranges:
-        _put(out, patch.scale_at, activations.scale[patch.range], "<f4")
-        _put(out, patch.zero_point_at, activations.zero_point[patch.range], "u1")
-    for layer in layout.layers:
-        weight, bias = layer_values(layer.source, checkpoint)
-        scale = _weight_scale(weight, layer.source, layout.weight_max)
-        input_scale = activations.scale[layer.input_range]
-        if bias is not None:
-            scale = _widened(scale, bias, input_scale)
-        quantized = np.clip(np.rint(weight / _along(scale, layer.source)), -128, 127)
-        _put(out, layer.weight_at, quantized.T if layer.source.transpose else quantized, "i1")
-        _put(out, layer.scale_at, scale, "<f4")
-        if bias is not None and layer.bias_at is not None and layer.bias_scale_at is not None:
-            bias_scale = input_scale * scale
-            _put(out, layer.bias_at, _quantized_bias(bias, bias_scale), "<i4")
-            _put(out, layer.bias_scale_at, bias_scale, "<f4")
-    for tensor in layout.tensors:
-        _write_tensor(out, tensor, checkpoint)
+def _write_layer(
+    out: bytearray, layer: Int8Layer, weight_max: int, input_scale: np.float32, checkpoint: Checkpoint
+) -> None:
+    source = layer.source
+    weight, bias = layer_values(source, checkpoint)
+    scale = _weight_scale(weight, source, weight_max)
+    if bias is not None:
+        scale = _widened(scale, bias, input_scale)
+    quantized = np.clip(np.rint(weight / _along(scale, source)), -128, 127)
+    _put(out, layer.weight_at, quantized.T if source.transpose else quantized, "i1")
+    _put(out, layer.scale_at, scale, "<f4")
+    if bias is not None and layer.bias_at is not None and layer.bias_scale_at is not None:
+        bias_scale = input_scale * scale
+        _put(out, layer.bias_at, _quantized_bias(bias, bias_scale), "<i4")
+        _put(out, layer.bias_scale_at, bias_scale, "<f4")
 
 
 def _weight_scale(weight: Floats, source: LayerSource, weight_max: int) -> Floats:
