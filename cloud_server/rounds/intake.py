@@ -1,0 +1,195 @@
+"""Replies come in: screened, committed, and only then acknowledged.
+
+Laws of the file: one transaction holds the reply's row and the sender's replay window; a receipt is
+returned only after it committed; an id that has a row is answered from the row, whatever comes with it
+(once, and never counted twice). Source: DESIGN.md, laws 3 and 6; docs/protocol.md, clause 9.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cloud_server.db import rounds as books
+from cloud_server.db.engine import Connection, Database
+from cloud_server.rounds.events import Event, ReplyRefused, ReplyStored
+from cloud_server.rounds.ports import Blobs
+from cloud_server.screening import LATE, Expected, Refusal, screen_evaluation, screen_update
+from process.clock import Clock
+from wire.errors import MessageError, ReplayError
+from wire.header import Header
+from wire.messages import Evaluation, Receipt, Update, decode_body
+
+INLINE_BYTES = 256 * 1024
+"""Bodies above this lie in the artefact store instead of the database row."""
+
+_NO_ID = bytes(16)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One opened message of a device, and what is known of it beside its body."""
+
+    device: str
+    header: Header
+    body: bytes
+    transfer_sha256: bytes
+    size_bytes: int
+
+
+class Intake:
+    """Takes the replies of one run. `open` names what is asked for now; everything else is late or
+    unknown."""
+
+    def __init__(self, database: Database, fence: int | None, blobs: Blobs, run: str, clock: Clock) -> None:
+        self._database = database
+        self._fence = fence
+        self._blobs = blobs
+        self._run = run
+        self._clock = clock
+        self._expected: Mapping[bytes, Expected] = {}
+        self._answered: set[bytes] = set()
+
+    def open(self, expected: Mapping[bytes, Expected], answered: set[bytes]) -> None:
+        """Begins a collection: what each order asks for, and the orders that have their reply already."""
+        self._expected = expected
+        self._answered = answered
+
+    def close(self) -> None:
+        """Ends the collection."""
+        self.open({}, set())
+
+    def take(self, arrival: Arrival) -> tuple[Receipt, Event | None]:
+        """Screens and stores one reply.
+
+        Returns:
+            The receipt to send, and what it means for the round (None: nothing).
+
+        Raises:
+            StorageError: (disk) nothing was committed; no receipt may be sent, the device will try again.
+        """
+        try:
+            reply = _decoded(arrival)
+        except MessageError:
+            return _receipt(_NO_ID, arrival, Refusal.MALFORMED), None
+        outcome = self._screen(reply, arrival)
+        blob = self._keep_large(arrival.body) if not isinstance(outcome, Refusal) else ""
+        with self._database.transaction(fence=self._fence) as connection:
+            known = books.load_update(connection, reply.update_id)
+            if known is not None:
+                return _receipt_again(known, arrival), None
+            try:
+                self._move_window(connection, arrival)
+            except ReplayError:
+                return _receipt(reply.update_id, arrival, Refusal.REPLAYED), None
+            if outcome is Refusal.UNKNOWN_ORDER:
+                outcome = self._past_order(connection, reply, arrival.device)
+            self._insert(connection, reply, arrival, outcome, blob)
+        return self._concluded(reply, arrival, outcome)
+
+    def _screen(self, reply: Update | Evaluation, arrival: Arrival) -> int | Refusal:
+        """The weight of a sound reply, or why it is refused."""
+        expected = self._expected.get(reply.order_id)
+        if expected is None:
+            return Refusal.UNKNOWN_ORDER
+        if arrival.header.schema not in (b"", expected.graphs_sha256):
+            return Refusal.WRONG_MODEL
+        if isinstance(reply, Update):
+            screened = screen_update(reply, arrival.device, expected)
+            outcome = screened if isinstance(screened, Refusal) else screened.num_examples
+        else:
+            outcome = screen_evaluation(reply, arrival.device, expected)
+        if not isinstance(outcome, Refusal) and reply.order_id in self._answered:
+            return Refusal.ALREADY_ANSWERED
+        return outcome
+
+    def _move_window(self, connection: Connection, arrival: Arrival) -> None:
+        """Lets (epoch, seq) in once. One behind the window is new: its id has no row."""
+        header = arrival.header
+        window = books.load_window(connection, arrival.device, header.type)
+        try:
+            window = window.accept(header.epoch, header.seq)
+        except ReplayError as error:
+            if error.facts.get("reason") != "behind":
+                raise
+            return
+        books.save_window(connection, arrival.device, header.type, window)
+
+    def _past_order(self, connection: Connection, reply: Update | Evaluation, device: str) -> Refusal:
+        owner = books.load_order_device(connection, reply.order_id)
+        if owner is None:
+            return Refusal.UNKNOWN_ORDER
+        return Refusal.ROUND_CLOSED if owner == device else Refusal.FOREIGN_ORDER
+
+    def _insert(
+        self,
+        connection: Connection,
+        reply: Update | Evaluation,
+        arrival: Arrival,
+        outcome: int | Refusal,
+        blob: str,
+    ) -> None:
+        now = self._clock.now()
+        is_refused = isinstance(outcome, Refusal)
+        state = ("late" if outcome in LATE else "refused") if is_refused else "stored"
+        row = books.UpdateRow(
+            update_id=reply.update_id,
+            order_id=reply.order_id,
+            round_number=reply.round_number,
+            device=arrival.device,
+            kind="train" if isinstance(reply, Update) else "evaluate",
+            state=state,
+            num_examples=0 if isinstance(outcome, Refusal) else outcome,
+            codec=reply.codec if isinstance(reply, Update) else "",
+            metrics={} if is_refused else reply.metrics,
+            body=b"" if is_refused or blob else arrival.body,
+            artefact_key=blob,
+            body_sha256=hashlib.sha256(arrival.body).digest(),
+            transfer_sha256=arrival.transfer_sha256,
+            size_bytes=arrival.size_bytes,
+            reason=str(outcome) if is_refused else "",
+            received_at=now,
+        )
+        books.insert_update(connection, self._run, row)
+        if not is_refused:
+            books.set_order_state(connection, reply.order_id, "answered", now)
+
+    def _concluded(
+        self, reply: Update | Evaluation, arrival: Arrival, outcome: int | Refusal
+    ) -> tuple[Receipt, Event | None]:
+        if not isinstance(outcome, Refusal):
+            self._answered.add(reply.order_id)
+            return _receipt(reply.update_id, arrival, None), ReplyStored(arrival.device)
+        expected = self._expected.get(reply.order_id)
+        is_of_member = expected is not None and expected.device == arrival.device
+        event = ReplyRefused(arrival.device) if is_of_member else None
+        return _receipt(reply.update_id, arrival, outcome), event
+
+    def _keep_large(self, body: bytes) -> str:
+        """Before the transaction: a blob without a row is harmless, a row without its blob is not."""
+        return self._blobs.put_blob(body) if len(body) > INLINE_BYTES else ""
+
+
+def _decoded(arrival: Arrival) -> Update | Evaluation:
+    if arrival.header.type == Update.TYPE:
+        return decode_body(arrival.body, Update)
+    return decode_body(arrival.body, Evaluation)
+
+
+def _receipt(update_id: bytes, arrival: Arrival, refusal: Refusal | None) -> Receipt:
+    return Receipt(
+        update_id=update_id,
+        transfer=arrival.transfer_sha256,
+        verdict="stored" if refusal is None else "refused",
+        reason=str(refusal or ""),
+    )
+
+
+def _receipt_again(known: books.UpdateRow, arrival: Arrival) -> Receipt:
+    """The answer of record. Another device's id is refused: ids are random, so nobody has it by chance."""
+    if known.device != arrival.device:
+        return _receipt(known.update_id, arrival, Refusal.FOREIGN_UPDATE)
+    if known.state in ("refused", "late"):
+        return _receipt(known.update_id, arrival, Refusal(known.reason))
+    return Receipt(update_id=known.update_id, transfer=arrival.transfer_sha256, verdict="duplicate")

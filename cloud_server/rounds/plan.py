@@ -1,0 +1,72 @@
+"""What one run is made of, what the service lends to it, and what a screen shows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cloud_server.db.engine import Database
+from cloud_server.rounds.ports import Blobs, Finisher, NodeDirectory, Outbox, Releaser, Strategy
+from cloud_server.rounds.state import Phase, RoundPolicy
+from process.clock import Clock
+from wire.manifest import Manifest
+from wire.messages import TrainConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """What one run does.
+
+    Attributes:
+        run: its id.
+        manifest: the model that it trains.
+        policy: when rounds open, close and fail.
+        train: how devices train; a strategy may change `proximal_mu` and `clipping_norm` per round.
+        max_head_change: a round whose head lies further (L2 norm) from its base is rejected.
+    """
+
+    run: str
+    manifest: Manifest
+    policy: RoundPolicy
+    train: TrainConfig
+    max_head_change: float = 1e6
+
+    @property
+    def graphs_sha256(self) -> bytes:
+        """The model's identity, 32 bytes."""
+        return bytes.fromhex(self.manifest.graphs_sha256)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPorts:
+    """What the service lends to a run.
+
+    Attributes:
+        fence: the token of `Database.claim_writer`, or None where nobody else can write.
+    """
+
+    database: Database
+    fence: int | None
+    blobs: Blobs
+    nodes: NodeDirectory
+    outbox: Outbox
+    strategy: Strategy
+    finisher: Finisher
+    releaser: Releaser
+    clock: Clock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunView:
+    """A run as it stands. `metrics` are those of the newest round that was folded."""
+
+    run: str
+    phase: Phase
+    round_number: int
+    moved: int
+    failures: int
+    cohort: int
+    answered: int
+    deadline: float
+    head_sha256: bytes
+    metrics: Mapping[str, float]

@@ -1,0 +1,74 @@
+"""The committed replies of a round, read back from the store one at a time.
+
+Laws of the file: the order is that of the update ids, whatever the order of arrival; each pass decodes anew
+and holds one reply; what was screened when it arrived is checked again against the digest that was
+committed with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+
+from cloud_server.db import rounds as books
+from cloud_server.db.engine import Database
+from cloud_server.rounds.ports import Blobs, Reply
+from cloud_server.screening import Expected, Screened, decode_update
+from wire.errors import StorageError
+from wire.messages import Update, decode_body
+
+
+class StoredReplies:
+    """The stored updates of one round.
+
+    Args:
+        rows: from `load_updates`, in the canonical order.
+        expected: what each order asked for, by order id.
+        node_ids: device → node id.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        blobs: Blobs,
+        rows: Sequence[books.UpdateRow],
+        expected: Mapping[bytes, Expected],
+        node_ids: Mapping[str, int],
+    ) -> None:
+        self._database = database
+        self._blobs = blobs
+        self._rows = rows
+        self._expected = expected
+        self._node_ids = node_ids
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Reply]:
+        """Yields each reply.
+
+        Raises:
+            StorageError: (disk) the bytes of a reply are not those that were committed.
+        """
+        for row in self._rows:
+            yield self._reply(row)
+
+    def _reply(self, row: books.UpdateRow) -> Reply:
+        if row.artefact_key:
+            body = self._blobs.get_blob(row.artefact_key)
+        else:
+            with self._database.read() as connection:
+                body = books.load_body(connection, row.update_id)
+        if hashlib.sha256(body).digest() != row.body_sha256:
+            raise StorageError("a stored update is damaged", update_id=row.update_id.hex())
+        screened = decode_update(decode_body(body, Update), self._expected[row.order_id])
+        if not isinstance(screened, Screened):
+            raise StorageError("a stored update does not decode any more", update_id=row.update_id.hex())
+        return Reply(
+            node_id=self._node_ids[row.device],
+            num_examples=screened.num_examples,
+            metrics=row.metrics,
+            update=screened.update,
+            buffers=screened.buffers,
+            norm=screened.norm,
+        )

@@ -1,0 +1,182 @@
+"""The shell around the round machine: what the service reports goes in, what the machine asks for is
+performed.
+
+Laws of the file: one thread; `on_…` commits and takes note, `tick` does what follows, so that a receipt
+leaves before a fold begins; the same events at the same times give the same run, bit for bit. After an
+exception from `tick` make a new runner and `resume`: what was committed is all that counts. Source:
+docs/architecture.md (The aggregator).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+
+from cloud_server.db import rounds as books
+from cloud_server.rounds import events as ev
+from cloud_server.rounds.intake import Arrival, Intake
+from cloud_server.rounds.machine import step
+from cloud_server.rounds.performer import Performer
+from cloud_server.rounds.plan import RunPlan, RunPorts, RunView
+from cloud_server.rounds.state import NEVER, Phase, RoundState
+from wire.checkpoint import Checkpoint
+from wire.errors import ConfigurationError
+from wire.header import Header
+from wire.messages import Join, Receipt
+
+_LOG = logging.getLogger(__name__)
+
+
+class RoundRunner:
+    """Drives one run: `resume` once, then `tick` after whatever was fed in and whenever `next_tick` has
+    come."""
+
+    def __init__(self, plan: RunPlan, ports: RunPorts) -> None:
+        self._plan = plan
+        self._ports = ports
+        self._intake = Intake(ports.database, ports.fence, ports.blobs, plan.run, ports.clock)
+        self._performer = Performer(plan, ports, self._intake)
+        self._state = RoundState()
+        self._queue: deque[ev.Event] = deque()
+        self._next_tick = NEVER
+
+    # ---- what the service asks ----
+
+    @property
+    def head(self) -> Checkpoint:
+        """The newest head."""
+        return self._performer.head
+
+    @property
+    def phase(self) -> Phase:
+        return self._state.phase
+
+    @property
+    def is_finished(self) -> bool:
+        return self._state.phase is Phase.FINISHED
+
+    @property
+    def next_tick(self) -> float:
+        """When `tick` must be called at the latest (unix seconds): now if something waits, `inf` for
+        never."""
+        return self._ports.clock.now() if self._queue else self._next_tick
+
+    def view(self) -> RunView:
+        """The run as it stands."""
+        state = self._state
+        return RunView(
+            run=self._plan.run,
+            phase=state.phase,
+            round_number=state.round_number,
+            moved=state.moved,
+            failures=state.failures,
+            cohort=len(state.cohort.members),
+            answered=state.cohort.answered,
+            deadline=state.deadline,
+            head_sha256=self.head.sha256,
+            metrics=self._performer.metrics,
+        )
+
+    # ---- what the service reports ----
+
+    def resume(self, initial: Checkpoint, seed: int) -> None:
+        """Begins the run, or goes on where the database says that it was.
+
+        Args:
+            initial: the head of a new run; ignored where the run exists.
+            seed: 0 … 2**63 − 1, secret, for a new run; ignored where the run exists.
+
+        Raises:
+            ConfigurationError: (operator) the run exists with another model.
+            BundleError: (operator) `initial` is of another model.
+        """
+        with self._ports.database.read() as connection:
+            known = books.load_run(connection, self._plan.run)
+        if known is None:
+            known = self._begin(initial, seed)
+        if known.graphs_sha256 != self._plan.graphs_sha256:
+            raise ConfigurationError(
+                f"the run {known.run} trains another model",
+                hint="give the new run another name",
+                run=known.run,
+            )
+        self._state = self._performer.restore(known)
+        self._queue.append(ev.Resumed())
+        self.on_nodes_changed()
+
+    def on_nodes_changed(self) -> None:
+        """Approval or presence changed."""
+        self._queue.append(ev.NodesChanged(frozenset(self._ports.nodes.present())))
+
+    def on_node_lost(self, device: str) -> None:
+        """A device's last will arrived."""
+        self._queue.append(ev.NodeLost(device))
+
+    def on_join(self, device: str, join: Join) -> None:
+        """A device answered an order; an answer to an order that is not its own, or is over, is dropped."""
+        order = self._performer.order_of(device)
+        if order is None or order.order_id != join.order_id:
+            return
+        if not join.accepted:
+            with self._ports.database.transaction(fence=self._ports.fence) as connection:
+                now = self._ports.clock.now()
+                books.set_order_state(connection, order.order_id, "declined", now, join.reason)
+        self._queue.append(ev.JoinArrived(device, join.accepted))
+
+    def on_update(
+        self, device: str, header: Header, body: bytes, *, transfer_sha256: bytes, size_bytes: int
+    ) -> Receipt:
+        """Takes an opened `up` or `ev` message: screens it and commits it.
+
+        Args:
+            transfer_sha256: of the whole sealed message.
+            size_bytes: of the same.
+
+        Returns:
+            The receipt, to be sent at once.
+
+        Raises:
+            StorageError: (disk) nothing was committed; send nothing, the device will try again.
+        """
+        receipt, event = self._intake.take(Arrival(device, header, body, transfer_sha256, size_bytes))
+        if event is not None:
+            self._queue.append(event)
+        if receipt.verdict == "refused":
+            _LOG.info("reply refused: device=%s reason=%s", device, receipt.reason)
+        return receipt
+
+    def set_paused(self, is_paused: bool) -> None:
+        """Stops or goes on with opening rounds; a round under way ends well."""
+        with self._ports.database.transaction(fence=self._ports.fence) as connection:
+            books.set_run_status(connection, self._plan.run, "paused" if is_paused else "active")
+        self._queue.append(ev.RunPaused(is_paused))
+
+    def tick(self) -> float:
+        """Does all that is due now; returns `next_tick`."""
+        if self._next_tick <= self._ports.clock.now():
+            self._next_tick = NEVER
+            self._queue.append(ev.Tick())
+        while self._queue:
+            self._take(self._queue.popleft())
+        return self._next_tick
+
+    def _take(self, event: ev.Event) -> None:
+        """One event; what its actions answer comes before anything else that waits."""
+        self._state, actions = step(self._state, event, self._ports.clock.now(), self._plan.policy)
+        answers: list[ev.Event] = []
+        for action in actions:
+            if isinstance(action, ev.SetTimer):
+                self._next_tick = action.at
+            elif (answer := self._performer.perform(action)) is not None:
+                answers.append(answer)
+        self._queue.extendleft(reversed(answers))
+
+    def _begin(self, initial: Checkpoint, seed: int) -> books.RunRow:
+        initial.check(self._plan.manifest)
+        row = books.RunRow(run=self._plan.run, graphs_sha256=self._plan.graphs_sha256, seed=seed)
+        now = self._ports.clock.now()
+        self._ports.blobs.put_blob(initial.to_bytes())
+        with self._ports.database.transaction(fence=self._ports.fence) as connection:
+            books.insert_run(connection, row, now)
+            books.insert_head(connection, row.run, 0, initial.sha256, now)
+        return row

@@ -1,0 +1,160 @@
+"""What the round machine knows: policy, phase, and the cohort whose replies are awaited. Pure, frozen data.
+
+Source: docs/architecture.md (The aggregator).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from wire.errors import ConfigurationError
+
+NEVER = math.inf
+
+
+class Phase(StrEnum):
+    """Where a run stands. The words of `rounds.state` in the database are those of the middle four."""
+
+    IDLE = "idle"
+    OPENING = "opening"
+    TRAINING = "training"
+    FOLDING = "folding"
+    EVALUATING = "evaluating"
+    DECIDING = "deciding"
+    FINISHED = "finished"
+
+
+class Standing(StrEnum):
+    """How one member of a cohort stands."""
+
+    WAITING = "waiting"
+    ACCEPTED = "accepted"
+    ANSWERED = "answered"
+    REFUSED = "refused"
+    DECLINED = "declined"
+    LOST = "lost"
+
+
+OUTSTANDING = frozenset({Standing.WAITING, Standing.ACCEPTED})
+_FINAL = frozenset({Standing.ANSWERED, Standing.REFUSED})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundPolicy:
+    """When rounds open, close and fail.
+
+    Attributes:
+        quorum: least number of present devices to open a round, and of stored updates to fold it.
+        goal: stored updates that close a collection at once; 0 for all of the cohort.
+        round_seconds, evaluate_seconds: longest wait for updates, and for evaluations.
+        resend_seconds: an order that nobody accepted or answered is sent again after this long.
+        grace_seconds: how long a collection short of its quorum waits for members that vanished to come back.
+        pause_seconds: rest between a round and the next.
+        backoff_seconds, backoff_max_seconds: rest after a failed round; doubles with each failure in a row.
+        rounds: a run ends when this many rounds moved the head; 0 for never.
+        evaluate_every: evaluate and decide on a release after every this many moved heads; 0 for never.
+
+    Raises:
+        ConfigurationError: (operator) a value out of bounds; names it.
+    """
+
+    quorum: int = 2
+    goal: int = 0
+    round_seconds: float = 600.0
+    evaluate_seconds: float = 120.0
+    resend_seconds: float = 30.0
+    grace_seconds: float = 10.0
+    pause_seconds: float = 0.0
+    backoff_seconds: float = 5.0
+    backoff_max_seconds: float = 600.0
+    rounds: int = 0
+    evaluate_every: int = 1
+
+    def __post_init__(self) -> None:
+        least = {
+            "quorum": 1,
+            "goal": 0,
+            "round_seconds": 1e-3,
+            "evaluate_seconds": 1e-3,
+            "resend_seconds": 1e-3,
+            "grace_seconds": 0,
+            "pause_seconds": 0,
+            "backoff_seconds": 0,
+            "backoff_max_seconds": 0,
+            "rounds": 0,
+            "evaluate_every": 0,
+        }
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < bound:
+                raise ConfigurationError(
+                    f"rounds: {name} is {value}", hint=f"use a number from {bound} up", name=name
+                )
+        if 0 < self.goal < self.quorum:
+            raise ConfigurationError(
+                f"rounds: goal {self.goal} is below the quorum {self.quorum}",
+                hint="a round that closes at its goal could never be folded: raise goal or lower quorum",
+                name="goal",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """The cohort whose replies are awaited, and how each member stands.
+
+    The counts are kept beside the members, so that a move costs no pass over a large cohort.
+
+    Attributes:
+        lost_at: when a member was last lost; what a collection short of its quorum counts its grace from.
+    """
+
+    members: Mapping[str, Standing]
+    outstanding: int
+    answered: int = 0
+    lost: int = 0
+    lost_at: float = -NEVER
+
+    @classmethod
+    def of(cls, standings: Mapping[str, Standing]) -> Collection:
+        values = list(standings.values())
+        return cls(
+            standings,
+            outstanding=sum(value in OUTSTANDING for value in values),
+            answered=values.count(Standing.ANSWERED),
+            lost=values.count(Standing.LOST),
+        )
+
+    def move(self, device: str, standing: Standing, now: float) -> Collection:
+        """One member's new standing. An answered or refused one keeps its own, whatever comes later."""
+        old = self.members.get(device)
+        if old is None or old in _FINAL or old is standing:
+            return self
+        return Collection(
+            {**self.members, device: standing},
+            outstanding=self.outstanding + (standing in OUTSTANDING) - (old in OUTSTANDING),
+            answered=self.answered + (standing is Standing.ANSWERED),
+            lost=self.lost + (standing is Standing.LOST) - (old is Standing.LOST),
+            lost_at=now if standing is Standing.LOST else self.lost_at,
+        )
+
+
+NOBODY = Collection({}, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundState:
+    """All that the machine knows: counts `round_number` attempts from 1, `moved` of them moved the head."""
+
+    phase: Phase = Phase.IDLE
+    round_number: int = 0
+    moved: int = 0
+    failures: int = 0
+    is_paused: bool = False
+    present: frozenset[str] = frozenset()
+    cohort: Collection = NOBODY
+    deadline: float = NEVER
+    resend_at: float = NEVER
+    not_before: float = 0.0
