@@ -8,11 +8,10 @@ end the run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.app.exception import AppExitException
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
@@ -48,7 +47,7 @@ class StrategyDriver:
         strategy: from `build_strategy`.
         slots: the tensors of the parameter vector.
         buffers_size: Q of the model.
-        device: where the fold runs.
+        make_fold: makes the accumulator of a parameter vector of a given length; its device is chosen there.
 
     Raises:
         ConfigurationError: (operator) differential privacy over a model with buffers, whose statistics no
@@ -61,12 +60,12 @@ class StrategyDriver:
         slots: Sequence[TensorSlot],
         *,
         buffers_size: int = 0,
-        device: torch.device | None = None,
+        make_fold: Callable[[int], Fold] = Fold,
     ) -> None:
         set_identity()
         self._strategy = strategy
         self._slots = slots
-        self._device = device
+        self._make_fold = make_fold
         self._is_folded = is_folded(strategy)
         self._is_private = is_differentially_private(strategy)
         self._buffers_size = buffers_size
@@ -127,7 +126,7 @@ class StrategyDriver:
 
     def _prefold(self, base: Checkpoint, replies: Replies) -> tuple[Message, Vector]:
         """All replies as one: the exact weighted mean, in memory that does not grow with the cohort."""
-        fold, buffers = Fold(base.params.size, device=self._device), Fold(base.buffers.size)
+        fold, buffers = self._make_fold(base.params.size), Fold(base.buffers.size)
         metrics: list[Mapping[str, float]] = []
         weights: list[int] = []
         for reply in replies:

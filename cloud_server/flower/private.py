@@ -19,8 +19,8 @@ RUN_ID = 1
 SERVER_NODE_ID = 1
 _STYPE = "numpy.ndarray"
 
-# Flower logs every round at INFO, to a handler of its own and with a level that it sets while it is imported; our
-# own round lines say the same.
+# Flower logs every round at INFO, to a handler of its own and with a level that it sets while it is imported;
+# our own round lines say the same.
 logging.getLogger("flwr").setLevel(logging.WARNING)
 
 
