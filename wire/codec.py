@@ -37,13 +37,12 @@ from numpy.typing import NDArray
 
 from wire.dither import STEPS, dither, step_codes
 from wire.errors import StorageError, UpdateError
-from wire.messages import CODEC_NAMES
+from wire.messages import CODEC_NAMES, MAX_PARAMS
 
 Float32: TypeAlias = NDArray[np.float32]
 _Bytes: TypeAlias = NDArray[np.uint8]
 
 BLOCK: Final = 256
-MAX_PARAMS: Final = 2**26
 DITHER_STEPS: Final = tuple(0.5 * 2 ** (eighth / 8) for eighth in range(17))
 """Quantization steps that `dithered` chooses from, in units of a block's root mean square: 0.5 to 2."""
 DITHER_BUDGET_BITS: Final = 1.7

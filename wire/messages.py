@@ -22,10 +22,12 @@ from wire.errors import MessageError
 
 ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}\Z"
 MAX_CHUNKS = 4096
+MAX_PARAMS = 2**26
 MAX_BODY_BYTES = 256 * 1024 * 1024
 
 Id = Annotated[str, Meta(pattern=ID_PATTERN)]
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
+DigestOrNone = Annotated[bytes, Meta(max_length=32)]
 Nonce = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e11)]
@@ -66,7 +68,7 @@ class Birth(Body, frozen=True, kw_only=True):
     memory_bytes: Count = 0
     codecs: Annotated[tuple[CodecName, ...], Meta(max_length=16)] = ()
     release_version: Count = 0
-    release_sha256: bytes = b""
+    release_sha256: DigestOrNone = b""
 
 
 class Telemetry(Body, frozen=True, kw_only=True):
@@ -145,7 +147,7 @@ class Order(Body, frozen=True, kw_only=True):
     head_sha256: Digest
     deadline: Seconds
     slot_bytes: Annotated[int, Meta(ge=0, le=MAX_BODY_BYTES)]
-    overrides: Annotated[dict[ShortText, float | int | str], Meta(max_length=16)] = {}
+    overrides: Annotated[dict[ShortText, float | int | ShortText], Meta(max_length=16)] = {}
 
 
 class Join(Body, frozen=True, kw_only=True):
@@ -172,9 +174,9 @@ class Update(Body, frozen=True, kw_only=True):
     base_sha256: Digest
     num_examples: Annotated[int, Meta(ge=1, le=2**31)]
     codec: CodecName
-    params_size: Annotated[int, Meta(ge=1, le=2**31)]
-    payload: bytes
-    buffers: bytes = b""
+    params_size: Annotated[int, Meta(ge=1, le=MAX_PARAMS)]
+    payload: Annotated[bytes, Meta(max_length=MAX_BODY_BYTES)]
+    buffers: Annotated[bytes, Meta(max_length=2 * MAX_PARAMS)] = b""
     metrics: Metrics = {}
 
 
@@ -249,8 +251,14 @@ B = TypeVar("B", bound=Body)
 
 
 def encode_body(body: Body) -> bytes:
-    """Canonical CBOR of a body: one byte string per meaning."""
-    return encode_canonical(msgspec.to_builtins(body, builtin_types=(bytes,)))
+    """Canonical CBOR of a body: one byte string per meaning.
+
+    Raises:
+        MessageError: (us) a value that `decode_body` would refuse.
+    """
+    plain = msgspec.to_builtins(body, builtin_types=(bytes,))
+    _convert(plain, type(body))
+    return encode_canonical(plain)
 
 
 def decode_body(data: bytes, kind: type[B], *, limit_bytes: int = MAX_BODY_BYTES) -> B:
@@ -260,9 +268,13 @@ def decode_body(data: bytes, kind: type[B], *, limit_bytes: int = MAX_BODY_BYTES
         MessageError: (peer) not canonical CBOR, an unknown or missing key, a wrong type, a value out of
         bounds.
     """
-    plain = decode_canonical(data, limit_bytes=limit_bytes)
+    return _convert(decode_canonical(data, limit_bytes=limit_bytes), kind)
+
+
+def _convert(plain: Any, kind: type[B]) -> B:
     try:
-        body = msgspec.convert(plain, type=kind, strict=True)
+        # Named as built in, bytes stay bytes: by default msgspec would read text as base64.
+        body = msgspec.convert(plain, type=kind, strict=True, builtin_types=(bytes,))
     except msgspec.ValidationError as error:
         raise MessageError(f"body is not a valid {kind.__name__}: {error}") from error
     _refuse_non_finite(plain)

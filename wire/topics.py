@@ -1,7 +1,7 @@
 """The topic table: every topic of protocol major version 1, built and parsed in one place.
 
-Source: docs/protocol.md, clause 2. Ids match `[A-Za-z0-9_-]{1,64}`, so no topic can carry a wildcard or a level
-separator that a peer chose.
+Source: docs/protocol.md, clause 2. Ids match `[A-Za-z0-9_-]{1,64}`, so no topic can carry a wildcard or a
+level separator that a peer chose.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from wire.errors import MessageError
 
 PREFIX = "fl/1"
+MAX_TOPIC_CHARS = 512
 ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _NUMBER = re.compile(r"(?:0|[1-9][0-9]{0,14})")
@@ -47,24 +48,28 @@ class Topics:
         return f"{PREFIX}/{self.tenant}/{self.fleet}"
 
     def by_device(self, kind: str, device: str) -> str:
-        """`st tm jn ak cm rs es ea ir` of one device."""
-        return f"{self.base}/{kind}/{device}"
+        """`st tm jn ak cm rs es ea ir` of one device.
+
+        Raises:
+            MessageError: (us) as every builder of a topic: a level that `parse` would refuse.
+        """
+        return self._checked(f"{kind}/{device}")
 
     def invitation(self, round_number: int | None) -> str:
         """`rd/{round}`, or the retained `rd/now` for None."""
-        return f"{self.base}/rd/{'now' if round_number is None else round_number}"
+        return self._checked(f"rd/{'now' if round_number is None else round_number}")
 
     def upload(self, shard: str, device: str, round_number: int, chunk: int) -> str:
-        return f"{self.base}/up/{shard}/{device}/{round_number}/{chunk}"
+        return self._checked(f"up/{shard}/{device}/{round_number}/{chunk}")
 
     def announcement(self, channel: str) -> str:
-        return f"{self.base}/md/{channel}"
+        return self._checked(f"md/{channel}")
 
     def blob_chunk(self, sha256: str, chunk: int) -> str:
-        return f"{self.base}/bl/{sha256}/{chunk}"
+        return self._checked(f"bl/{sha256}/{chunk}")
 
     def need(self, device: str, sha256: str) -> str:
-        return f"{self.base}/nd/{device}/{sha256}"
+        return self._checked(f"nd/{device}/{sha256}")
 
     def device_filters(self, device: str, channel: str) -> tuple[str, ...]:
         """What a device subscribes to: the fleet's `rd`, `md`, `bl` and its own `ak`, `cm`, `ea`."""
@@ -76,6 +81,11 @@ class Topics:
         plain = tuple(f"{self.base}/{kind}/+" for kind in ("st", "tm", "jn", "rs", "es", "ir"))
         return (*plain, f"{self.base}/up/+/+/+/+", f"{self.base}/nd/+/+")
 
+    def _checked(self, levels: str) -> str:
+        if _parse_levels(*levels.split("/")) is None:
+            raise MessageError("no such topic", topic=levels[:200])
+        return f"{self.base}/{levels}"
+
     def parse(self, topic: str) -> Topic:
         """Takes a topic apart.
 
@@ -84,17 +94,23 @@ class Topics:
         """
         if not topic.startswith(self.base + "/"):
             raise MessageError("topic of another fleet or version", topic=topic[:200])
-        kind, *levels = topic[len(self.base) + 1 :].split("/")
-        parsed = _parse_levels(kind, levels)
+        if len(topic) > MAX_TOPIC_CHARS:
+            raise MessageError("topic is longer than any of the table", topic=topic[:200])
+        parsed = _parse_levels(*topic[len(self.base) + 1 :].split("/"))
         if parsed is None:
             raise MessageError("topic is not in the table", topic=topic[:200])
         return parsed
 
 
+def message_types(kind: str) -> frozenset[str]:
+    """The header types that a topic of this kind may carry."""
+    return frozenset({"up", "ev"}) if kind == "up" else frozenset({kind})
+
+
 _BY_DEVICE = frozenset({"st", "tm", "jn", "ak", "cm", "rs", "es", "ea", "ir"})
 
 
-def _parse_levels(kind: str, levels: list[str]) -> Topic | None:
+def _parse_levels(kind: str, *levels: str) -> Topic | None:
     match kind, levels:
         case _, [device] if kind in _BY_DEVICE and ID.fullmatch(device):
             return Topic(kind, device=device)
@@ -109,7 +125,10 @@ def _parse_levels(kind: str, levels: list[str]) -> Topic | None:
         case "nd", [device, sha] if ID.fullmatch(device) and _HEX64.fullmatch(sha):
             return Topic(kind, device=device, sha256=sha)
         case "up", [shard, device, number, chunk] if (
-            ID.fullmatch(shard) and ID.fullmatch(device) and _NUMBER.fullmatch(number) and _NUMBER.fullmatch(chunk)
+            ID.fullmatch(shard)
+            and ID.fullmatch(device)
+            and _NUMBER.fullmatch(number)
+            and _NUMBER.fullmatch(chunk)
         ):
             return Topic(kind, device=device, shard=shard, round_number=int(number), chunk=int(chunk))
     return None
