@@ -1,7 +1,7 @@
 """The aggregator: one place where packets, rounds and releases meet. Single-threaded, event by event.
 
-Laws of the file: order and I/O only, no rule of its own; it never blocks, so the same object serves a real broker (events
-from a queue) and a simulated fleet (events from a pump); a failure while one message is handled ends that message, not
+Laws of the file: order and I/O only, no rule of its own; it never blocks, so the same object serves a real broker
+(events from a queue) and a simulated fleet (events from a pump); a failure while one message is handled ends that message, not
 the aggregator. Source: docs/architecture.md, "The aggregator".
 """
 

@@ -44,7 +44,14 @@ class Downlink:
     """
 
     def __init__(
-        self, *, topics: Topics, key: SigningKey, epoch: int, sender: Sender, clock: Clock, chunk_bytes: int = 98_304
+        self,
+        *,
+        topics: Topics,
+        key: SigningKey,
+        epoch: int,
+        sender: Sender,
+        clock: Clock,
+        chunk_bytes: int = 98_304,
     ) -> None:
         self._topics = topics
         self._key = key

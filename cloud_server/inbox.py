@@ -99,7 +99,9 @@ class Inbox:
         except KeyError:
             self._refuse(topic.device, f"no upward topic {topic.kind}", None)
         except PeerError as error:
-            self._refuse(topic.device, f"{topic.kind}: {getattr(error, 'reason', type(error).__name__)}", error)
+            self._refuse(
+                topic.device, f"{topic.kind}: {getattr(error, 'reason', type(error).__name__)}", error
+            )
 
     # ---- one handler a topic -----------------------------------------------------------------------------------
 
@@ -138,7 +140,9 @@ class Inbox:
         if message is None:
             missing = reassembly.missing(chunk.transfer)
             if missing and chunk.index == chunk.total - 1:
-                receipt = Receipt(update_id=_ZERO_ID, transfer=chunk.transfer, verdict="missing", missing=missing)
+                receipt = Receipt(
+                    update_id=_ZERO_ID, transfer=chunk.transfer, verdict="missing", missing=missing
+                )
                 self._receiver.on_missing(topic.device, receipt)
             return
         opened = open_sealed(

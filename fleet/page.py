@@ -20,7 +20,8 @@ body{font:15px/1.5 system-ui,sans-serif;max-width:68rem;margin:2rem auto;padding
 h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
 .cards{display:flex;flex-wrap:wrap;gap:.8rem}.card{border:1px solid #d5dce4;border-radius:.5rem;padding:.6rem 1rem}
 .card b{display:block;font-size:1.4rem}table{border-collapse:collapse;width:100%;font-size:13px}
-td,th{padding:.25rem .5rem;text-align:right;border-bottom:1px solid #e5eaf0}td:first-child,th:first-child{text-align:left}
+td,th{padding:.25rem .5rem;text-align:right;border-bottom:1px solid #e5eaf0}
+td:first-child,th:first-child{text-align:left}
 tr.held td{background:#fff6e5}svg{max-width:100%;height:auto}
 """
 
@@ -76,7 +77,18 @@ def _table(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> st
 
 
 def _device_table(report: FleetReport) -> str:
-    head = ("device", "group", "windows", "first", "last", "updates", "update kB", "float32 kB", "sent kB", "received kB")
+    head = (
+        "device",
+        "group",
+        "windows",
+        "first",
+        "last",
+        "updates",
+        "update kB",
+        "float32 kB",
+        "sent kB",
+        "received kB",
+    )
     rows = (
         (
             "",
@@ -132,10 +144,19 @@ def _accuracy_picture(report: FleetReport) -> str:
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots()
-    scored = [(row.number, row.validation_accuracy) for row in report.rounds if row.validation_accuracy is not None]
-    axes.plot([number for number, _ in scored], [value for _, value in scored], ".-", label="head, validation windows")
+    scored = [
+        (row.number, row.validation_accuracy) for row in report.rounds if row.validation_accuracy is not None
+    ]
+    axes.plot(
+        [number for number, _ in scored],
+        [value for _, value in scored],
+        ".-",
+        label="head, validation windows",
+    )
     releases = [(row.round_number, row.accuracy) for row in report.releases]
-    axes.step([n for n, _ in releases], [a for _, a in releases], "o-", where="post", label="release, later windows")
+    axes.step(
+        [n for n, _ in releases], [a for _, a in releases], "o-", where="post", label="release, later windows"
+    )
     for row in report.hold_backs:
         axes.axvline(row.number, color="#e0a030", linewidth=0.8, alpha=0.6)
     axes.set(xlabel="round (vertical lines: held back)", ylabel="accuracy", ylim=(0, 1))

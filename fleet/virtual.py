@@ -1,7 +1,7 @@
 """Virtual time: a clock that moves only when told to, and what shall happen at which moment.
 
-Laws of the file: one thread; things due at the same moment happen in the order in which they were asked for, so the same
-calls give the same history.
+Laws of the file: one thread; things due at the same moment happen in the order in which they were asked for, so the
+same calls give the same history.
 """
 
 from __future__ import annotations

@@ -46,7 +46,9 @@ def pretrain(
     loss = 0.0
     for _ in range(epochs):
         order = torch.randperm(len(inputs), generator=generator)
-        losses = [_step(module, task, optimizer, inputs[batch], labels[batch]) for batch in order.split(batch_size)]
+        losses = [
+            _step(module, task, optimizer, inputs[batch], labels[batch]) for batch in order.split(batch_size)
+        ]
         loss = float(np.mean(losses))
     module.eval()
     return loss

@@ -1,4 +1,4 @@
-"""The direction of imports and the one door per dependency, as docs/architecture.md states them, checked on every file."""
+"""The direction of imports and the one door per dependency (docs/architecture.md), checked on every file."""
 
 from __future__ import annotations
 
