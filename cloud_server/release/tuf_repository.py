@@ -216,13 +216,14 @@ class TufRepository:
             changed = self._add_files(
                 current, "parameters", {folder + name: data for name, data in whole.items()}
             )
-            self._prune(current)
+            self._prune(current, keep=release.version)
             return changed
 
         self._change(change)
 
     def set_ring(self, ring: str, version: int, *, rollback: bool = False) -> int:
-        """Signs which release a ring runs, and returns the statement's serial.
+        """Signs which release a ring runs, and returns the statement's serial; the same release changes
+        nothing.
 
         Raises:
             ReleaseError: (operator, us) no such release, or an older one without `rollback`.
@@ -241,6 +242,9 @@ class TufRepository:
                     version=version,
                     current=before,
                 )
+            if version == before:
+                serial = serial_before
+                return set()
             serial = serial_before + 1
             statement = {
                 "release_version": version,
@@ -326,12 +330,14 @@ class TufRepository:
             changed = {role}
         return changed
 
-    def _prune(self, current: _Set) -> None:
+    def _prune(self, current: _Set, *, keep: int) -> None:
         """Old releases leave the list that every device downloads; their files stay."""
         listed = current.targets["parameters"].targets
         versions = sorted({int(path.split("/")[1]) for path in listed})
         in_rings = {self._ring(current, path[6:-5])[0] for path in current.targets["rings"].targets}
-        gone = {str(version) for version in versions[: -self._keep_releases]} - {str(v) for v in in_rings}
+        gone = {str(version) for version in versions[: -self._keep_releases]} - {
+            str(version) for version in in_rings | {keep}
+        }
         for path in [path for path in listed if path.split("/")[1] in gone]:
             del listed[path]
 
