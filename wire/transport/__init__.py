@@ -27,7 +27,10 @@ class Packet:
 
 @dataclass(frozen=True, slots=True)
 class Connected:
-    """The broker accepted us. `max_packet_bytes` and `receive_maximum` are CONNACK's, never above our own."""
+    """The broker accepted us and our subscriptions: nothing that is published from now on is missed.
+
+    `max_packet_bytes` and `receive_maximum` are CONNACK's, never above our own.
+    """
 
     session_present: bool
     max_packet_bytes: int

@@ -153,7 +153,7 @@ class Keeper:
         self._connection.open()
 
     def accepted(self, session_present: bool, max_packet_bytes: int, receive_maximum: int) -> None:
-        """CONNACK: the subscriptions are on their way."""
+        """CONNACK and SUBACK: we may speak, and we hear."""
         self._live_since = self._now()
         too_large = self._gate.open(max_packet_bytes, receive_maximum)
         self._emit(Connected(session_present, max_packet_bytes, receive_maximum))

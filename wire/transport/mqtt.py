@@ -43,6 +43,7 @@ _log = logging.getLogger("wire.transport.mqtt")
 
 DEFAULT_MAX_PACKET_BYTES = 131_072  # hosted brokers stop at 128 KB
 _RECEIVE_MAXIMUM = 64  # of what the broker may send us without our acknowledgement
+_EARLY_PACKETS = 1_000  # received between CONNACK and SUBACK
 _READS_PER_TURN = 64  # one busy client must not starve the others of its loop
 
 
@@ -204,6 +205,8 @@ class _Connection:
         self._terms = terms
         self._client = client = _PahoClient(terms.client_id, connected)
         self._is_accepted = False
+        self._welcome = (False, terms.max_packet_bytes, 65_535)
+        self._early: list[Packet] = []
         self._is_closed = False
         self._fault = ""
         client.max_inflight_messages_set(0)  # none of paho's: the window is ours
@@ -280,9 +283,19 @@ class _Connection:
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.want_write() else 0)
         self._loop.modify(self._socket, events, self._ready)
 
+    def _ready_to_work(self) -> None:
+        """We are accepted and we listen: nothing that is published from now on can be missed."""
+        if self._is_accepted:
+            return
+        self._is_accepted = True
+        self._owner.accepted(*self._welcome)
+        early, self._early = self._early, []
+        for packet in early:
+            self._owner.received(packet)
+
     def _check_accepted(self) -> None:
         if not self._is_closed and not self._is_accepted:
-            self._owner.lost("the broker did not answer CONNECT")
+            self._owner.lost("the broker did not answer CONNECT or SUBSCRIBE")
 
     def _care_seconds(self) -> float:
         return max(0.25, self._terms.keepalive_seconds / 4)
@@ -312,12 +325,13 @@ class _Connection:
         if code.is_failure:
             self._fault = f"the broker refused us: {code}"
             return
-        self._is_accepted = True
-        if self._terms.filters:  # first: nothing that we publish may be answered before we listen
-            client.subscribe([(name, SubscribeOptions(qos=qos)) for name, qos in self._terms.filters])
         own_limit = self._terms.max_packet_bytes
         limit = min(own_limit, getattr(given, "MaximumPacketSize", own_limit))
-        self._owner.accepted(flags.session_present, limit, getattr(given, "ReceiveMaximum", 65_535))
+        self._welcome = (flags.session_present, limit, getattr(given, "ReceiveMaximum", 65_535))
+        if self._terms.filters:
+            client.subscribe([(name, SubscribeOptions(qos=qos)) for name, qos in self._terms.filters])
+        else:
+            self._ready_to_work()
 
     def _on_subscribe(
         self,
@@ -332,6 +346,8 @@ class _Connection:
         if refused:
             self._fault = f"the broker refused the subscription to {', '.join(refused)}"
             client.disconnect()
+        else:
+            self._ready_to_work()
 
     def _on_publish(
         self, _client: paho.Client, _userdata: Any, mid: int, code: ReasonCode, _given: Properties | None
@@ -339,14 +355,21 @@ class _Connection:
         text = str(code)
         self._owner.published(mid, text if code.is_failure else "", "" if text == "Success" else text)
 
-    def _on_message(self, _client: paho.Client, _userdata: Any, message: paho.MQTTMessage) -> None:
+    def _on_message(self, client: paho.Client, _userdata: Any, message: paho.MQTTMessage) -> None:
         try:
             topic = message.topic
         except UnicodeDecodeError:
             _log.warning("topic_not_utf8_dropped", extra={"fields": {"client_id": self._terms.client_id}})
             return
         expiry = getattr(message.properties, "MessageExpiryInterval", None)
-        self._owner.received(Packet(topic, bytes(message.payload), message.qos, message.retain, expiry))
+        packet = Packet(topic, bytes(message.payload), message.qos, message.retain, expiry)
+        if self._is_accepted:
+            self._owner.received(packet)
+        elif len(self._early) < _EARLY_PACKETS:
+            self._early.append(packet)  # a kept session speaks before SUBACK
+        else:
+            self._fault = "the broker sends without answering SUBSCRIBE"
+            client.disconnect()
 
     def _on_disconnect(
         self,
