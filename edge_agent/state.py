@@ -168,12 +168,13 @@ def _installed(state: State, event: on.ReleaseInstalled, now: Moment) -> Outcome
     state, _ = _end_job(state, b"")
     timing = state.timing
     is_new = event.release_version != state.release_version
+    # What was announced while the check ran needs no second one, if this check found it.
+    asked_again = inf if event.release_version == state.announced_version else state.check_at
     state = replace(
         state,
         release_version=event.release_version,
         graphs_sha256=event.graphs_sha256,
-        announced_version=event.release_version,
-        check_at=min(state.check_at, after(state, now, timing.check_every, timing.check_every / 4)),
+        check_at=min(asked_again, after(state, now, timing.check_every, timing.check_every / 4)),
         check_failures=0,
         probation_until=now.elapsed + timing.probation if is_new else state.probation_until,
     )
@@ -197,9 +198,8 @@ def _update_lost(state: State, event: on.UpdateLost, now: Moment) -> Outcome:
 
 
 def _announced(state: State, event: on.AnnouncementArrived, now: Moment) -> Outcome:
-    if event.release_version in (state.release_version, state.announced_version):
-        return state, []
-    return _check_soon(replace(state, announced_version=event.release_version), now), []
+    state = replace(state, announced_version=event.release_version)
+    return state if event.release_version == state.release_version else _check_soon(state, now), []
 
 
 def _keys_unknown(state: State, event: on.KeysUnknown, now: Moment) -> Outcome:
@@ -213,7 +213,6 @@ def _served_badly(state: State, event: on.ServedBadly, now: Moment) -> Outcome:
 
 
 def _rolled_back(state: State, event: on.RolledBack, now: Moment) -> Outcome:
-    """The bad version stays the announced one, so that it is not fetched again at once."""
     state = replace(state, release_version=event.release_version, graphs_sha256=event.graphs_sha256)
     return state, [do.PublishBirth()] if state.connected else []
 
