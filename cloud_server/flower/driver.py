@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
-from flwr.app.exception import AppExitException
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from cloud_server.aggregate.fold import Fold
-from cloud_server.flower.grid import PlanningGrid, seeded
-from cloud_server.flower.private import set_identity
+from cloud_server.flower.planning import PlanningGrid, seeded
+from cloud_server.flower.private import AppExitException, set_identity
 from cloud_server.flower.records import common_metrics, to_config, to_metrics, to_record, to_vector
 from cloud_server.flower.state import export_state, import_state, set_base
 from cloud_server.flower.strategies import (

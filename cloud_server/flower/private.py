@@ -11,9 +11,21 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, Message
+from flwr.app.exception import AppExitException
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
+
+__all__ = [
+    "AppExitException",
+    "ArrayView",
+    "Run",
+    "aggregate_metricrecords",
+    "empty_run",
+    "set_identity",
+    "set_message_id",
+]
 
 RUN_ID = 1
 SERVER_NODE_ID = 1

@@ -17,8 +17,8 @@ from typing import Any
 
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Strategy
-from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
+from cloud_server.flower.private import aggregate_metricrecords
 from wire.errors import ConfigurationError
 
 PLAIN: dict[str, type[Strategy]] = {

@@ -72,7 +72,8 @@ class Finisher(Protocol):
         """Returns the head to commit; the same for the same arguments.
 
         Args:
-            params: float32 [P], the aggregate. buffers: float32 [Q].
+            params: float32 [P], the aggregate.
+            buffers: float32 [Q].
             base: the round's base, whose ranges may be kept.
         """
         ...

@@ -1,9 +1,8 @@
-"""Flower's `Grid` over our fleet: what a strategy sees while it plans, and what a stock ServerApp talks
-through.
+"""What a strategy sees while it plans a round: a `Grid` that knows who is there, and seeded chance.
 
-Laws of the file: no wait without an end (Flower's `sample_nodes` sleeps for ever when too few nodes are
-there, so `get_node_ids` raises instead); sampling is seeded (Flower draws from the global `random`, numpy's
-global generator makes its noise: both are saved, seeded and put back).
+Laws of the file: no wait without an end (Flower's `sample_nodes` sleeps for ever when too few nodes are there, so
+`get_node_ids` raises instead); sampling is seeded (Flower draws from the global `random`, and numpy's global
+generator makes its noise: both are saved, seeded and put back).
 """
 
 from __future__ import annotations
@@ -16,9 +15,8 @@ from contextlib import contextmanager
 import numpy as np
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
-from cloud_server.flower.private import empty_run
+from cloud_server.flower.private import Run, empty_run
 from wire.errors import QuorumError, RoundError
 
 
