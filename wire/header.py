@@ -136,7 +136,8 @@ def header_bytes(header: Header) -> bytes:
 
 def _checked(named: dict[str, Any]) -> Header:
     try:
-        header = msgspec.convert(named, type=Header, strict=True)
+        # Named as built in, bytes stay bytes: by default msgspec would read text as base64.
+        header = msgspec.convert(named, type=Header, strict=True, builtin_types=(bytes,))
     except msgspec.ValidationError as error:
         raise MessageError(f"header is not valid: {error}") from error
     if header.part >= header.parts:
