@@ -119,6 +119,9 @@ def do_evaluate(engine: Engine, work: Assignment) -> Evaluation:
     order, task = work.order, work.contents.manifest.task
     x, y = usable(work.validation.x, work.validation.y, task, work.policy.max_examples)
     metrics = evaluate(judge_of(engine, work.contents, read_head(work)), x, y, task)
+    # The served model on the same windows: the gate compares the two pairwise.
+    served = evaluate(engine.load_inference(work.contents.int8()), x, y, task)
+    metrics |= {f"served_{name}": value for name, value in served.items()}
     return Evaluation(
         update_id=work.update_id,
         order_id=order.order_id,

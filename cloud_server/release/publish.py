@@ -17,6 +17,7 @@ from cloud_server.db.engine import Connection, Database
 from cloud_server.db.releases import CANDIDATE, HELD, RELEASED, ROLLED_BACK, ModelRow, ReleaseRow, RolloutRow
 from cloud_server.release.tuf_repository import TufRepository
 from process.clock import Clock
+from wire.checkpoint import Checkpoint
 from wire.errors import ReleaseError
 from wire.manifest import CHECKPOINT, GOLDEN_INPUTS, GOLDEN_OUTPUTS, GRAPH_FILES, MANIFEST, RELEASE, Release
 from wire.messages import Announcement
@@ -200,6 +201,18 @@ class Publisher:
         """What to tell the fleet about a ring now; `release_version` 0 where it was never set."""
         version, _ = self._repository.ring(ring)
         return Announcement(channel=ring, release_version=version, timestamp=self._repository.timestamp())
+
+    def current_version(self, ring: str = DEFAULT_RING) -> int:
+        """The release that a ring runs; 0 where it was never set."""
+        return self._repository.ring(ring)[0]
+
+    def checkpoint(self, version: int) -> Checkpoint:
+        """The parameters of a release or candidate.
+
+        Raises:
+            ReleaseError: (disk) there is no such release, or its file is missing.
+        """
+        return Checkpoint.from_bytes(self._file(version, CHECKPOINT))
 
     def _sign(self, version: int) -> None:
         """Makes sure that the signed repository lists a release (old ones leave it in time)."""

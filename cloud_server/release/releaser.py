@@ -1,0 +1,144 @@
+"""From a round's head to a release or a hold: quantize, measure, ask the gate, publish, announce.
+
+Laws of the file: what is judged is what would be served (the int8 file with fresh ranges); the candidate and the release
+that devices serve are compared on the same windows of the same devices in the same evaluation (`served_…` metrics),
+and on the same held-out data of the operator; asked again for a round (after a crash), it gives the first answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cloud_server.db.releases import HELD, RELEASED, ReleaseRow
+from cloud_server.release.gate import GatePolicy, Judged, judge
+from cloud_server.release.publish import Publisher
+from cloud_server.rounds.ports import Candidate, Decision, Vector
+from models.candidate import Candidate as Made
+from models.candidate import CandidateMaker
+from models.evaluate import evaluate
+from process.logs import get_logger
+from wire.checkpoint import Checkpoint
+from wire.manifest import Manifest
+from wire.messages import Announcement
+
+_log = get_logger("cloud.release")
+
+SERVED = "served_"
+"""Prefix of what a device measured with the model that it serves, beside the candidate."""
+
+
+@dataclass(frozen=True, eq=False)
+class Holdout:
+    """The operator's own held-out data: x float32 [N, …], y int64 [N]."""
+
+    x: NDArray[np.float32]
+    y: NDArray[np.int64]
+
+
+class CalibratingFinisher:
+    """Gives an aggregate the activation ranges that go with its parameters."""
+
+    def __init__(self, maker: CandidateMaker) -> None:
+        self._maker = maker
+
+    def finish(self, params: Vector, buffers: Vector, base: Checkpoint, seed: int) -> Checkpoint:
+        """See `cloud_server.rounds.ports.Finisher`."""
+        return self._maker.make(params, buffers).checkpoint
+
+
+class GatedReleaser:
+    """The gate and all that follows it; `cloud_server.rounds.ports.Releaser`.
+
+    Args:
+        holdout: None where the operator has no labelled data; then the devices alone decide.
+        announce: tells the fleet.
+    """
+
+    def __init__(
+        self,
+        *,
+        publisher: Publisher,
+        maker: CandidateMaker,
+        manifest: Manifest,
+        policy: GatePolicy,
+        ring: str,
+        holdout: Holdout | None,
+        announce: Callable[[Announcement], None],
+    ) -> None:
+        self._publisher = publisher
+        self._maker = maker
+        self._manifest = manifest
+        self._policy = policy
+        self._ring = ring
+        self._holdout = holdout
+        self._announce = announce
+        self._served: tuple[int, float | None] = (0, None)
+
+    def decide(self, candidate: Candidate) -> Decision:
+        """Releases the candidate or holds it back."""
+        head = candidate.checkpoint
+        made = self._maker.make(head.params, head.buffers)
+        operator = self._measure(made.int8)
+        metrics = dict(candidate.metrics)
+        if operator is not None:
+            metrics["operator_" + self._manifest.task.metric] = operator
+        row = self._publisher.propose(
+            made, run=candidate.run, round_number=candidate.round_number, metrics=metrics
+        )
+        if row.state == HELD:
+            return Decision(reason=row.reason, metrics=metrics)
+        if row.state != RELEASED:
+            reason = self._judge(candidate, made, operator, row)
+            if reason:
+                self._publisher.hold(row.version, reason)
+                _log.info("release_held", version=row.version, round=candidate.round_number, reason=reason)
+                return Decision(reason=reason, metrics=metrics)
+        self._announce(self._publisher.publish(row.version, self._ring))
+        self._served = (row.version, operator)
+        _log.info("release_published", version=row.version, round=candidate.round_number, ring=self._ring)
+        return Decision(release_version=row.version, metrics=metrics)
+
+    def _judge(self, candidate: Candidate, made: Made, operator: float | None, row: ReleaseRow) -> str:
+        """The gate's reason to hold back, or empty."""
+        task = self._manifest.task
+        examples = int(candidate.metrics.get("num_examples", 0))
+        judged = Judged(
+            federated=candidate.metrics.get(task.metric),
+            federated_examples=examples,
+            operator=operator,
+            size_bytes=len(made.int8),
+        )
+        current = Judged(
+            federated=_served(candidate.metrics, task.metric),
+            federated_examples=examples,
+            operator=self._operator_of_current(),
+            size_bytes=0,
+        )
+        verdict = judge(judged, current, self._policy, higher_is_better=task.higher_is_better)
+        return "" if verdict.reason is None else str(verdict.reason)
+
+    def _operator_of_current(self) -> float | None:
+        """The operator's metric of the release that the ring runs, measured once."""
+        if self._holdout is None:
+            return None
+        version = self._publisher.current_version(self._ring)
+        if version == 0:
+            return None
+        if self._served[0] != version:
+            checkpoint = self._publisher.checkpoint(version)
+            made = self._maker.make(checkpoint.params, checkpoint.buffers)
+            self._served = (version, self._measure(made.int8))
+        return self._served[1]
+
+    def _measure(self, int8: bytes) -> float | None:
+        if self._holdout is None:
+            return None
+        return evaluate(int8, self._manifest.task, self._holdout.x, self._holdout.y).metric
+
+
+def _served(metrics: Mapping[str, float], name: str) -> float | None:
+    return metrics.get(SERVED + name)

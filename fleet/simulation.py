@@ -1,0 +1,217 @@
+"""A whole fleet in one process: the real aggregator and real agents, an in-memory broker, virtual time, one seed.
+
+Laws of the file: the same scenario and seed give the same final parameters and the same report, byte for byte; time moves
+only when nothing is left to do; nothing of the product is replaced but its outside (network, disk, clock, child process).
+Source: docs/architecture.md, law 8.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from cloud_server.artefacts import Artefacts
+from cloud_server.assembly import Assembled, Base, RunConfig, assemble, open_base
+from cloud_server.db.engine import open_database
+from cloud_server.keys import CloudKeys
+from cloud_server.registry import add_device
+from cloud_server.release.releaser import Holdout
+from edge_agent.agent import Agent
+from edge_agent.fetcher import MemoryFetcher
+from edge_agent.install import SharedTufReleases, TufReleases
+from edge_agent.memory_slots import SharedReleases
+from edge_agent.ports import JobResult
+from edge_agent.runtime import Runtime
+from edge_agent.selftest import InlineSelfTest
+from edge_agent.settings import EdgeSettings
+from fleet.simulated_device import FLEET, TENANT, Shared, device_key, make_agent, make_identity
+from fleet.virtual import VirtualTime
+from models.bundle import Bundle
+from models.data.federation import Federation, Split
+from wire.errors import RoundError
+from wire.transport.memory import MemoryBroker, MemoryTransport
+
+KEPT_SESSIONS = 16
+
+
+class Simulation:
+    """One simulated fleet.
+
+    Args:
+        federation: the data; one device for each entry.
+        bundle: the first release.
+        config: the run; it must name how many rounds it has.
+        cost: virtual seconds of a job on a device, by the device's name.
+    """
+
+    def __init__(
+        self,
+        federation: Federation,
+        bundle: Bundle,
+        config: RunConfig,
+        *,
+        seed: int,
+        settings: EdgeSettings | None = None,
+        cost: Callable[[str, JobResult], float] = lambda device, result: 1.0,
+    ) -> None:
+        if config.policy.rounds < 1:
+            raise RoundError("a simulated run needs a number of rounds", hint="set policy.rounds")
+        self.federation = federation
+        self.bundle = bundle
+        self.time = VirtualTime()
+        self.broker = MemoryBroker(self.time, session_queue_packets=100_000)
+        self._seed = seed
+        self._cost = cost
+        self._ready: deque[Agent] = deque()
+        self._waiting: set[str] = set()
+        self._staging = tempfile.TemporaryDirectory(prefix="shoal-simulation-")
+        self.base = self._open_base()
+        self.cloud = self._open_cloud(config)
+        self.agents: dict[str, Agent] = {}
+        self._shared = self._share(settings or EdgeSettings())
+        for device, split in federation.devices.items():
+            self.agents[device] = self._add(device, split)
+
+    # ---- running -----------------------------------------------------------------------------------------------
+
+    def run(self, on_round: Callable[[int], None] = lambda number: None) -> None:
+        """Plays until the run is finished and the last release has settled.
+
+        Raises:
+            RoundError: nothing is planned any more although the run is not finished.
+        """
+        self.cloud.aggregator.start(self.cloud.aggregator.handle)
+        self.cloud.downlink.announce(self.base.publisher.announcement())
+        for agent in self.agents.values():
+            agent.start()
+        seen = 0
+        runner = self.cloud.runner
+        if runner is None:
+            raise RoundError("the simulated aggregator has no run")
+        while not runner.is_finished:
+            self._settle()
+            moved = runner.view().moved
+            if moved != seen:
+                seen = moved
+                on_round(moved)
+            if not runner.is_finished:
+                self._advance()
+        self.time.advance_to(self.time.now() + 120.0)
+        self._settle()
+
+    def close(self) -> None:
+        """Ends every agent and frees what they share."""
+        for agent in self.agents.values():
+            agent.stop()
+        self.base.database.close()
+        self._staging.cleanup()
+
+    def _settle(self) -> None:
+        """Everything that happens at this moment."""
+        while True:
+            busy = self.broker.pump() + self.time.run_due()
+            while self._ready:
+                agent = self._ready.popleft()
+                self._waiting.discard(agent.identity.device)
+                agent.pump()
+                busy += 1
+            self._next_tick = self.cloud.aggregator.tick()
+            for agent in self._due_agents():
+                agent.tick()
+                busy += 1
+            if not busy:
+                return
+
+    def _due_agents(self) -> list[Agent]:
+        now = self.time.monotonic()
+        return [agent for agent in self.agents.values() if agent.wake_at <= now]
+
+    def _advance(self) -> None:
+        moments = [self._next_tick]
+        planned = self.time.next_due()
+        if planned is not None:
+            moments.append(planned)
+        offset = self.time.now() - self.time.monotonic()
+        moments.append(min(agent.wake_at for agent in self.agents.values()) + offset)
+        due = self.broker.next_due()
+        if due is not None:
+            moments.append(due + offset)
+        moment = min(moments)
+        if moment == float("inf"):
+            raise RoundError("the simulated fleet stands still")
+        self.time.advance_to(max(moment, self.time.now() + 1e-3))
+
+    # ---- setting up --------------------------------------------------------------------------------------------
+
+    def _open_base(self) -> Base:
+        digest = hashlib.sha256(f"simulation {self._seed}".encode()).digest()
+        return open_base(
+            open_database("sqlite://"),
+            Artefacts.in_memory(),
+            CloudKeys.from_seed(digest),
+            self.time,
+            tenant=TENANT,
+            fleet=FLEET,
+        )
+
+    def _open_cloud(self, config: RunConfig) -> Assembled:
+        publisher = self.base.publisher
+        publisher.import_model(self.bundle)
+        publisher.publish(publisher.propose_bundle(self.bundle).version)
+        operator = self.federation.operator
+        return assemble(
+            self.base,
+            MemoryTransport(self.broker, "aggregator", queue_packets=100_000),
+            tenant=TENANT,
+            fleet=FLEET,
+            bundle=self.bundle,
+            config=config,
+            holdout=Holdout(operator.val_x, operator.val_y),
+        )
+
+    def _share(self, settings: EdgeSettings) -> Shared:
+        engine = Runtime(kept=KEPT_SESSIONS)
+        repository = self.base.repository
+        fetcher = MemoryFetcher(lambda path: repository.read(path.lstrip("/")))
+        kem, orders = self.base.keys.online_keys()
+        root = repository.first_root()
+        staging = Path(self._staging.name)
+        reader = make_identity("reader", device_key(self._seed, "reader"), root, kem, orders)
+        return Shared(
+            time=self.time,
+            broker=self.broker,
+            releases=SharedTufReleases(TufReleases(staging, reader, fetcher, self.time), fetcher),
+            slots=SharedReleases(),
+            engine=engine,
+            selftest=InlineSelfTest(engine),
+            settings=settings,
+            tuf_root=root,
+            kem=kem,
+            orders=orders,
+        )
+
+    def _add(self, device: str, split: Split) -> Agent:
+        key = device_key(self._seed, device)
+        with self.base.database.transaction() as connection:
+            add_device(connection, device, key.verify_key, now=self.time.now())
+        agent = make_agent(
+            self._shared,
+            device,
+            seed=self._seed,
+            cost=lambda result: self._cost(device, result),
+            notify=lambda: self._wake(device),
+        )
+        for x, y in zip(split.train_x, split.train_y, strict=True):
+            agent.observe(x, int(y), "train")
+        for x, y in zip(split.val_x, split.val_y, strict=True):
+            agent.observe(x, int(y), "val")
+        return agent
+
+    def _wake(self, device: str) -> None:
+        agent = self.agents.get(device)
+        if agent is not None and device not in self._waiting:
+            self._waiting.add(device)
+            self._ready.append(agent)
