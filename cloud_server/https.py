@@ -19,8 +19,10 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from cloud_server.api import PEER, Peer
-from wire.errors import ConfigurationError, TransportError
+from cloud_server.api import PEER, Peer, device_app, public_app
+from cloud_server.db.releases import is_checkpoint
+from cloud_server.deployment import Deployment
+from wire.errors import ConfigurationError, ShoalError, TransportError
 
 _START_SECONDS: Final = 30.0
 _STOP_SECONDS: Final = 5
@@ -49,30 +51,30 @@ def tls_context(certificate: Path, key: Path, client_ca: str | None = None) -> s
 
 
 class HttpsServer:
-    """One application on one port.
+    """One port. It is bound when this is made, so that its number can be told before it answers.
 
     Args:
         port: 0 takes a free one; `port` tells which.
+
+    Raises:
+        TransportError: (operator) the address cannot be listened on.
     """
 
-    def __init__(self, app: FastAPI, context: ssl.SSLContext, *, host: str, port: int) -> None:
-        self._app = app
+    def __init__(self, context: ssl.SSLContext, *, host: str, port: int) -> None:
         self._context = context
-        self._host = host
-        self.port = port
+        self._listener = _bind(host, port)
+        self.port: int = self._listener.getsockname()[1]
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
 
-    def start(self) -> None:
-        """Listens; returns when it answers.
+    def start(self, app: FastAPI) -> None:
+        """Answers from now on.
 
         Raises:
-            TransportError: (operator) the address cannot be listened on.
+            TransportError: the server did not come up.
         """
-        listener = _bind(self._host, self.port)
-        self.port = listener.getsockname()[1]
         config = uvicorn.Config(
-            self._app,
+            app,
             http=_DeviceProtocol,
             ws="none",
             lifespan="off",
@@ -86,21 +88,67 @@ class HttpsServer:
             timeout_graceful_shutdown=_STOP_SECONDS,
             ssl_context_factory=lambda _config, _default: self._context,
         )
-        self._server = _Server(config)
-        run = self._server.run
+        server = self._server = _Server(config)
         self._thread = threading.Thread(
-            target=lambda: run([listener]), name=f"https-{self.port}", daemon=True
+            target=lambda: server.run([self._listener]), name=f"https-{self.port}", daemon=True
         )
         self._thread.start()
-        if not self._server.is_up.wait(_START_SECONDS):
-            raise TransportError(f"HTTPS on {self._host}:{self.port} did not start")
+        if not server.is_up.wait(_START_SECONDS):
+            raise TransportError(f"HTTPS on port {self.port} did not start")
 
     def stop(self) -> None:
-        """Ends the requests under way (at most some seconds) and the thread. Safe to call twice."""
+        """Ends the requests under way (some seconds at most), the thread and the port. Safe to call twice."""
         if self._server is not None and self._thread is not None:
             self._server.should_exit = True
             self._thread.join()
             self._server = self._thread = None
+        self._listener.close()
+
+
+class HttpsFront:
+    """Both ports of one deployment, answering until `stop`. A context manager.
+
+    Args:
+        broker_url: what enrolled devices are told.
+
+    Raises:
+        TransportError: (operator) a port cannot be listened on.
+    """
+
+    def __init__(self, deployment: Deployment, *, broker_url: str) -> None:
+        certificate, key = deployment.server_files()
+        listen = deployment.settings.listen
+        self._public = HttpsServer(tls_context(certificate, key), host=listen.host, port=listen.public_port)
+        try:
+            device_context = tls_context(certificate, key, deployment.authority.certificate_pem)
+            self._device = HttpsServer(device_context, host=listen.host, port=listen.device_port)
+        except ShoalError:
+            self._public.stop()
+            raise
+        self.public_port, self.device_port = self._public.port, self._device.port
+        enrolment = deployment.enrolment(
+            deployment.welcome(device_port=self.device_port, broker_url=broker_url)
+        )
+
+        def is_served_blob(sha256: str) -> bool:
+            with deployment.database.read() as connection:
+                return is_checkpoint(connection, sha256)
+
+        self._device.start(
+            device_app(enrolment, deployment.registry, deployment.artefacts, is_served_blob=is_served_blob)
+        )
+        self._public.start(public_app(enrolment))
+
+    def stop(self) -> None:
+        """Stops both ports. Safe to call twice."""
+        self._public.stop()
+        self._device.stop()
+
+    def __enter__(self) -> HttpsFront:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
 
 class _Server(uvicorn.Server):

@@ -117,8 +117,7 @@ def insert_certificate(
     """A certificate that was handed out; it becomes the device's newest."""
     values = {"serial": serial, "device": device, "issued": issued, "not_after": not_after}
     connection.execute(sa.insert(certificates).values(**values))
-    newest = {"certificate_serial": serial, "certificate_not_after": not_after}
-    connection.execute(sa.update(devices).where(devices.c.device == device).values(**newest))
+    update_device(connection, device, certificate_serial=serial, certificate_not_after=not_after)
 
 
 def is_certificate_good(connection: Connection, device: str, serial: str) -> bool:

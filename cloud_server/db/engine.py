@@ -17,9 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
@@ -84,6 +81,12 @@ class Database:
         Raises:
             StorageError: (operator) the database was written by a newer version, or is not ours.
         """
+        if self._is_current():
+            return
+        from alembic import command  # loading it takes longer than most commands that list something
+        from alembic.config import Config
+        from alembic.util import CommandError
+
         config = Config()
         config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
         with self._enter(self._writer), _translated(), self._engine.begin() as connection:
@@ -96,6 +99,13 @@ class Database:
                     hint="it was written by a newer version of Shoal: install that one",
                     is_conflict=False,
                 ) from error
+
+    def _is_current(self) -> bool:
+        with self.read() as connection:
+            if not sa.inspect(connection).has_table("alembic_version"):
+                return False
+            versions = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalars().all()
+        return list(versions) == [schema.HEAD]
 
     def claim_writer(self) -> int:
         """Raises the fencing token and returns it: who claimed before can no longer commit with theirs."""

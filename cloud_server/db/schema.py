@@ -30,6 +30,8 @@ from sqlalchemy import (
 )
 
 FORMAT = 1
+HEAD = "0001"
+"""The newest migration, which these tables are."""
 
 metadata = MetaData(
     naming_convention={

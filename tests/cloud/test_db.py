@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 
 from cloud_server.db import schema
 from cloud_server.db.engine import Database, open_database
@@ -48,6 +50,13 @@ def test_migrate_twice_changes_nothing(database: Database) -> None:
     database.migrate()
     with database.read() as connection:
         assert connection.execute(sa.select(schema.meta)).all() == [(1, schema.FORMAT, 1, 1)]
+
+
+def test_head_is_the_newest_migration(database: Database) -> None:
+    folder = Path(schema.__file__).with_name("migrations")
+    config = Config()
+    config.set_main_option("script_location", str(folder))
+    assert ScriptDirectory.from_config(config).get_heads() == [schema.HEAD]
 
 
 def test_migrate_of_a_newer_database_is_refused(database: Database) -> None:

@@ -1,0 +1,223 @@
+"""One aggregator's parts, opened from its state folder as they are asked for, and how such a folder is made.
+
+Laws of the file: wiring only, no rule; a part that a command does not ask for is not opened (a list of
+devices needs no key); nothing of torch or flwr is imported.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cloud_server.artefacts import Artefacts
+from cloud_server.db.engine import Database, open_database
+from cloud_server.enrolment.ca import CertificateAuthority, ensure_server_files
+from cloud_server.enrolment.service import EnrolmentService, Welcome
+from cloud_server.enrolment.tokens import Door
+from cloud_server.keys import CloudKeys, init_keys
+from cloud_server.layout import StateFolder
+from cloud_server.registry import Registry
+from cloud_server.release.publish import Publisher
+from cloud_server.release.tuf_repository import TufExpiry, TufRepository
+from cloud_server.settings import CloudSettings, load_cloud_settings
+from process.clock import Clock, SystemClock
+from process.options import render_toml
+from wire.errors import ConfigurationError, StorageError
+
+if TYPE_CHECKING:
+    from models.bundle import Bundle
+
+
+class Deployment:
+    """One aggregator. Every part is opened once, when it is first asked for; `close` closes what was opened.
+
+    Args:
+        fence: what `Database.claim_writer` gave to the running service; None for commands.
+    """
+
+    def __init__(
+        self,
+        folder: StateFolder,
+        settings: CloudSettings,
+        *,
+        clock: Clock | None = None,
+        fence: int | None = None,
+    ) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.clock: Clock = clock or SystemClock()
+        self.fence = fence
+
+    @classmethod
+    def open(
+        cls, root: Path, environment: Mapping[str, str] | None = None, *, clock: Clock | None = None
+    ) -> Deployment:
+        """Opens a state folder.
+
+        Raises:
+            ConfigurationError: (operator) not a state folder, or settings that cannot be used.
+        """
+        folder = StateFolder(root)
+        folder.check()
+        return cls(folder, load_cloud_settings(folder.settings, environment), clock=clock)
+
+    def close(self) -> None:
+        """Closes the database, if it was opened. Safe to call twice."""
+        if "database" in self.__dict__:
+            self.database.close()
+
+    def __enter__(self) -> Deployment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- parts ----
+
+    @cached_property
+    def database(self) -> Database:
+        """The database, brought to this version's schema."""
+        opened = open_database(
+            self.settings.storage.database or f"sqlite:///{self.folder.database.absolute()}"
+        )
+        opened.migrate()
+        return opened
+
+    @cached_property
+    def keys(self) -> CloudKeys:
+        return CloudKeys.load(self.folder.keys)
+
+    @cached_property
+    def authority(self) -> CertificateAuthority:
+        return CertificateAuthority.load(self.folder.authority)
+
+    @cached_property
+    def artefacts(self) -> Artefacts:
+        url = self.settings.storage.artefacts
+        return Artefacts.open(url) if url else Artefacts.in_folder(self.folder.artefacts)
+
+    @cached_property
+    def repository(self) -> TufRepository:
+        """The signed repository; commands and the service exclude each other by a lock in the folder."""
+        days = self.settings.tuf
+        expiry = TufExpiry(
+            root=days.root_days,
+            targets=days.targets_days,
+            parameters=days.online_days,
+            keys=days.online_days,
+            rings=days.online_days,
+            snapshot=days.snapshot_days,
+            timestamp=days.timestamp_days,
+        )
+        lock = self.folder.lock("tuf")
+        return TufRepository(self.artefacts, self.keys, self.clock, expiry=expiry, lock=lock)
+
+    @cached_property
+    def registry(self) -> Registry:
+        return Registry(self.database, self.clock)
+
+    @cached_property
+    def publisher(self) -> Publisher:
+        return Publisher(self.database, self.artefacts, self.repository, self.clock, fence=self.fence)
+
+    def enrolment(self, welcome: Welcome) -> EnrolmentService:
+        """Enrolment that tells devices where to go; `welcome` makes the usual answer."""
+        return EnrolmentService(
+            self.database,
+            self.authority,
+            welcome,
+            self.clock,
+            tuf_root=self.repository.first_root,
+            online_keys=self.keys.online_keys,
+        )
+
+    # ---- addresses ----
+
+    @property
+    def advertised(self) -> str:
+        """The host that devices are told."""
+        return self.settings.listen.advertise or self.settings.listen.host
+
+    def door(self, public_port: int = 0) -> Door:
+        """What tokens say.
+
+        Args:
+            public_port: where the service really listens; 0 for the port of the settings.
+
+        Raises:
+            ConfigurationError: (operator) the settings leave the port open.
+        """
+        port = public_port or self.settings.listen.public_port
+        if port == 0:
+            raise ConfigurationError(
+                "a token needs a fixed port", hint="set listen.public_port in settings.toml"
+            )
+        return Door(self._url(port), self.settings.listen.tls_name, self.authority.fingerprint)
+
+    def welcome(self, *, device_port: int, broker_url: str) -> Welcome:
+        """What a device is told when it is let in."""
+        return Welcome(
+            tenant=self.settings.tenant,
+            fleet=self.settings.fleet,
+            tls_name=self.settings.listen.tls_name,
+            device_url=self._url(device_port),
+            broker_url=broker_url,
+            ring=self.settings.enrolment.ring,
+            max_examples=self.settings.enrolment.max_examples,
+        )
+
+    def server_files(self, purpose: str = "server") -> tuple[Path, Path]:
+        """Certificate chain and key of the HTTPS ports (`server`) or a broker, made where missing."""
+        names = dict.fromkeys((self.settings.listen.tls_name, self.advertised, "localhost", "127.0.0.1"))
+        return ensure_server_files(
+            self.authority, self.folder.authority, purpose, list(names), now=self.clock.now()
+        )
+
+    def _url(self, port: int) -> str:
+        host = self.advertised
+        return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
+
+    # ---- models ----
+
+    def keep_bundle(self, bundle: Bundle) -> Path:
+        """Copies an imported bundle into the state folder, whole or not at all; returns where it lies."""
+        target = self.folder.bundle(bundle.manifest.graphs_sha256)
+        if target.exists():
+            return target
+        try:
+            with tempfile.TemporaryDirectory(prefix=".import-", dir=self.folder.bundles) as scratch:
+                staged = Path(scratch) / "bundle"
+                shutil.copytree(bundle.folder, staged)
+                staged.rename(target)
+        except OSError as error:
+            raise StorageError(f"the bundle cannot be kept in {target}: {error.strerror}") from error
+        return target
+
+
+def initialise(root: Path, settings: CloudSettings, *, clock: Clock | None = None) -> Deployment:
+    """Makes a state folder: settings, keys, CA, database, an empty signed repository. All of it or a folder
+    without FORMAT.
+
+    Raises:
+        ConfigurationError: (operator) something lies there already.
+        StorageError: (disk) it cannot be written.
+    """
+    folder = StateFolder(root)
+    folder.create()
+    deployment = Deployment(folder, settings, clock=clock)
+    try:
+        folder.settings.write_text(render_toml(settings), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{folder.settings} cannot be written: {error.strerror}") from error
+    keys = init_keys(folder.keys)
+    name = f"Shoal CA of {settings.tenant} {settings.fleet}"[:64]
+    CertificateAuthority.create(folder.authority, name=name, now=deployment.clock.now())
+    with deployment.database.read():
+        pass
+    deployment.repository.init(online_keys=keys.online_json(tenant=settings.tenant, fleet=settings.fleet))
+    folder.seal()
+    return deployment

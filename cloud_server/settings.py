@@ -1,0 +1,217 @@
+"""The settings of an aggregator: `settings.toml` of its state folder and `SHOAL_…` variables over it.
+
+Law of the file: every option has a default, a unit, a bound and one sentence; secrets are never here. Nothing
+of torch or flwr is imported, so a list of devices does not wait for them. Source: docs/reference.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct, field, structs
+
+from process.settings import load_settings
+from wire.messages import CodecName, TrainConfig
+
+STATE_VARIABLE = "SHOAL_STATE"
+"""Where the state folder is, for commands without `--state`."""
+
+
+def _option(sentence: str, **bounds: Any) -> Meta:
+    return Meta(description=sentence, **bounds)
+
+
+_ID = r"^[A-Za-z0-9_-]{1,64}\Z"
+_Port = Annotated[int, Meta(ge=0, le=65_535)]
+
+
+class ListenSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[listen]`: the two HTTPS ports."""
+
+    host: Annotated[str, _option("Address to listen on.", min_length=1, max_length=253)] = "127.0.0.1"
+    public_port: Annotated[
+        _Port, _option("Port of enrolment (server certificate only); 0 takes a free one.")
+    ] = 8443
+    device_port: Annotated[_Port, _option("Port of enrolled devices (mutual TLS); 0 takes a free one.")] = (
+        8444
+    )
+    advertise: Annotated[
+        str, _option("Host name or address that devices use; empty for the address above.", max_length=253)
+    ] = ""
+    tls_name: Annotated[
+        str, _option("Name in the server's certificate that devices check.", min_length=1, max_length=253)
+    ] = "shoal-cloud"
+
+
+class BrokerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[broker]`"""
+
+    kind: Annotated[
+        Literal["embedded", "mosquitto", "auto", "external"],
+        _option("Which broker is started beside the aggregator; external for one that runs already."),
+    ] = "auto"
+    host: Annotated[str, _option("Address of the broker.", min_length=1, max_length=253)] = "127.0.0.1"
+    port: Annotated[
+        _Port, _option("Port of the broker; 0 takes a free one for a broker that is started here.")
+    ] = 1883
+    tls: Annotated[bool, _option("Mutual TLS to the broker (mosquitto and external).")] = False
+    slot_bytes: Annotated[
+        int, _option("Largest sealed update of a device, in bytes.", ge=1024, le=256 * 2**20)
+    ] = 64 * 2**20
+
+
+class StorageSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[storage]`"""
+
+    database: Annotated[
+        str, _option("Database URL; empty for SQLite in the state folder.", max_length=1024)
+    ] = ""
+    artefacts: Annotated[
+        str,
+        _option(
+            "Artefact URL (file:///folder, s3://bucket/prefix); empty for the state folder.", max_length=1024
+        ),
+    ] = ""
+
+
+class EnrolmentSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[enrolment]`"""
+
+    ring: Annotated[str, _option("Ring of a device that is let in.", pattern=_ID)] = "stable"
+    max_examples: Annotated[
+        int, _option("Most examples that one update of a device may count for.", ge=1, le=2**31)
+    ] = 100_000
+    token_hours: Annotated[float, _option("Life of a token, in hours.", gt=0.0, le=8784.0)] = 24.0
+
+
+class TufSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[tuf]`: how long signatures hold, in days."""
+
+    root_days: Annotated[float, _option("Root.", gt=0.0, le=3660.0)] = 365.0
+    targets_days: Annotated[float, _option("Graphs, signed offline.", gt=0.0, le=3660.0)] = 365.0
+    online_days: Annotated[float, _option("Parameters, keys and rings.", gt=0.0, le=3660.0)] = 60.0
+    snapshot_days: Annotated[float, _option("Snapshot.", gt=0.0, le=3660.0)] = 14.0
+    timestamp_days: Annotated[
+        float, _option("Timestamp; a device that is cut off notices after this.", gt=0.0, le=366.0)
+    ] = 1.0
+
+
+class RunSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[run]`: one training campaign."""
+
+    name: Annotated[str, _option("Id of the campaign.", pattern=_ID)] = "main"
+    model: Annotated[
+        str,
+        _option("The model it trains, by name or graphs hash; empty for the newest import.", max_length=64),
+    ] = ""
+    strategy: Annotated[str, _option("Flower strategy, by its class name.", min_length=1, max_length=128)] = (
+        "FedAvg"
+    )
+    parameters: Annotated[dict[str, Any], _option("Parameters of the strategy's constructor.")] = {}
+    serverapp: Annotated[
+        str, _option("module:app of a stock Flower ServerApp that drives the rounds instead.", max_length=256)
+    ] = ""
+    seed: Annotated[int, _option("Seed of cohorts and orders; 0 draws one.", ge=0, le=2**63 - 1)] = 0
+    rounds: Annotated[
+        int, _option("Rounds that move the head before the campaign ends; 0 for no end.", ge=0, le=10**9)
+    ] = 0
+    quorum: Annotated[int, _option("Fewest devices that open and close a round.", ge=1, le=10**6)] = 2
+    goal: Annotated[
+        int, _option("Updates that close a round at once; 0 for all of the cohort.", ge=0, le=10**6)
+    ] = 0
+    deadline_seconds: Annotated[
+        float, _option("Longest wait for updates, in seconds.", gt=0.0, le=2_592_000.0)
+    ] = 600.0
+    evaluate_seconds: Annotated[
+        float, _option("Longest wait for evaluations, in seconds.", gt=0.0, le=2_592_000.0)
+    ] = 120.0
+    evaluate_every: Annotated[
+        int, _option("Evaluate and decide on a release after this many rounds; 0 for never.", ge=0, le=10**6)
+    ] = 1
+    pause_seconds: Annotated[float, _option("Rest between rounds, in seconds.", ge=0.0, le=2_592_000.0)] = 0.0
+    max_head_change: Annotated[
+        float,
+        _option(
+            "L2 distance of a new head from its base above which the round is rejected.", gt=0.0, le=1e12
+        ),
+    ] = 1e6
+
+
+class TrainSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[train]`: what devices are asked to do; each bounds it by its own policy."""
+
+    optimizer: Annotated[Literal["sgd", "adam"], _option("Optimizer on the device.")] = "sgd"
+    epochs: Annotated[int, _option("Passes over a device's samples per round.", ge=1, le=100)] = 1
+    batch_size: Annotated[int, _option("Samples per step.", ge=1, le=4096)] = 16
+    max_steps: Annotated[int, _option("Most steps per round.", ge=1, le=100_000)] = 1000
+    learning_rate: Annotated[float, _option("Learning rate.", gt=0.0, le=10.0)] = 0.05
+    momentum: Annotated[float, _option("Momentum of SGD.", ge=0.0, lt=1.0)] = 0.9
+    weight_decay: Annotated[float, _option("Weight decay.", ge=0.0, le=1.0)] = 0.0
+    proximal_mu: Annotated[float, _option("FedProx's pull towards the head.", ge=0.0, le=100.0)] = 0.0
+    clipping_norm: Annotated[float, _option("Largest L2 norm of an update.", gt=0.0, le=1e9)] = 10.0
+    codec: Annotated[CodecName, _option("How an update is compressed.")] = "dithered"
+
+    def config(self) -> TrainConfig:
+        """What an invitation carries."""
+        return TrainConfig(**structs.asdict(self))
+
+
+class GateSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[gate]`: when a candidate becomes a release."""
+
+    tolerance: Annotated[
+        float,
+        _option(
+            "How much worse than the present release a candidate may be, in the task's metric.",
+            ge=0.0,
+            le=1.0,
+        ),
+    ] = 0.0
+    min_devices: Annotated[int, _option("Devices that must have evaluated a candidate.", ge=0, le=10**6)] = 1
+
+
+class ComputeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[compute]`"""
+
+    device: Annotated[
+        str, _option("Torch device of aggregation and refinement: auto, cpu, cuda or cuda:N.", max_length=16)
+    ] = "auto"
+
+
+class LogSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[log]`"""
+
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"], _option("The least severe line that is written.")
+    ] = "info"
+    json: Annotated[bool, _option("Write one JSON object a line instead of text.")] = False
+
+
+class CloudSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All settings of one aggregator."""
+
+    tenant: Annotated[str, _option("Id of who runs the fleet.", pattern=_ID)] = "shoal"
+    fleet: Annotated[str, _option("Id of the fleet.", pattern=_ID)] = "fleet"
+    listen: ListenSettings = field(default_factory=ListenSettings)
+    broker: BrokerSettings = field(default_factory=BrokerSettings)
+    storage: StorageSettings = field(default_factory=StorageSettings)
+    enrolment: EnrolmentSettings = field(default_factory=EnrolmentSettings)
+    tuf: TufSettings = field(default_factory=TufSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    gate: GateSettings = field(default_factory=GateSettings)
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+
+
+def load_cloud_settings(path: Path, environment: Mapping[str, str] | None) -> CloudSettings:
+    """Reads settings from a file and the environment.
+
+    Raises:
+        ConfigurationError: (operator) see `process.settings.load_settings`.
+    """
+    return load_settings(
+        CloudSettings, path, environment, other_variables=(STATE_VARIABLE, "SHOAL_ENROLL_TOKEN")
+    )
