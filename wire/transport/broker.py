@@ -130,7 +130,7 @@ def start_broker(
     command = _command(kind, host, tls)
     folder.mkdir(parents=True, exist_ok=True)
     for attempt in range(_PORT_ATTEMPTS):
-        chosen = port or _free_port(host)
+        chosen = _claim_port(host, port)
         configuration = _configure(command[0], folder, host, chosen, limits, tls)
         try:
             return _launch(command, configuration, host, chosen, tls)
@@ -269,7 +269,8 @@ def _wait_until_it_answers(broker: RunningBroker, tls: BrokerTls | None) -> None
                 raise BrokerError(f"{error}; its log ends with: {_tail(broker.log_file)}") from error
             time.sleep(_POLL_SECONDS)
         else:
-            return
+            if broker.is_alive():  # else another process took the port between, and answered
+                return
 
 
 def _tail(log_file: Path) -> str:
@@ -277,9 +278,21 @@ def _tail(log_file: Path) -> str:
     return " / ".join(text.splitlines()[-5:]) or "(nothing)"
 
 
-def _free_port(host: str) -> int:
+def _claim_port(host: str, port: int) -> int:
+    """The port itself, or a free one for 0.
+
+    Raises:
+        BrokerError: somebody listens there: its answer to our probe would be taken for that of our child.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as taken:
-        taken.bind((host, 0))
-        port: int = taken.getsockname()[1]
-        return port
+    with socket.socket(family, socket.SOCK_STREAM) as claim:
+        claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as brokers do, after a restart
+        try:
+            claim.bind((host, port))
+        except OSError as error:
+            raise BrokerError(
+                f"the broker cannot listen at {host} port {port}: {describe(error)}",
+                hint="stop what listens there, or choose another port (0: any)",
+            ) from error
+        chosen: int = claim.getsockname()[1]
+        return chosen
