@@ -74,8 +74,7 @@ def encode(
     Args:
         rng: draws the rounding of int8 and int4 and the seed of `dithered`; the others do not touch it.
         budget_bits: for `dithered`: the finest of `DITHER_STEPS` that needs no more bits a value is taken,
-        or the
-            coarsest.
+            or the coarsest (for a large update a sample of its blocks decides).
 
     Raises:
         UpdateError: (us) not a float32 vector of 1 to 2²⁶ finite values, or values too large for the codec.
@@ -100,11 +99,11 @@ def decode(data: bytes, codec: str, params_size: int) -> Float32:
 
     Raises:
         UpdateError: (peer) another codec or size than announced, a wrong length, a scale or value that is
-        not finite,
-            or a symbol that the codec does not have.
+            not finite, or a symbol that the codec does not have.
     """
+    parsed = _parse(data, codec, params_size)
     out = np.empty(params_size, np.float32)
-    for start, values in _tiles(_parse(data, codec, params_size)):
+    for start, values in _tiles(parsed):
         out[start : start + len(values)] = values
     return out
 
