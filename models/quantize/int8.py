@@ -156,7 +156,6 @@ class _Selection:
     def __init__(self, graph: FloatGraph) -> None:
         self.nodes = list(graph.model.graph.node)
         self.layers = {layer.node for layer in graph.layers}
-        self.constants = {tensor.name for tensor in graph.model.graph.initializer}
         self.outputs = {value.name for value in graph.model.graph.output}
         self.producer = {name: node for node in self.nodes for name in node.output}
 
@@ -185,10 +184,11 @@ class _Selection:
         if not all(self._is_integer(source, chosen) for source in self._sources(node)):
             return False
         if node.op_type in _REMOVABLE:
-            # It melts into a Conv or Gemm only where nobody else reads that one's output.
+            # It melts into the operator before it only where nobody else reads that one's output; an operator
+            # that moves values has no scale of its own to melt into.
             (source,) = self._sources(node)
-            is_layer = source is not None and source.name in self.layers
-            return is_layer and len(self._readers(node.input[0])) == 1 and not self.outputs & set(node.output)
+            can_melt = source is not None and source.op_type not in _MOVERS | _REMOVABLE
+            return can_melt and len(self._readers(node.input[0])) == 1 and not self.outputs & set(node.output)
         return True
 
     def _can_stay(self, node: onnx.NodeProto, chosen: set[str]) -> bool:
@@ -196,9 +196,10 @@ class _Selection:
             return True
         if not all(self._is_integer(source, chosen) for source in self._sources(node)):
             return False
-        readers = self._readers(node.output[0])
-        is_between = bool(readers) and all(reader.name in chosen for reader in readers)
-        return node.op_type in _REMOVABLE or (is_between and not self.outputs & set(node.output))
+        if node.op_type in _REMOVABLE and self.producer[node.input[0]].name in self.layers:
+            return True
+        # One integer reader is enough: it quantizes the value anyway.
+        return any(reader.name in chosen for reader in self._readers(node.output[0]))
 
     def _readers(self, tensor: str) -> list[onnx.NodeProto]:
         return [node for node in self.nodes if tensor in node.input]
