@@ -27,6 +27,8 @@ DEFAULT_MAX_BYTES: Final = 64 * 1024 * 1024
 ENDED_ROWS_KEPT: Final = 1024
 
 _OPEN: Final = "open"
+# Whatever is not a terminal state is open: a flipped bit in this column must not make a row invisible.
+_IS_OPEN: Final = f"state NOT IN ({', '.join(repr(state) for state in END_STATES)})"
 _VERDICTS: Final[dict[str, EndState]] = {
     "stored": "stored",
     "duplicate": "stored",
@@ -124,8 +126,8 @@ class Outbox:
             raise StorageError("transfer digest is not that of the sealed bytes")
         with self._database.transaction() as connection:
             changed = connection.execute(
-                "UPDATE outbox SET sealed = ?, transfer = ?, sends = 0 WHERE update_id = ? AND state = ?",
-                (sealed, transfer, update_id, _OPEN),
+                f"UPDATE outbox SET sealed = ?, transfer = ?, sends = 0 WHERE update_id = ? AND {_IS_OPEN}",
+                (sealed, transfer, update_id),
             ).rowcount
             if not changed:
                 raise StorageError("no open outbox row with this update id", update_id=update_id.hex())
@@ -134,8 +136,8 @@ class Outbox:
         """Counts one hand-over to the transport. Not fsynced: losing it costs one more send."""
         with self._database.transaction(durable=False) as connection:
             connection.execute(
-                "UPDATE outbox SET sends = sends + 1, sent_at = ? WHERE update_id = ? AND state = ?",
-                (now, update_id, _OPEN),
+                f"UPDATE outbox SET sends = sends + 1, sent_at = ? WHERE update_id = ? AND {_IS_OPEN}",
+                (now, update_id),
             )
 
     def pending(self, *, limit: int = 64) -> list[OutboxRow]:
@@ -143,7 +145,7 @@ class Outbox:
         left out.
         """
         rows = self._database.read(
-            f"SELECT {_COLUMNS} FROM outbox WHERE state = ? ORDER BY row LIMIT ?", (_OPEN, limit)
+            f"SELECT {_COLUMNS} FROM outbox WHERE {_IS_OPEN} ORDER BY row LIMIT ?", (limit,)
         )
         return [row for row in map(self._checked, rows) if row is not None]
 
@@ -181,7 +183,7 @@ class Outbox:
             return False
         with self._database.transaction() as connection:
             row = connection.execute(
-                "SELECT row, transfer FROM outbox WHERE update_id = ? AND state = ?", (update_id, _OPEN)
+                f"SELECT row, transfer FROM outbox WHERE update_id = ? AND {_IS_OPEN}", (update_id,)
             ).fetchone()
             if row is None or (state != "expired" and row[1] != transfer):
                 return False
@@ -195,7 +197,7 @@ class Outbox:
 
     def depth(self) -> int:
         """How many rows are open."""
-        return int(self._database.read("SELECT count(*) FROM outbox WHERE state = ?", (_OPEN,))[0][0])
+        return int(self._database.read(f"SELECT count(*) FROM outbox WHERE {_IS_OPEN}")[0][0])
 
     def totals(self) -> dict[str, int]:
         """How many updates ended in each state since the database was made; every state is there."""
@@ -205,13 +207,13 @@ class Outbox:
     def ended(self, update_id: bytes) -> tuple[str, str] | None:
         """(terminal state, reason) of an update that ended not long ago, else None."""
         rows = self._database.read(
-            "SELECT state, reason FROM outbox WHERE update_id = ? AND state != ?", (update_id, _OPEN)
+            f"SELECT state, reason FROM outbox WHERE update_id = ? AND NOT ({_IS_OPEN})", (update_id,)
         )
         return (rows[0][0], rows[0][1]) if rows else None
 
     def _one(self, column: str, value: bytes) -> OutboxRow | None:
         rows = self._database.read(
-            f"SELECT {_COLUMNS} FROM outbox WHERE {column} = ? AND state = ?", (value, _OPEN)
+            f"SELECT {_COLUMNS} FROM outbox WHERE {column} = ? AND {_IS_OPEN}", (value,)
         )
         return self._checked(rows[0]) if rows else None
 
@@ -220,13 +222,13 @@ class Outbox:
             return
         self._expire(connection, now)
         while (used_bytes := _open_bytes(connection)) + needed_bytes > self._max_bytes and used_bytes:
-            oldest = connection.execute("SELECT min(row) FROM outbox WHERE state = ?", (_OPEN,)).fetchone()[0]
+            oldest = connection.execute(f"SELECT min(row) FROM outbox WHERE {_IS_OPEN}").fetchone()[0]
             _close(connection, oldest, "evicted", "the outbox was full", now)
 
     @staticmethod
     def _expire(connection: sqlite3.Connection, now: float) -> list[bytes]:
         late = connection.execute(
-            "SELECT row, update_id FROM outbox WHERE state = ? AND deadline < ? ORDER BY row", (_OPEN, now)
+            f"SELECT row, update_id FROM outbox WHERE {_IS_OPEN} AND deadline < ? ORDER BY row", (now,)
         ).fetchall()
         for row, _ in late:
             _close(connection, row, "expired", "past its deadline", now)
@@ -254,8 +256,8 @@ def _close(connection: sqlite3.Connection, row: int, state: EndState, reason: st
     """The only place where a row leaves the open state; the condition makes it happen once."""
     changed = connection.execute(
         "UPDATE outbox SET state = ?, reason = ?, ended_at = ?, body = x'', sealed = NULL"
-        " WHERE row = ? AND state = ?",
-        (state, reason[:512], now, row, _OPEN),
+        f" WHERE row = ? AND {_IS_OPEN}",
+        (state, reason[:512], now, row),
     ).rowcount
     if not changed:
         return
@@ -263,12 +265,12 @@ def _close(connection: sqlite3.Connection, row: int, state: EndState, reason: st
         "INSERT INTO outbox_totals VALUES (?, 1) ON CONFLICT (state) DO UPDATE SET total = total + 1",
         (state,),
     )
-    connection.execute("DELETE FROM outbox WHERE state != ? AND row <= ?", (_OPEN, row - ENDED_ROWS_KEPT))
+    connection.execute(f"DELETE FROM outbox WHERE NOT ({_IS_OPEN}) AND row <= ?", (row - ENDED_ROWS_KEPT,))
 
 
 def _open_bytes(connection: sqlite3.Connection) -> int:
     total = connection.execute(
-        "SELECT total(length(body) + coalesce(length(sealed), 0)) FROM outbox WHERE state = ?", (_OPEN,)
+        f"SELECT total(length(body) + coalesce(length(sealed), 0)) FROM outbox WHERE {_IS_OPEN}"
     ).fetchone()[0]
     return int(total)
 

@@ -171,9 +171,10 @@ class SampleStore:
         array = np.asarray(window)
         if array.size == 0 or not np.issubdtype(array.dtype, np.number) or not np.isfinite(array).all():
             raise DataError("a window must hold finite numbers", shape=array.shape)
-        stored = np.ascontiguousarray(array, dtype=_DTYPES[self._precision])
-        if self._precision == "float16" and not np.isfinite(stored).all():
-            raise DataError("a window holds values beyond float16", hint="keep samples as float32")
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(array, dtype=_DTYPES[self._precision])
+        if not np.isfinite(stored).all():
+            raise DataError(f"a window holds values beyond {self._precision}", shape=array.shape)
         if stored.nbytes + _ROW_BYTES > self._max_bytes:
             raise DataError(
                 "a window is larger than the sample store",

@@ -40,9 +40,5 @@ class Sequence:
             return self._epoch, seq
 
     def _reserve(self) -> None:
-        with self._database.transaction() as connection:
-            row = connection.execute("SELECT value FROM facts WHERE name = 'reserved_seq'").fetchone()
-            first = int(row[0]) + 1
-            connection.execute("UPDATE facts SET value = ? WHERE name = 'reserved_seq'", (first + BLOCK - 1,))
-            epoch = self._database.epoch
-        self._epoch, self._next, self._reserved = epoch, first, first + BLOCK - 1
+        self._epoch, self._next = self._database.reserve_numbers(BLOCK)
+        self._reserved = self._next + BLOCK - 1

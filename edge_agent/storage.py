@@ -1,9 +1,8 @@
 """`agent.db`, the device's one database: connection, schema, format version, and what a damaged file becomes.
 
 Laws of the file: a damaged file never stops the agent (it goes to the quarantine and a fresh one, with a
-higher epoch, takes its place); a full disk is a `StorageError`, never a crash; nothing outside of this file
-talks to sqlite3. What the rows mean is the business of `outbox.py`, `samples.py`, `orders.py`, `sequence.py`
-and `time_floor.py`.
+higher epoch, takes its place). What the rows mean is the business of `outbox.py`, `samples.py`, `orders.py`,
+`sequence.py` and `time_floor.py`.
 
 Threads: one connection behind one re-entrant lock, shared by all threads of the agent. Transactions are short
 (one row or one query), so this is simpler than a connection per thread and as fast. What must survive a power
@@ -13,6 +12,8 @@ cut commits with synchronous=FULL; samples with NORMAL, so that no fsync stands 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from typing import Any, Final
 
 from edge_agent.disk import write_durably
 from edge_agent.quarantine import Quarantine
+from edge_agent.salvage import lenient_text, salvage
 from process.clock import Clock, SystemClock
 from wire.errors import StorageError
 
@@ -29,29 +31,35 @@ MEMORY: Final = ":memory:"
 FORMAT_VERSION: Final = 1
 DEFAULT_MAX_BYTES: Final = 256 * 1024 * 1024
 _EPOCH_NAME: Final = "EPOCH"
+_MAX_EPOCH: Final = 2**53
 _PAGE_BYTES: Final = 4096
 # A simulated fleet holds a thousand databases in one process: small pages, and one costs 98 kB, not 140.
 _MEMORY_PAGE_BYTES: Final = 1024
 _WAL_LIMIT_BYTES: Final = 4 * 1024 * 1024
+_SQLITE_SUFFIXES: Final = ("", "-wal", "-shm")
+_DAMAGED_SUFFIX: Final = ".damaged"
+_FROM_SQLITE: Final = {"CREATE TABLE sqlite_sequence(name,seq)"}
 _DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 _SCHEMA: Final = (
     "CREATE TABLE format (version INTEGER NOT NULL)",
-    # epoch, reserved_seq, time_floor, at_rest_key_id
-    "CREATE TABLE facts (name TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID",
+    # epoch, reserved_seq, time_floor, at_rest_key_id, …
+    "CREATE TABLE facts (name TEXT PRIMARY KEY, value NOT NULL, sha256 BLOB NOT NULL) WITHOUT ROWID",
+    # The large columns stand last: SQLite walks through all pages of a blob to reach what is behind it.
     """CREATE TABLE outbox (
         row INTEGER PRIMARY KEY AUTOINCREMENT, update_id BLOB NOT NULL UNIQUE, order_id BLOB NOT NULL,
         run TEXT NOT NULL, round_number INTEGER NOT NULL, kind TEXT NOT NULL CHECK (kind IN ('up', 'ev')),
-        body BLOB NOT NULL, sha256 BLOB NOT NULL, sealed BLOB, transfer BLOB, state TEXT NOT NULL,
-        reason TEXT NOT NULL DEFAULT '', created REAL NOT NULL, deadline REAL NOT NULL,
+        state TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', created REAL NOT NULL, deadline REAL NOT NULL,
         sends INTEGER NOT NULL DEFAULT 0, sent_at REAL NOT NULL DEFAULT 0, ended_at REAL NOT NULL DEFAULT 0,
-        at_rest_key_id TEXT NOT NULL DEFAULT '')""",
+        at_rest_key_id TEXT NOT NULL DEFAULT '', sha256 BLOB NOT NULL, transfer BLOB,
+        body BLOB NOT NULL, sealed BLOB)""",
     "CREATE INDEX outbox_by_state ON outbox (state, row)",
     "CREATE TABLE outbox_totals (state TEXT PRIMARY KEY, total INTEGER NOT NULL) WITHOUT ROWID",
     """CREATE TABLE samples (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, window BLOB NOT NULL, dtype TEXT NOT NULL, shape TEXT NOT NULL,
-        label INTEGER, split TEXT NOT NULL CHECK (split IN ('train', 'val')), created REAL NOT NULL,
-        consent TEXT NOT NULL DEFAULT '', sha256 BLOB NOT NULL, at_rest_key_id TEXT NOT NULL DEFAULT '')""",
+        id INTEGER PRIMARY KEY AUTOINCREMENT, split TEXT NOT NULL CHECK (split IN ('train', 'val')),
+        label INTEGER, created REAL NOT NULL, dtype TEXT NOT NULL, shape TEXT NOT NULL,
+        consent TEXT NOT NULL DEFAULT '', at_rest_key_id TEXT NOT NULL DEFAULT '', sha256 BLOB NOT NULL,
+        window BLOB NOT NULL)""",
     "CREATE TABLE tombstones (id INTEGER PRIMARY KEY, forgotten_at REAL NOT NULL)",
     """CREATE TABLE orders (
         order_id BLOB PRIMARY KEY, kind TEXT NOT NULL, run TEXT NOT NULL, round_number INTEGER NOT NULL,
@@ -81,7 +89,14 @@ class Database:
         self._depth = 0
         self._durable = True
         self._epoch = 0
+        self.salvaged: dict[str, int] = {}
         self._connection = self._open_or_replace()
+        try:
+            self._settle_epoch()
+        except StorageError as error:
+            # Damage that shows only here was dealt with: a fresh database with a new epoch is in place.
+            if not error.facts.get("damaged"):
+                raise
 
     @property
     def epoch(self) -> int:
@@ -129,14 +144,34 @@ class Database:
         with self._lock, self._translated():
             return self._connection.execute(sql, parameters).fetchall()
 
-    def fact(self, name: str) -> Any:
-        """A named value of the `facts` table, or None."""
-        rows = self.read("SELECT value FROM facts WHERE name = ?", (name,))
-        return rows[0][0] if rows else None
+    def fact(self, name: str) -> int | float | str | bytes | None:
+        """A named value of the `facts` table; None when it is not there, or does not match its digest."""
+        rows = self.read("SELECT value, sha256 FROM facts WHERE name = ?", (name,))
+        if not rows or _fact_digest(name, rows[0][0]) != rows[0][1]:
+            return None
+        value: int | float | str | bytes = rows[0][0]
+        return value
 
     def set_fact(self, name: str, value: int | float | str | bytes, *, durable: bool = True) -> None:
+        """Writes a named value; raises like `transaction`."""
         with self.transaction(durable=durable) as connection:
-            connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+            connection.execute(
+                "INSERT OR REPLACE INTO facts VALUES (?, ?, ?)", (name, value, _fact_digest(name, value))
+            )
+
+    def reserve_numbers(self, count: int) -> tuple[int, int]:
+        """Takes `count` numbers of this epoch out of use, on disk; returns (epoch, the first of them).
+
+        Raises:
+            StorageError: they could not be reserved, so none may be used.
+        """
+        with self.transaction():
+            reserved = self.fact("reserved_seq")
+            if not isinstance(reserved, int):
+                self._begin_epoch()
+                reserved = 0
+            self.set_fact("reserved_seq", reserved + count)
+            return self._epoch, reserved + 1
 
     def erase_leftovers(self) -> None:
         """Empties the write-ahead log, so that what was deleted stands nowhere in the file (`secure_delete`
@@ -159,37 +194,58 @@ class Database:
     def _translated(self) -> Iterator[None]:
         try:
             yield
+        except UnicodeDecodeError as error:
+            # SQLite's own message quotes bytes of the file.
+            self._recover()
+            raise _storage_error(_DamagedError(str(error)), self.path) from error
         except sqlite3.Error as error:
             if _code(error) in _DAMAGED:
-                self._recover(error)
+                self._recover()
             raise _storage_error(error, self.path) from error
 
-    def _recover(self, error: sqlite3.Error) -> None:
+    def _recover(self) -> None:
         """Puts a fresh file in the place of a damaged one; the caller's operation still fails."""
         self._connection.close()
-        self._replace(str(error))
-        self._connection = self._open()
+        self._connection = self._open_fresh()
+        self._depth = 0
+        self._begin_epoch()
 
     def _open_or_replace(self) -> sqlite3.Connection:
         try:
             return self._open()
+        except UnicodeDecodeError:
+            pass
         except sqlite3.Error as error:
-            if self.path is None or _code(error) not in _DAMAGED:
+            if self.path is None or not _is_damage_at_open(error, self.path):
                 raise _storage_error(error, self.path) from error
-            self._replace(str(error))
+        return self._open_fresh()
+
+    def _open_fresh(self) -> sqlite3.Connection:
+        """A new database with what can be salvaged of the damaged one, which goes to the quarantine."""
+        self.recovered_total += 1
         try:
-            return self._open()
+            if self.path is None:
+                return self._open()
+            damaged = self.path.with_name(f"{self.path.name}{_DAMAGED_SUFFIX}")
+            for suffix in _SQLITE_SUFFIXES:
+                with contextlib.suppress(FileNotFoundError):
+                    self.path.with_name(self.path.name + suffix).replace(f"{damaged}{suffix}")
+            connection = self._open()
+            self.salvaged = salvage(damaged, connection)
+            self._put_away(damaged)
+            return connection
         except sqlite3.Error as error:
             raise _storage_error(error, self.path) from error
+        except OSError as error:
+            raise StorageError(f"cannot replace the damaged {self.path}: {error.strerror}") from error
 
-    def _replace(self, reason: str) -> None:
-        self.recovered_total += 1
-        if self.path is None:
-            return
-        for suffix in ("-wal", "-shm"):
-            with contextlib.suppress(OSError):
-                self.path.with_name(self.path.name + suffix).unlink()
-        self.quarantine.take(self.path, reason)
+    def _put_away(self, damaged: Path) -> None:
+        for suffix in reversed(_SQLITE_SUFFIXES):
+            part = Path(f"{damaged}{suffix}")
+            if suffix and part.exists():
+                part.unlink()
+            elif part.exists():
+                self.quarantine.take(part, f"damaged database; salvaged: {self.salvaged}")
 
     def _open(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -199,6 +255,7 @@ class Database:
             check_same_thread=False,
             cached_statements=64,
         )
+        connection.text_factory = lenient_text
         try:
             page_bytes = _MEMORY_PAGE_BYTES if self.path is None else _PAGE_BYTES
             connection.execute(f"PRAGMA page_size = {page_bytes}")
@@ -216,41 +273,52 @@ class Database:
         return connection
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        known = connection.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'format'").fetchone()[0]
-        if not known:
+        if not connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
             self._create(connection)
-        version = connection.execute("SELECT max(version) FROM format").fetchone()[0]
-        epoch = connection.execute("SELECT value FROM facts WHERE name = 'epoch'").fetchone()
-        if version is None or epoch is None:
-            raise _DamagedError("format or epoch is missing")
-        if version > FORMAT_VERSION:
+        (version,) = connection.execute("SELECT max(version) FROM format").fetchone() or (None,)
+        if isinstance(version, int) and version > FORMAT_VERSION:
             raise StorageError(
                 f"{self.path} has format {version}, this agent reads up to {FORMAT_VERSION}",
                 hint="update the agent, or move the file away to start with an empty one",
             )
-        self._epoch = int(epoch[0])
+        made = [row[0] for row in connection.execute("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL")]
+        if version != FORMAT_VERSION or set(made) - _FROM_SQLITE != set(_SCHEMA):
+            raise _DamagedError("the schema is not ours")
 
     def _create(self, connection: sqlite3.Connection) -> None:
-        epoch = max(int(self._clock.now()), self._last_epoch() + 1, 1)
-        self._keep_epoch(epoch)
         connection.execute("BEGIN IMMEDIATE")
         for statement in _SCHEMA:
             connection.execute(statement)
         connection.execute("INSERT INTO format VALUES (?)", (FORMAT_VERSION,))
-        connection.execute("INSERT INTO facts VALUES ('epoch', ?), ('reserved_seq', 0)", (epoch,))
         connection.execute("COMMIT")
 
+    def _settle_epoch(self) -> None:
+        """The epoch of this database; a new one if it is fresh, damaged, or older than the last used."""
+        epoch = self.fact("epoch")
+        last = self._last_epoch()
+        if not isinstance(epoch, int) or not 0 < epoch < _MAX_EPOCH or epoch < last:
+            self._begin_epoch()
+            return
+        self._epoch = epoch
+        if epoch != last:
+            self._keep_epoch(epoch)
+
+    def _begin_epoch(self) -> None:
+        epoch = max(int(self._clock.now()), self._last_epoch() + 1, self._epoch + 1)
+        self._keep_epoch(epoch)
+        self.set_fact("epoch", epoch)
+        self.set_fact("reserved_seq", 0)
+        self._epoch = epoch
+
     def _last_epoch(self) -> int:
-        """The epoch before this one, from a file beside the database: it survives the database, and a wrong
-        clock.
-        """
+        """The newest epoch used here, from a file beside the database that survives it."""
         if self.path is None:
             return self._epoch
         try:
             text = self.path.with_name(_EPOCH_NAME).read_text(encoding="ascii")[:20].strip()
         except (OSError, UnicodeDecodeError):
-            return self._epoch
-        return int(text) if text.isdecimal() else self._epoch
+            return 0
+        return int(text) if text.isdecimal() and int(text) < _MAX_EPOCH else 0
 
     def _keep_epoch(self, epoch: int) -> None:
         if self.path is not None:
@@ -282,9 +350,20 @@ def open_database(
     return Database(root / DATABASE_NAME, Quarantine(root / "quarantine"), max_bytes=max_bytes, clock=clock)
 
 
+def _fact_digest(name: str, value: object) -> bytes:
+    return hashlib.sha256(f"{name}\0{value!r}".encode()).digest()
+
+
 def _code(error: sqlite3.Error) -> int:
     """SQLite's primary result code, or 0 for an error of the Python layer."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+def _is_damage_at_open(error: sqlite3.Error, path: Path) -> bool:
+    """A damaged header can also read as an unknown format or as write protection."""
+    code = _code(error)
+    is_header = code == sqlite3.SQLITE_ERROR or (code == sqlite3.SQLITE_READONLY and os.access(path, os.W_OK))
+    return code in _DAMAGED or is_header
 
 
 def _storage_error(error: sqlite3.Error, path: Path | None) -> StorageError:

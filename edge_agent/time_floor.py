@@ -19,7 +19,8 @@ class FlooredClock:
     def __init__(self, clock: Clock, database: Database) -> None:
         self._clock = clock
         self._database = database
-        self._floor = float(database.fact("time_floor") or 0.0)
+        stored = database.fact("time_floor")
+        self._floor = stored if isinstance(stored, float) else 0.0
 
     @property
     def floor(self) -> float:
