@@ -8,9 +8,11 @@ Source: docs/architecture.md.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -33,6 +35,7 @@ from edge_agent.shell import Parts, Shell
 from edge_agent.slots import SlotContents, SlotStore
 from edge_agent.speaker import BlobChunk, DownBody, Speaker
 from edge_agent.state import step
+from edge_agent.status import status_of, write_status
 from edge_agent.storage import Database
 from edge_agent.time_floor import FlooredClock
 from process.clock import Clock
@@ -46,6 +49,9 @@ _log = get_logger("edge_agent")
 PROBATION_STARTS_FACT = "probation_starts"
 _IDLE_SECONDS = 30.0
 _NO_UPDATE = bytes(16)
+
+# What changes something that a person looks at; the rest is written with the next sweep.
+_SHOWN = (on.Started, on.Connected, on.Disconnected, on.ReleaseInstalled, on.RolledBack, on.JobDone, on.Tick)
 
 Split = Literal["train", "val"]
 Incoming = TransportEvent | on.Event | JobResult
@@ -63,6 +69,8 @@ class Agent:
         database: the device's, or one in memory.
         engine: loads models; many agents of one process may share one.
         notify: called, from any thread, when something waits for `pump`.
+        status_file: rewritten when something changes that `shoal-edge status` shows.
+        on_close: called at the end of `stop`.
     """
 
     def __init__(
@@ -80,11 +88,15 @@ class Agent:
         selftest: SelfTest,
         engine: Engine,
         notify: Callable[[], None] = lambda: None,
+        status_file: Path | None = None,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self.identity = identity
         self._settings = settings
         self._transport = transport
         self._notify = notify
+        self._status_file = status_file
+        self._on_close = on_close
         self._inbox: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
         self._complained: set[tuple[str, str]] = set()
         self._recent = RecentWindows(
@@ -92,7 +104,7 @@ class Agent:
         )
         self._answers = 0
         self.rejected_total = 0
-        self._floored = FlooredClock(clock, database)
+        self._floored = clock if isinstance(clock, FlooredClock) else FlooredClock(clock, database)
         windows, sequence = ReplayWindows(database), Sequence(database)
         storage = settings.storage
         self.parts = Parts(
@@ -123,6 +135,22 @@ class Agent:
         self.state = State(timing=settings.timing(), salt=rng.getrandbits(32))
         self._shell = Shell(self.parts, self._post)
 
+    @classmethod
+    def from_folder(cls, folder: Path, settings: EdgeSettings | None = None) -> Agent:
+        """The agent of an enrolled device, with its real adapters; call `start` and `run_forever` next.
+
+        Args:
+            folder: the state folder, as `shoal-edge enroll` made it.
+
+        Raises:
+            ConfigurationError: not enrolled, or another agent runs there.
+            TrustError: a key or certificate cannot be used.
+            StorageError: the folder cannot be used.
+        """
+        from edge_agent.device import open_agent
+
+        return open_agent(folder, settings or EdgeSettings())
+
     # --- answers and samples: any thread ------------------------------------------------------------------
 
     def infer(self, x: Floats, *, sample_id: str = "") -> Answer:
@@ -142,6 +170,16 @@ class Agent:
         answer = self.parts.serving.infer(x, sample_id)
         self._recent.keep(sample_id, Answered(np.asarray(x, np.float32), answer.label))
         return answer
+
+    def wait_for_model(self, seconds: float | None = None) -> bool:
+        """Waits until there is a model to answer with; False when the time ran out."""
+        return self.parts.serving.has_model.wait(seconds)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one window; empty without a model."""
+        model = self.parts.serving.current
+        return model.input_shape if model is not None else ()
 
     def observe(self, x: Floats, label: int | None = None, split: Split | None = None) -> int:
         """Keeps a window to learn from; raw windows never leave the device.
@@ -222,7 +260,9 @@ class Agent:
         last_words = self.parts.speaker.birth(self._shell.birth("offline"))
         self._transport.stop(last_words)
         self.parts.worker.stop()
+        self._write_status("stopped")
         self.parts.database.close()
+        self._on_close()
 
     def handle(self, event: Incoming) -> None:
         """Takes one event: a transport's, the state machine's own, or the end of a job."""
@@ -296,6 +336,13 @@ class Agent:
         self.state, actions = step(self.state, event, self._now())
         for action in actions:
             self._shell.perform(action)
+        if isinstance(event, _SHOWN):
+            self._write_status("running")
+
+    def _write_status(self, status: str) -> None:
+        if self._status_file is not None:
+            with contextlib.suppress(ShoalError):
+                write_status(self._status_file, status_of(self.parts, self.state, status))
 
     def _receive(self, packet: Packet) -> None:
         self.parts.received_bytes_total += len(packet.payload) + len(packet.topic)

@@ -109,6 +109,7 @@ class Serving:
         self.bad_input_total = 0
         self.by_release: dict[int, Counts] = {}
         self.swaps: deque[Swap] = deque(maxlen=SWAPS_KEPT)
+        self.has_model = threading.Event()
 
     @property
     def current(self) -> ServedModel | None:
@@ -129,6 +130,8 @@ class Serving:
             if old != new:
                 self.swaps.append(Swap(old, new, self._in_flight))
                 self._label_counts.clear()
+        if model is not None:
+            self.has_model.set()
 
     def trust(self) -> None:
         """Lets the fallback go: the current model has proven itself."""

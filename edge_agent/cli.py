@@ -1,0 +1,193 @@
+"""`shoal-edge`: enrol a device, run its agent, look at it, check what it needs.
+
+Laws of the file: standard output is data (answers, `--json`), standard error is talk; nothing heavy is
+imported before a command needs it; a token on the command line is accepted but a file or `-` keeps it out of
+the process list. Source: docs/reference.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from process.exits import run_cli
+
+if TYPE_CHECKING:
+    from edge_agent.settings import EdgeSettings
+
+DEFAULT_STATE = "/var/lib/shoal"
+_TABLE_WIDTH = 24
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code (`process/exits.py`)."""
+    return run_cli(lambda: _dispatch(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def _dispatch(arguments: list[str]) -> int:
+    options = _parser().parse_args(arguments)
+    handler = {"enroll": _enroll, "run": _run, "status": _status, "check": _check}[options.command]
+    return handler(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="shoal-edge", description="The agent of one Shoal device.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    state = argparse.ArgumentParser(add_help=False)
+    state.add_argument(
+        "--state",
+        type=Path,
+        default=Path(os.environ.get("SHOAL_STATE", DEFAULT_STATE)),
+        metavar="DIR",
+        help=f"the device's state folder (SHOAL_STATE, or {DEFAULT_STATE})",
+    )
+    state.add_argument("--settings", type=Path, metavar="FILE", help="settings as TOML")
+    enroll = commands.add_parser("enroll", parents=[state], help="make this machine a device of a fleet")
+    enroll.add_argument("token", nargs="?", help="the enrolment token; - reads it from standard input")
+    enroll.add_argument("--token-file", type=Path, metavar="FILE", help="a file that holds the token")
+    enroll.add_argument("--name", metavar="DEVICE", help="the device's name, where the token leaves it open")
+    run = commands.add_parser("run", parents=[state], help="run the agent")
+    run.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="SOURCE",
+        help="where windows come from: - (JSON lines), a .npy or .csv file, a folder, mqtt://host:port/topic",
+    )
+    run.add_argument("--once", action="store_true", help="stop when all inputs have ended")
+    for name, what in (("status", "show what the agent does"), ("check", "look at everything that it needs")):
+        command = commands.add_parser(name, parents=[state], help=what)
+        command.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _settings(options: argparse.Namespace) -> EdgeSettings:
+    from edge_agent.settings import load_edge_settings
+
+    return load_edge_settings(options.settings, os.environ)
+
+
+# --- enroll -------------------------------------------------------------------------------------------------
+
+
+def _enroll(options: argparse.Namespace) -> int:
+    from edge_agent.enrol import enrol
+    from process.clock import SystemClock
+
+    identity = enrol(_token(options), options.state, name=options.name, clock=SystemClock())
+    print(f"enrolled {identity.device} in {identity.tenant}/{identity.fleet}", file=sys.stderr)
+    print(f"next: shoal-edge run --state {options.state}", file=sys.stderr)
+    return 0
+
+
+def _token(options: argparse.Namespace) -> str:
+    from edge_agent.settings import TOKEN_VARIABLE
+    from process.settings import read_secret
+    from wire.errors import ConfigurationError
+
+    given = [source for source in (options.token, options.token_file) if source is not None]
+    if len(given) > 1:
+        raise ConfigurationError(
+            "the token is given twice", hint="give it as an argument or as a file, not both"
+        )
+    if options.token_file is not None:
+        return read_secret(options.token_file, "the enrolment token")
+    if options.token == "-":
+        return sys.stdin.readline(65_536).strip()
+    token = options.token or os.environ.get(TOKEN_VARIABLE, "")
+    if not token:
+        raise ConfigurationError(
+            "no enrolment token", hint=f"give it as an argument, with --token-file, or in {TOKEN_VARIABLE}"
+        )
+    return str(token)
+
+
+# --- run ----------------------------------------------------------------------------------------------------
+
+
+def _run(options: argparse.Namespace) -> int:
+    from edge_agent.running import run_agent
+    from process.logs import configure_logs
+
+    settings = _settings(options)
+    configure_logs("json" if settings.log.json else "logfmt", settings.log.level)
+    _enrol_at_first_run(options)
+    return run_agent(options.state, settings, options.input, once=options.once)
+
+
+def _enrol_at_first_run(options: argparse.Namespace) -> None:
+    """A container enrols itself from its environment, once."""
+    from edge_agent.identity import FOLDER_NAME
+    from edge_agent.settings import TOKEN_VARIABLE
+
+    token = os.environ.pop(TOKEN_VARIABLE, "")
+    if token and not (options.state / FOLDER_NAME).exists():
+        from edge_agent.enrol import enrol
+        from process.clock import SystemClock
+
+        enrol(token, options.state, clock=SystemClock())
+
+
+# --- status and check ---------------------------------------------------------------------------------------
+
+
+def _status(options: argparse.Namespace) -> int:
+    from edge_agent.identity import load
+    from edge_agent.status import read_status
+
+    identity = load(options.state)
+    status = read_status(options.state) or {
+        "status": "never ran",
+        "device": identity.device,
+        "fleet": f"{identity.tenant}/{identity.fleet}",
+        "broker": f"{identity.mqtt_host}:{identity.mqtt_port}",
+    }
+    if status.get("status") == "running" and not _is_running(options.state):
+        status = {**status, "status": "gone", "connected": False}
+    if options.json:
+        print(json.dumps(status, indent=2, sort_keys=True))
+    else:
+        for name, value in status.items():
+            print(f"{name.replace('_', ' '):<{_TABLE_WIDTH}}{_text(value)}")
+    return 0
+
+
+def _is_running(folder: Path) -> bool:
+    from edge_agent.device import is_locked
+
+    return is_locked(folder)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(inner)}" for key, inner in value.items()) or "none"
+    if isinstance(value, list):
+        return "; ".join(_text(inner) for inner in value) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from edge_agent.check import run_checks
+    from process.clock import SystemClock
+
+    findings = []
+    for finding in run_checks(options.state, _settings(options), SystemClock()):
+        findings.append(finding)
+        if not options.json:
+            print(f"{finding.level:<5} {finding.name:<12} {finding.detail}")
+            if finding.hint and finding.level != "ok":
+                print(f"      {'':<12} hint: {finding.hint}")
+    if options.json:
+        print(json.dumps([finding.as_dict() for finding in findings], indent=2))
+    return 1 if any(finding.level == "fail" for finding in findings) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

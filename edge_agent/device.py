@@ -1,0 +1,188 @@
+"""A real device: the agent with its real adapters, from the state folder.
+
+Laws of the file: one agent per state folder (a lock file says so); TLS goes to the name and CA of the
+identity, never to those of the machine; a certificate is renewed before it expires, and used without a
+restart. Source: docs/architecture.md, "The agent".
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import ssl
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from edge_agent import identity as identity_files
+from edge_agent.agent import Agent
+from edge_agent.enrol import renew, renewal_is_due
+from edge_agent.fetcher import HttpsFetcher
+from edge_agent.identity import Identity
+from edge_agent.install import TufReleases
+from edge_agent.lazy_engine import LazyEngine
+from edge_agent.release_files import FileSource
+from edge_agent.selftest import ChildSelfTest
+from edge_agent.settings import EdgeSettings
+from edge_agent.slots import Slots
+from edge_agent.status import STATUS_NAME
+from edge_agent.storage import open_database
+from edge_agent.time_floor import FlooredClock
+from edge_agent.tuf_client import ReleaseInfo
+from edge_agent.worker import ThreadWorker
+from process.clock import Clock, SystemClock
+from process.logs import get_logger
+from wire.errors import ConfigurationError, ShoalError, StorageError
+from wire.transport.mqtt import MqttTransport
+
+_log = get_logger("edge_agent.device")
+
+LOCK_NAME: Final = "agent.lock"
+STAGING_NAME: Final = "tuf"
+
+
+class NamedContext(ssl.SSLContext):
+    """A client context that expects one name, whatever address the connection goes to."""
+
+    expected_name = ""
+
+    def wrap_socket(self, sock: Any, *arguments: Any, **options: Any) -> ssl.SSLSocket:
+        return super().wrap_socket(sock, *arguments, **{**options, "server_hostname": self.expected_name})
+
+
+def broker_context(identity: Identity) -> NamedContext:
+    """Mutual TLS to the broker, with the certificate and the CA of the identity.
+
+    Raises:
+        TrustError: a certificate or key cannot be used.
+    """
+    context = NamedContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.expected_name = identity.tls_name
+    context.load_verify_locations(cadata=identity.ca_pem.decode("ascii"))
+    context.load_cert_chain(identity.certificate_path, identity.tls_key_path)
+    return context
+
+
+class DeviceReleases:
+    """Releases over HTTPS; renews the device's certificate on the way, when that is due.
+
+    Args:
+        renewed: called with the identity after a renewal.
+    """
+
+    def __init__(
+        self, folder: Path, identity: Identity, clock: Clock, renewed: Callable[[Identity], None]
+    ) -> None:
+        self._folder = folder / STAGING_NAME
+        self._clock = clock
+        self._renewed = renewed
+        self._use(identity)
+
+    def check(self) -> ReleaseInfo:
+        if renewal_is_due(self._identity, self._clock.now()):
+            self._renew()
+        return self._releases.check()
+
+    def download(self, info: ReleaseInfo, held: Callable[[str], frozenset[str]]) -> Mapping[str, FileSource]:
+        return self._releases.download(info, held)
+
+    def clear(self) -> None:
+        self._releases.clear()
+
+    def _use(self, identity: Identity) -> None:
+        self._identity = identity
+        self._fetcher = HttpsFetcher(identity, clock=self._clock)
+        self._releases = TufReleases(self._folder, identity, self._fetcher, self._clock)
+
+    def _renew(self) -> None:
+        """A renewal that fails is tried again at the next check; the certificate has days left then."""
+        try:
+            identity = renew(self._identity)
+        except ShoalError as error:
+            _log.warning("certificate_not_renewed", reason=str(error))
+            return
+        self._fetcher.close()
+        self._use(identity)
+        self._renewed(identity)
+        _log.info("certificate_renewed")
+
+
+def lock_state(folder: Path) -> int:
+    """Takes the state folder for this process, until it ends; returns the lock's descriptor.
+
+    Raises:
+        ConfigurationError: (operator) another agent has it.
+        StorageError: the folder cannot be written.
+    """
+    path = folder / LOCK_NAME
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StorageError(f"cannot open {path}: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise ConfigurationError(
+            f"another agent runs on {folder}", hint="stop it, or give this one its own --state"
+        ) from error
+    return descriptor
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether an agent runs on a state folder."""
+    try:
+        os.close(lock_state(folder))
+    except ConfigurationError:
+        return True
+    except StorageError:
+        return False
+    return False
+
+
+def open_agent(folder: Path, settings: EdgeSettings) -> Agent:
+    """An agent on a state folder, ready to start.
+
+    Raises:
+        ConfigurationError: not enrolled, or another agent runs there.
+        TrustError: a key or certificate cannot be used.
+        StorageError: the folder cannot be used.
+    """
+    identity = identity_files.load(folder)
+    lock = lock_state(folder)
+    machine = SystemClock()
+    database = open_database(folder, max_bytes=settings.storage.database_bytes, clock=machine)
+    clock = FlooredClock(machine, database)
+    tls = broker_context(identity) if identity.mqtt_tls else None
+
+    def renewed(identity: Identity) -> None:
+        if tls is not None:
+            tls.load_cert_chain(identity.certificate_path, identity.tls_key_path)
+
+    return Agent(
+        settings,
+        identity,
+        transport=MqttTransport(
+            identity.device,
+            identity.mqtt_host,
+            identity.mqtt_port,
+            tls=tls,
+            keepalive_seconds=settings.network.keepalive_seconds,
+        ),
+        releases=DeviceReleases(folder, identity, clock, renewed),
+        clock=clock,
+        worker=ThreadWorker(),
+        rng=random.SystemRandom(),
+        database=database,
+        slots=Slots(folder, quarantine=database.quarantine),
+        selftest=ChildSelfTest(
+            folder / "selftest",
+            memory_bytes=settings.release.selftest_memory_bytes,
+            timeout_seconds=settings.release.selftest_seconds,
+        ),
+        engine=LazyEngine(),
+        status_file=folder / STATUS_NAME,
+        on_close=lambda: os.close(lock),
+    )

@@ -1,0 +1,117 @@
+"""One thing that comes through a door (a window, a label, or both), and the answer that goes back.
+
+Laws of the file: every item gets exactly one answer, an error included; the text forms are bounded before
+they are parsed. Source: docs/reference.md, "Inputs".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import numpy as np
+
+from edge_agent.ports import Floats
+from edge_agent.serving import Answer
+from wire.errors import DataError, ShoalError
+
+MAX_LINE_BYTES: Final = 16 * 2**20
+MAX_ID_CHARS: Final = 200
+_KEYS: Final = frozenset({"window", "label", "id"})
+_FORM: Final = (
+    'send {"window": [[…]], "label": 3, "id": "…"}; or "id" and "label" alone, to correct an answer'
+)
+
+Answers = Callable[[dict[str, Any]], None]
+
+
+class Answering(Protocol):
+    """What a door needs of an agent."""
+
+    def infer(self, x: Floats, *, sample_id: str = "") -> Answer: ...
+
+    def observe(self, x: Floats, label: int | None = None) -> int: ...
+
+    def feedback(self, sample_id: str, label: int) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A window to answer (and to learn from, with its label), or a label for one that was answered."""
+
+    window: Floats | None = None
+    label: int | None = None
+    id: str = ""
+
+
+def read_item(text: bytes) -> Item:
+    """Reads one JSON object.
+
+    Raises:
+        DataError: too long, not JSON, an unknown key, a value that cannot be.
+    """
+    if len(text) > MAX_LINE_BYTES:
+        raise DataError("a line is too long", size_bytes=len(text), limit_bytes=MAX_LINE_BYTES)
+    try:
+        plain = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not JSON: {error}"[:300], hint=_FORM) from error
+    if not isinstance(plain, dict) or plain.keys() - _KEYS:
+        raise DataError("not an object with window, label and id only", hint=_FORM)
+    label, name, window = plain.get("label"), plain.get("id", ""), plain.get("window")
+    if label is not None and (isinstance(label, bool) or not isinstance(label, int)):
+        raise DataError(f"a label is a class number, not {str(label)[:50]!r}", hint=_FORM)
+    if not isinstance(name, str | int) or len(str(name)) > MAX_ID_CHARS:
+        raise DataError(f"an id is a text of at most {MAX_ID_CHARS} characters", hint=_FORM)
+    if window is None and (label is None or name == ""):
+        raise DataError("neither a window, nor an id and its label", hint=_FORM)
+    return Item(None if window is None else as_window(window), label, str(name))
+
+
+def as_window(values: Any) -> Floats:
+    """Nested lists of numbers as float32.
+
+    Raises:
+        DataError: ragged, or not numbers.
+    """
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise DataError("a window's rows have different lengths") from error
+    if array.dtype.kind not in "fiu" or not array.size:
+        raise DataError("a window holds something that is not a number")
+    return array.astype(np.float32)
+
+
+def answer_item(agent: Answering, item: Item) -> dict[str, Any]:
+    """Lets an agent handle one item and gives the answer as plain values.
+
+    Returns:
+        `id`, `label`, `name`, `score`, `scores`, `release` for a window; `id`, `accepted` for a label alone.
+
+    Raises:
+        DataError: a window or label that does not fit the model.
+        ModelError: there is no model, or it failed.
+        StorageError: a labelled window could not be kept.
+    """
+    if item.window is None:
+        return {"id": item.id, "accepted": agent.feedback(item.id, item.label or 0)}
+    answer = agent.infer(item.window, sample_id=item.id)
+    if item.label is not None:
+        agent.observe(item.window, item.label)
+    return {
+        "id": answer.sample_id,
+        "label": answer.label,
+        "name": answer.name,
+        "score": round(float(answer.scores.max()), 6),
+        "scores": [round(float(score), 6) for score in answer.scores],
+        "release": answer.release_version,
+    }
+
+
+def answer_error(error: ShoalError, name: str = "") -> dict[str, Any]:
+    """The answer to an item that could not be used."""
+    plain = {"id": name, "error": str(error)}
+    return {**plain, "hint": error.hint} if error.hint else plain
