@@ -161,15 +161,21 @@ class TrainSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class GateSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[gate]`: when a candidate becomes a release."""
 
-    tolerance: Annotated[
+    min_gain: Annotated[
         float,
         _option(
-            "How much worse than the present release a candidate may be, in the task's metric.",
+            "Least improvement of the task's metric over the present release; 0 asks for some.",
             ge=0.0,
-            le=1.0,
+            le=1e9,
         ),
     ] = 0.0
-    min_devices: Annotated[int, _option("Devices that must have evaluated a candidate.", ge=0, le=10**6)] = 1
+    max_operator_drop: Annotated[
+        float, _option("How much worse it may be on the operator's own held-out data.", ge=0.0, le=1e9)
+    ] = 0.02
+    max_bytes: Annotated[int, _option("Largest int8 file, in bytes; 0 for no limit.", ge=0, le=2**40)] = 0
+    min_examples: Annotated[
+        int, _option("Fewest examples behind the devices' metric for it to count.", ge=0, le=10**12)
+    ] = 1
 
 
 class ComputeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -262,15 +262,20 @@ class TufRepository:
         """Publishes a newer `keys/online.json`: rotation, or a stolen key taken off the list."""
         self._change(lambda current: self._add_files(current, "keys", {ONLINE_JSON: data}, is_replacing=True))
 
-    def refresh(self) -> None:
-        """Signs the timestamp again, and every online role past half of its life. Call it hourly."""
+    def refresh(self) -> bool:
+        """Signs again every online role that is past half of its life; True if any was."""
+        is_signed = False
 
         def change(current: _Set) -> set[str]:
-            roles: dict[str, Signed] = {**current.targets, "snapshot": current.snapshot}
-            due = {name for name in (*DELEGATED, "snapshot") if self._is_half_over(name, roles[name])}
-            return due or {"timestamp"}
+            nonlocal is_signed
+            online: dict[str, Signed] = {name: current.targets[name] for name in DELEGATED}
+            online |= {"snapshot": current.snapshot, "timestamp": current.timestamp}
+            due = {name for name, payload in online.items() if self._is_half_over(name, payload)}
+            is_signed = bool(due)
+            return due
 
         self._change(change)
+        return is_signed
 
     # ---- one publication ----
 

@@ -202,7 +202,7 @@ def test_certificate_is_renewed_over_mutual_tls(identity: Identity, deployment: 
     ):
         renewed = renew(replace(identity, url_api=f"https://127.0.0.1:{door.device_port}"))
     assert deployment.registry.show(identity.device).certificate_serial != serial
-    assert call(renewed, "GET", "/metadata/timestamp.json").status == 200
+    assert call(replace(renewed, url_api=identity.url_api), "GET", "/metadata/timestamp.json").status == 200
 
 
 class _Later(SystemClock):

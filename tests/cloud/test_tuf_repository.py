@@ -200,12 +200,15 @@ def test_expired_timestamp_is_refused_until_it_is_refreshed(
 
 def test_refresh_signs_only_what_is_due(repository: TufRepository, clock: SteppedClock) -> None:
     before = repository.expiries()
-    clock.seconds += DAY / 2
-    repository.refresh()
+    clock.seconds += 0.4 * DAY
+    assert not repository.refresh()
+    assert repository.expiries() == before
+    clock.seconds += 0.2 * DAY
+    assert repository.refresh()
     after = repository.expiries()
     assert {role for role in after if after[role] != before[role]} == {"timestamp"}
     clock.seconds += 31 * DAY
-    repository.refresh()
+    assert repository.refresh()
     later = repository.expiries()
     assert {role for role in later if later[role] == before[role]} == {"root", "targets"}
 
