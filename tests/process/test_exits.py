@@ -1,0 +1,74 @@
+"""From errors to exit codes, in process and as a real command in a pipe."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from process.exits import EXIT_CODES, run_cli
+from wire import errors
+from wire.errors import ConfigurationError, QuorumError, ShoalError
+
+
+def raising(error: BaseException) -> int:
+    def main() -> int:
+        raise error
+
+    return run_cli(main)
+
+
+def test_done_is_zero_and_a_number_passes_through() -> None:
+    assert run_cli(lambda: None) == 0
+    assert run_cli(lambda: 3) == 3
+
+
+def test_error_is_two_lines_on_stderr_and_its_code(capsys: pytest.CaptureFixture[str]) -> None:
+    error = ConfigurationError("no such dataset 'x'", hint="fashion-mnist or\nsmartwatch \x1b[31m")
+    assert raising(error) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "error: no such dataset 'x'\nhint: fashion-mnist or smartwatch  [31m\n"
+    assert raising(QuorumError("too few", present=1, needed=2)) == 7
+    assert capsys.readouterr().err == "error: too few\n"
+
+
+def test_every_error_has_a_documented_code() -> None:
+    for error in vars(errors).values():
+        if isinstance(error, type) and issubclass(error, ShoalError):
+            assert error.exit_code in EXIT_CODES
+
+
+def test_interrupt_is_130(capsys: pytest.CaptureFixture[str]) -> None:
+    assert raising(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_fault_in_the_program_shows_a_trace_and_is_70(capsys: pytest.CaptureFixture[str]) -> None:
+    assert raising(ValueError("oops")) == 70
+    captured = capsys.readouterr().err
+    assert "Traceback" in captured
+    assert "error: a fault in this program: ValueError: oops" in captured
+
+
+def test_exit_of_the_argument_parser_passes_through() -> None:
+    with pytest.raises(SystemExit):
+        raising(SystemExit(2))
+
+
+def test_reader_that_goes_away_is_141_and_silent() -> None:
+    program = (
+        "import sys; from process.exits import run_cli\n"
+        "def main():\n    for _ in range(100000): print('x' * 100)\n"
+        "sys.exit(run_cli(main))"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout is not None
+    assert child.stderr is not None
+    child.stdout.read(10)
+    child.stdout.close()
+    complaint = child.stderr.read()
+    assert child.wait() == 141
+    assert complaint == b""
+    child.stderr.close()
