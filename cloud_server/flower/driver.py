@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from cloud_server.aggregate.fold import Fold
 from cloud_server.flower.planning import PlanningGrid, seeded
-from cloud_server.flower.private import AppExitException, set_identity
+from cloud_server.flower.private import AppExitException, cheap_collections, set_identity
 from cloud_server.flower.records import common_metrics, to_config, to_metrics, to_record, to_vector
 from cloud_server.flower.state import export_state, import_state, set_base
 from cloud_server.flower.strategies import (
@@ -65,6 +65,7 @@ class StrategyDriver:
         self._strategy = strategy
         self._slots = slots
         self._make_fold = make_fold
+        self._initial = export_state(strategy)
         self._is_folded = is_folded(strategy)
         self._is_private = is_differentially_private(strategy)
         self._buffers_size = buffers_size
@@ -110,7 +111,7 @@ class StrategyDriver:
             buffers = self._fold_buffers(base, replies)
         name = type(self._strategy).__name__
         try:
-            with seeded(seed):
+            with seeded(seed), cheap_collections():
                 arrays, metrics = self._strategy.aggregate_train(round_number, stream)
         except _STRATEGY_ERRORS as error:
             raise RoundError(f"{name} failed: {error}") from error
@@ -177,7 +178,7 @@ class StrategyDriver:
 
     def import_state(self, state: Mapping[str, bytes]) -> None:
         """Puts the strategy where `export_state` found it; with nothing, where it began."""
-        import_state(self._strategy, state)
+        import_state(self._strategy, {**self._initial, **state})
 
 
 class ReplyStream:

@@ -6,7 +6,10 @@ function here, so a new Flower version fails there first. Written for flwr 1.41 
 
 from __future__ import annotations
 
+import gc
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ __all__ = [
     "ArrayView",
     "Run",
     "aggregate_metricrecords",
+    "cheap_collections",
     "empty_run",
     "set_identity",
     "set_message_id",
@@ -51,6 +55,19 @@ def set_message_id(message: Message, message_id: str) -> None:
 def empty_run() -> Run:
     """What `Grid.run` answers: legacy apps ask for it."""
     return Run.create_empty(RUN_ID)
+
+
+@contextmanager
+def cheap_collections() -> Iterator[None]:
+    """Takes what lives now out of the sight of the garbage collector.
+
+    QFedAvg and Bulyan collect by hand at every reply, and with torch imported each collection takes 0.1 s.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class ArrayView(Array):

@@ -67,7 +67,7 @@ def export_state(strategy: Any) -> dict[str, bytes]:
 
 
 def import_state(strategy: Any, state: Mapping[str, bytes]) -> None:
-    """Puts back what `export_state` gave; without anything the strategy is as new, its clipping norm aside.
+    """Puts back what `export_state` gave; a name that is absent goes back to nothing.
 
     Raises:
         StorageError: (disk) not a state of this strategy.
@@ -80,7 +80,9 @@ def import_state(strategy: Any, state: Mapping[str, bytes]) -> None:
     elif type(inner) is flower.FedAvgM:
         packed = left.pop("momentum_vector", None)
         inner.momentum_vector = None if packed is None else list(_unpack(packed).values())
-    if type(strategy) in _ADAPTIVE and "clipping_norm" in left:
+    if type(strategy) in _ADAPTIVE:
+        if "clipping_norm" not in left:
+            raise StorageError("the state of adaptive clipping has no clipping norm")
         strategy.clipping_norm = float(_unpack(left.pop("clipping_norm"))[""])
     if left:
         raise StorageError(
