@@ -79,9 +79,38 @@ def test_auto_takes_the_embedded_broker_where_mosquitto_is_absent(
         start_broker(folder=tmp_path)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_broker_that_no_longer_answers_is_started_anew_on_its_port(
+    kind: str, join: Join, tmp_path: Path
+) -> None:
+    with start_broker(kind, folder=tmp_path) as broker:  # type: ignore[arg-type]
+        _, events = join(broker.port, "x")
+        events.next(Connected)
+        port = broker.port
+        assert broker.answers()
+        assert not broker.revive()
+        broker.kill()
+        assert not broker.answers()
+        assert broker.revive()
+        assert (broker.port, broker.is_alive()) == (port, True)
+        events.next(Connected)
+
+
+def test_frozen_broker_is_started_anew_although_its_process_lives(tmp_path: Path) -> None:
+    with start_broker("embedded", folder=tmp_path) as broker:
+        os.kill(broker.process_id, signal.SIGSTOP)
+        assert broker.is_alive()
+        assert broker.revive()
+        probe(broker.host, broker.port)
+
+
+@pytest.mark.parametrize("kind", ["auto", "embedded"])
+def test_broker_without_tls_listens_on_this_machine_only(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="everybody"):
+        start_broker(kind, folder=tmp_path, host="0.0.0.0")  # type: ignore[arg-type]
+
+
 def test_embedded_broker_refuses_what_it_cannot_protect(tmp_path: Path) -> None:
-    with pytest.raises(BrokerError, match="no access control"):
-        start_broker("embedded", folder=tmp_path, host="0.0.0.0")
     tls = BrokerTls(tmp_path, tmp_path, tmp_path, "acme", "north")
     with pytest.raises(BrokerError, match="verifies no certificates"):
         start_broker("embedded", folder=tmp_path, tls=tls)

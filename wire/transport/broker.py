@@ -40,6 +40,8 @@ _POLL_SECONDS = 0.02
 _PORT_ATTEMPTS = 3
 _LOG_TAIL_BYTES = 600
 _MQTT_5_REASON_SUCCESS = 0
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where a probe finds what listens everywhere
 
 # `exec` keeps mosquitto in the process that we started; the shell's child waits at our end of the pipe and
 # ends it when we are gone, but not when it reads a line, which says that mosquitto has ended (its number may
@@ -51,13 +53,15 @@ class RunningBroker:
     """A broker that we started. A context manager: leaving it stops the broker."""
 
     def __init__(
-        self, kind: str, host: str, port: int, process: subprocess.Popen[bytes], log_file: Path
+        self, command: tuple[str, ...], configuration: Path, host: str, port: int, tls: BrokerTls | None
     ) -> None:
-        self.kind = kind
+        self.kind = command[0]
         self.host = host
         self.port = port
-        self.log_file = log_file
-        self._process = process
+        self.log_file = configuration.with_name("broker.log")
+        self._arguments = (*command[1:], str(configuration.resolve()))
+        self._tls = tls
+        self._process = self._start()
 
     @property
     def process_id(self) -> int:
@@ -65,8 +69,31 @@ class RunningBroker:
         return self._process.pid
 
     def is_alive(self) -> bool:
-        """Whether the child runs; `probe` says whether it also answers."""
+        """Whether the child runs; `answers` says whether it also works."""
         return self._process.poll() is None
+
+    def answers(self) -> bool:
+        """Whether the child runs and accepts a fresh connection (with TLS: completes the handshake)."""
+        try:
+            self._probe()
+        except BrokerError:
+            return False
+        return self.is_alive()
+
+    def revive(self) -> bool:
+        """Starts the child anew, on the same port, when it no longer answers; returns whether it did.
+
+        For the owner's timer: the embedded broker's listener can die while its process and old connections
+        live on.
+
+        Raises:
+            BrokerError: it does not come back.
+        """
+        if self.answers():
+            return False
+        self.kill()
+        self._process = self._start()
+        return True
 
     def stop(self) -> None:
         """Ends the broker, by force after 5 s. Safe to call twice."""
@@ -76,22 +103,12 @@ class RunningBroker:
                 self._process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 self._process.kill()
-        self._release()
+        _release(self._process)
 
     def kill(self) -> None:
         """Ends the broker as a crash would."""
         self._process.kill()
-        self._release()
-
-    def _release(self) -> None:
-        self._process.wait()
-        leash = self._process.stdin
-        if leash is not None and not leash.closed:
-            try:
-                leash.write(b"\n")
-                leash.close()
-            except BrokenPipeError:  # the embedded broker has no watcher that outlives it
-                return
+        _release(self._process)
 
     def __enter__(self) -> RunningBroker:
         return self
@@ -100,6 +117,46 @@ class RunningBroker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self.log_file.open("ab") as log:
+            process = subprocess.Popen(
+                self._arguments,
+                stdin=subprocess.PIPE,  # the child's sign that we live
+                stdout=log,
+                stderr=log,
+                cwd=Path(__file__).parents[2],  # where `-m wire…` is found in a source tree
+            )
+        try:
+            self._wait_until_it_answers(process)
+        except BaseException:
+            process.kill()
+            _release(process)
+            raise
+        return process
+
+    def _wait_until_it_answers(self, process: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            if process.poll() is not None:
+                raise BrokerError(f"the {self.kind} broker ended at its start: {_tail(self.log_file)}")
+            try:
+                self._probe()
+            except BrokerError as error:
+                if time.monotonic() > deadline:
+                    raise BrokerError(f"{error}; its log ends with: {_tail(self.log_file)}") from error
+                time.sleep(_POLL_SECONDS)
+            else:
+                if process.poll() is None:  # else another process took the port between, and answered
+                    return
+
+    def _probe(self) -> None:
+        context = None
+        if self._tls is not None:
+            context = ssl.create_default_context(cafile=str(self._tls.ca_file))
+            context.check_hostname = False  # its name is the clients' matter; here it is our own child
+        host = _ANY_ADDRESS.get(self.host, self.host)
+        probe(host, self.port, tls=context, handshake_only=context is not None, timeout_seconds=2.0)
 
 
 def start_broker(
@@ -122,18 +179,24 @@ def start_broker(
 
     Raises:
         BrokerError: nothing can be started, or it does not answer (the end of its log is in the message).
-        ConfigurationError: (operator) an unknown kind, or names that cannot stand in a topic.
+        ConfigurationError: (operator) an unknown kind, an address that would be open to all, or names that
+            cannot stand in a topic.
     """
     if kind not in ("auto", "mosquitto", "embedded"):
         raise ConfigurationError(f"no broker is called {kind!r}", hint="auto, mosquitto or embedded")
     limits = limits if limits is not None else BrokerLimits()
-    command = _command(kind, host, tls)
+    if tls is None and host not in _LOOPBACK:
+        raise ConfigurationError(
+            f"without TLS a broker lets everybody in, and does not listen on {host}",
+            hint="use 127.0.0.1, or give it certificates",
+        )
+    command = _command(kind, tls)
     folder.mkdir(parents=True, exist_ok=True)
     for attempt in range(_PORT_ATTEMPTS):
         chosen = _claim_port(host, port)
         configuration = _configure(command[0], folder, host, chosen, limits, tls)
         try:
-            return _launch(command, configuration, host, chosen, tls)
+            return RunningBroker(command, configuration, host, chosen, tls)
         except BrokerError:
             # Between our choice of a free port and the broker's own bind another process may have taken it.
             if port or attempt == _PORT_ATTEMPTS - 1:
@@ -190,7 +253,7 @@ def _connect_once(connected: socket.socket, handshake_only: bool) -> None:
     connected.sendall(b"\xe0\x00")
 
 
-def _command(kind: Kind, host: str, tls: BrokerTls | None) -> tuple[str, ...]:
+def _command(kind: Kind, tls: BrokerTls | None) -> tuple[str, ...]:
     """("mosquitto" or "embedded", program, arguments…) without the configuration file, which comes last."""
     mosquitto = _find_mosquitto() if kind != "embedded" else None
     if mosquitto is not None:
@@ -202,11 +265,6 @@ def _command(kind: Kind, host: str, tls: BrokerTls | None) -> tuple[str, ...]:
         raise BrokerError(
             "there is no MQTT broker: neither mosquitto on PATH nor the embedded one",
             hint="apt install mosquitto, or pip install 'shoal[cloud]'",
-        )
-    if host not in ("127.0.0.1", "localhost"):
-        raise BrokerError(
-            f"the embedded broker has no access control and does not listen on {host}",
-            hint="use 127.0.0.1, or install mosquitto",
         )
     return ("embedded", sys.executable, "-m", "wire.transport.broker_process")
 
@@ -232,45 +290,15 @@ def _configure(
     return configuration
 
 
-def _launch(
-    command: tuple[str, ...], configuration: Path, host: str, port: int, tls: BrokerTls | None
-) -> RunningBroker:
-    log_file = configuration.with_name("broker.log")
-    with log_file.open("ab") as log:
-        process = subprocess.Popen(
-            [*command[1:], str(configuration.resolve())],
-            stdin=subprocess.PIPE,  # the child's sign that we live
-            stdout=log,
-            stderr=log,
-            cwd=Path(__file__).parents[2],  # where `-m wire…` is found in a source tree
-        )
-    broker = RunningBroker(command[0], host, port, process, log_file)
-    try:
-        _wait_until_it_answers(broker, tls)
-    except BaseException:
-        broker.kill()
-        raise
-    return broker
-
-
-def _wait_until_it_answers(broker: RunningBroker, tls: BrokerTls | None) -> None:
-    context = None
-    if tls is not None:
-        context = ssl.create_default_context(cafile=str(tls.ca_file))
-        context.check_hostname = False  # its name is the clients' matter; here it is our own child
-    deadline = time.monotonic() + _START_SECONDS
-    while True:
-        if not broker.is_alive():
-            raise BrokerError(f"the {broker.kind} broker ended at its start: {_tail(broker.log_file)}")
+def _release(process: subprocess.Popen[bytes]) -> None:
+    process.wait()
+    leash = process.stdin
+    if leash is not None and not leash.closed:
         try:
-            probe(broker.host, broker.port, tls=context, handshake_only=tls is not None, timeout_seconds=2.0)
-        except BrokerError as error:
-            if time.monotonic() > deadline:
-                raise BrokerError(f"{error}; its log ends with: {_tail(broker.log_file)}") from error
-            time.sleep(_POLL_SECONDS)
-        else:
-            if broker.is_alive():  # else another process took the port between, and answered
-                return
+            leash.write(b"\n")
+            leash.close()
+        except BrokenPipeError:  # the embedded broker has no watcher that outlives it
+            return
 
 
 def _tail(log_file: Path) -> str:
