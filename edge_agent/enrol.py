@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import re
+import shutil
 import ssl
 from pathlib import Path
 from typing import Final, TypeVar
@@ -33,7 +34,7 @@ from wire.enrolment import (
     encode_json,
     proof_bytes,
 )
-from wire.errors import EnrolmentError, MessageError
+from wire.errors import EnrolmentError, MessageError, StorageError, TrustError
 from wire.primitives import (
     SigningKey,
     certificate_fingerprint,
@@ -41,6 +42,7 @@ from wire.primitives import (
     generate_tls_key,
     make_csr,
     read_private,
+    write_private,
 )
 
 CA_PATH: Final = "/v1/ca"
@@ -49,6 +51,7 @@ RENEW_PATH: Final = "/v1/renew"
 # Of the seven days that a certificate lives: three days without the aggregator do not lock a device out.
 RENEW_BEFORE_SECONDS: Final = 4 * 86_400.0
 _DEVICE = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_ATTEMPT: Final = ".enrolling-"
 _MAX_CA_BYTES: Final = 16_384
 _CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 
@@ -89,7 +92,7 @@ def enrol(token: str, folder: Path, *, name: str | None = None, clock: Clock) ->
         raise EnrolmentError("the enrolment token has expired", hint=_HINTS["token_expired"])
     identity_files.refuse_second(folder)
     ca_pem = _fetch_ca(parsed)
-    tls_key, update_key = generate_tls_key(), SigningKey.generate()
+    tls_key, update_key = _keys_of_attempt(folder, parsed.token_id)
     csr = make_csr(tls_key, device).decode("ascii")
     request = EnrolRequest(
         token_id=parsed.token_id,
@@ -100,14 +103,49 @@ def enrol(token: str, folder: Path, *, name: str | None = None, clock: Clock) ->
         proof=update_key.sign(proof_bytes(parsed.token_id, device, csr)).hex(),
     )
     connection = HttpsConnection(parsed.url, tls_name=parsed.tls_name, context=verified_context(ca_pem))
-    response = _post(connection, ENROL_PATH, encode_json(request), EnrolResponse)
+    try:
+        response = _post(connection, ENROL_PATH, encode_json(request), EnrolResponse)
+    except EnrolmentError as error:
+        # Refused for good: these keys were not registered, and never will be with this token.
+        if error.facts.get("code", "busy") != "busy":
+            _forget_attempt(folder)
+        raise
     if certificate_fingerprint(response.ca.encode()).hex() != parsed.ca_sha256 or response.device != device:
         raise EnrolmentError("the aggregator answered for another device or CA")
     identity = identity_files.from_response(
         response, url_enrol=parsed.url, update_key=update_key, folder=folder / identity_files.FOLDER_NAME
     )
     identity_files.save(identity, folder, tls_key_pem=tls_key)
+    _forget_attempt(folder)
     return identity
+
+
+def _keys_of_attempt(folder: Path, token_id: str) -> tuple[bytes, SigningKey]:
+    """TLS key (PEM) and update key of this token's attempt.
+
+    They are kept until the answer is: when it is lost on the way, the same request is answered again, while
+    new keys would find their token used.
+    """
+    place = folder / f"{_ATTEMPT}{token_id}"
+    try:
+        return read_private(place / identity_files.TLS_KEY), SigningKey(
+            read_private(place / identity_files.UPDATE_KEY)
+        )
+    except (StorageError, TrustError):
+        _forget_attempt(folder)
+    tls_key, update_key = generate_tls_key(), SigningKey.generate()
+    try:
+        place.mkdir(parents=True, mode=0o700)
+    except OSError as error:
+        raise StorageError(f"cannot write to {folder}: {error.strerror}") from error
+    write_private(place / identity_files.TLS_KEY, tls_key)
+    write_private(place / identity_files.UPDATE_KEY, update_key.private_bytes())
+    return tls_key, update_key
+
+
+def _forget_attempt(folder: Path) -> None:
+    for place in folder.glob(f"{_ATTEMPT}*"):
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def renewal_is_due(identity: Identity, now: float) -> bool:
@@ -131,8 +169,8 @@ def renew(identity: Identity) -> Identity:
     certificate = response.certificate.encode()
     if certificate_fingerprint(response.ca.encode()) != certificate_fingerprint(identity.ca_pem):
         raise EnrolmentError("the aggregator answered with another CA", hint="enrol this device anew")
-    if certificate_not_after(certificate) <= certificate_not_after(identity.certificate_pem):
-        raise EnrolmentError("the aggregator answered with a certificate that is not newer")
+    if certificate_not_after(certificate) < certificate_not_after(identity.certificate_pem):
+        raise EnrolmentError("the aggregator answered with a certificate that ends earlier")
     write_durably(identity.certificate_path, certificate)
     return identity_files.with_certificate(identity, certificate)
 

@@ -7,6 +7,7 @@ and a server that only drips is given up. Source: docs/architecture.md, "The agg
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import threading
 import time
@@ -129,7 +130,8 @@ class HttpsFetcher:
             if response.status >= http.client.BAD_REQUEST:
                 # Read to the end, so that the connection can be used again: a 404 is TUF's usual "no newer
                 # root".
-                whole = not response.read(_MAX_REFUSAL_BYTES + 1)[_MAX_REFUSAL_BYTES:]
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    whole = len(response.read(_MAX_REFUSAL_BYTES + 1)) <= _MAX_REFUSAL_BYTES
             _check_status(path, response, offset)
             skip = offset if response.status == http.client.OK else 0
             left = limit_bytes
@@ -146,6 +148,9 @@ class HttpsFetcher:
                     self.fetched_bytes_total += len(piece)
                     yield piece
             whole = True
+            # `read1` leaves a finished response open, and an open one keeps its connection from being used
+            # again.
+            response.close()
         finally:
             self._put_back(connection, reusable=whole and not response.will_close)
 

@@ -115,6 +115,7 @@ def exchange(
         connection.request(method, path, body, headers)
         response = connection.getresponse()
         data = response.read(limit_bytes + 1)
+        left = response.length
     except (OSError, http.client.HTTPException) as error:
         raise TransportError(
             f"{method} {connection.url}{path} failed: {error or type(error).__name__}"
@@ -123,4 +124,6 @@ def exchange(
         connection.close()
     if len(data) > limit_bytes:
         raise PeerError(f"the answer of {connection.url}{path} is too long", limit_bytes=limit_bytes)
+    if left:
+        raise TransportError(f"the answer of {connection.url}{path} ended {left} bytes early")
     return response.status, data

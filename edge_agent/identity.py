@@ -203,8 +203,8 @@ def load(folder: Path) -> Identity:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise EnrolmentError(f"{place / ENROLMENT} is damaged: {error}", hint=NOT_ENROLLED_HINT) from error
     host, port, tls = parse_broker_url(facts.broker_url)
-    if not (place / TLS_KEY).is_file():
-        raise EnrolmentError(f"{place / TLS_KEY} is missing", hint=NOT_ENROLLED_HINT)
+    if not read_private(place / TLS_KEY):
+        raise EnrolmentError(f"{place / TLS_KEY} is damaged", hint=NOT_ENROLLED_HINT)
     return Identity(
         tenant=facts.tenant,
         fleet=facts.fleet,
