@@ -64,7 +64,8 @@ def step(state: RoundState, event: Event, now: float, policy: RoundPolicy) -> St
     Args:
         now: unix seconds; deadlines are compared with it, so a jump costs at most one round.
     """
-    before = _wakeup(state, policy)
+    # A process that has just started has no timer yet.
+    before = NEVER if isinstance(event, Resumed) else _wakeup(state, policy)
     state = _bounded(state, now, policy)
     handler = TRANSITIONS.get((state.phase, type(event)))
     actions: tuple[Action, ...] = ()
@@ -282,8 +283,7 @@ def _fail(state: RoundState, reason: str, now: float, policy: RoundPolicy) -> St
 
 
 def _rest_after_failure(state: RoundState, now: float, policy: RoundPolicy) -> RoundState:
-    rest = min(policy.backoff_max_seconds, policy.backoff_seconds * 2.0 ** min(state.failures, 60))
-    return replace(state, failures=state.failures + 1, not_before=now + rest)
+    return replace(state, failures=state.failures + 1, not_before=now + policy.backoff(state.failures))
 
 
 def _rest(state: RoundState, now: float, policy: RoundPolicy) -> Step:

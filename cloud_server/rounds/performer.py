@@ -243,8 +243,10 @@ class Performer:
             "reason": self._decision.reason,
         }
         with self._database.transaction(fence=self._ports.fence) as connection:
+            large = _large(books.load_updates(connection, run, row.number, "evaluate"))
             books.end_updates(connection, run, row.number, "evaluate", "folded")
             books.update_round(connection, run, row.number, **values)
+        self._forget(large)
         version = self._decision.release_version
         said = f"release {version}" if version else self._decision.reason or "no evaluation"
         _LOG.info("round done: run=%s round=%d %s", run, row.number, said)
@@ -343,11 +345,14 @@ class Performer:
         last = rounds[-1] if rounds else None
         self._last_number = last.number if last else 0
         self.metrics = next((r.metrics for r in reversed(rounds) if r.head_sha256), {})
+        failures = _failures(rounds)
+        rest = self._plan.policy.backoff(failures - 1) if failures else 0.0
         state = RoundState(
             round_number=self._last_number,
             moved=moved,
-            failures=_failures(rounds),
+            failures=failures,
             is_paused=row.status == "paused",
+            not_before=rounds[-1].ended + rest if rounds else 0.0,
         )
         return self._restore_round(last, state) if last and last.state in _PHASES else state
 

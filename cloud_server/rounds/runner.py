@@ -149,7 +149,8 @@ class RoundRunner:
         """Stops or goes on with opening rounds; a round under way ends well."""
         with self._ports.database.transaction(fence=self._ports.fence) as connection:
             books.set_run_status(connection, self._plan.run, "paused" if is_paused else "active")
-        self._queue.append(ev.RunPaused(is_paused))
+        # Before anything that waits: no round opens after this returned.
+        self._queue.appendleft(ev.RunPaused(is_paused))
 
     def tick(self) -> float:
         """Does all that is due now; returns `next_tick`."""

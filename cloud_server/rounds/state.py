@@ -100,6 +100,10 @@ class RoundPolicy:
                 name="goal",
             )
 
+    def backoff(self, failures: int) -> float:
+        """Seconds of rest after a round failed, when so many had failed in a row before it."""
+        return min(self.backoff_max_seconds, self.backoff_seconds * 2.0 ** min(failures, 60))
+
 
 @dataclass(frozen=True, slots=True)
 class Collection:
