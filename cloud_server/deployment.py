@@ -177,6 +177,11 @@ class Deployment:
             self.authority, self.folder.authority, purpose, list(names), now=self.clock.now()
         )
 
+    @property
+    def authority_file(self) -> Path:
+        """The CA certificate (PEM), for a broker that takes a path."""
+        return CertificateAuthority.certificate_path(self.folder.authority)
+
     def _url(self, port: int) -> str:
         host = self.advertised
         return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"

@@ -163,3 +163,12 @@ class FileLock:
             os.close(descriptor)
             raise
         return descriptor
+
+
+def is_locked(lock: FileLock) -> bool:
+    """Whether some process holds the lock now."""
+    try:
+        with lock.at_once("held"):
+            return False
+    except ConfigurationError:
+        return True

@@ -25,6 +25,8 @@ from wire.messages import Birth
 from wire.primitives import VerifyKey
 from wire.topics import ID
 
+AGGREGATOR_NAME = "aggregator"
+"""What the aggregator is called at the broker: a device of this name would have its rights."""
 DEFAULT_MAX_EXAMPLES = 100_000
 MAX_LABEL_CHARS = 128
 # A heartbeat alone is worth a write to the disk only this often.
@@ -278,7 +280,7 @@ def add_device(
         raise TrustError(
             f"{device[:80]!r} cannot be a device's name", code="name", hint="use A-Z a-z 0-9 _ - (1 to 64)"
         )
-    if table.load_device(connection, device) is not None:
+    if device == AGGREGATOR_NAME or table.load_device(connection, device) is not None:
         raise TrustError(f"the name {device} is taken", code="name_taken", hint="choose another name")
     key_id = update_key.key_id.hex()
     if table.has_key(connection, key_id):

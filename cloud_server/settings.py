@@ -131,6 +131,9 @@ class RunSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         int, _option("Evaluate and decide on a release after this many rounds; 0 for never.", ge=0, le=10**6)
     ] = 1
     pause_seconds: Annotated[float, _option("Rest between rounds, in seconds.", ge=0.0, le=2_592_000.0)] = 0.0
+    paused: Annotated[bool, _option("Begin paused: no round opens before `shoal-cloud round resume`.")] = (
+        False
+    )
     max_head_change: Annotated[
         float,
         _option(
@@ -176,6 +179,13 @@ class GateSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     min_examples: Annotated[
         int, _option("Fewest examples behind the devices' metric for it to count.", ge=0, le=10**12)
     ] = 1
+    holdout: Annotated[
+        str,
+        _option(
+            "Operator's held-out data: an .npz with x and y, relative to the state folder; empty for none.",
+            max_length=1024,
+        ),
+    ] = ""
 
 
 class ComputeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -22,7 +22,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from wire.errors import ConfigurationError, EnrolmentError, StorageError
-from wire.primitives import certificate_fingerprint, generate_tls_key, read_private, write_private
+from wire.primitives import (
+    certificate_fingerprint,
+    generate_tls_key,
+    make_csr,
+    read_private,
+    write_private,
+)
 
 CA_DAYS = 3650
 SERVER_DAYS = 825
@@ -83,6 +89,11 @@ class CertificateAuthority:
         write_private(folder / _CERTIFICATE, certificate)
         write_private(folder / _KEY, key_pem)
         return cls(key_pem, certificate)
+
+    @staticmethod
+    def certificate_path(folder: Path) -> Path:
+        """Where `create` put the certificate."""
+        return folder / _CERTIFICATE
 
     @classmethod
     def load(cls, folder: Path) -> CertificateAuthority:
@@ -187,6 +198,22 @@ def ensure_server_files(
     certificate_path.unlink(missing_ok=True)
     write_private(key_path, key_pem)
     write_private(certificate_path, (issued.pem + authority.certificate_pem).encode("ascii"))
+    return certificate_path, key_path
+
+
+def ensure_client_files(
+    authority: CertificateAuthority, folder: Path, name: str, *, now: float
+) -> tuple[Path, Path]:
+    """The paths of `{name}.pem` and `{name}.key`: a client certificate of ours, for the broker.
+
+    Made anew at every start of the service; it outlives any time between two restarts.
+    """
+    certificate_path, key_path = folder / f"{name}.pem", folder / f"{name}.key"
+    key_pem = generate_tls_key()
+    request = make_csr(key_pem, name).decode("ascii")
+    issued = authority.issue_device(request, name, now=now, days=SERVER_DAYS)
+    write_private(key_path, key_pem)
+    write_private(certificate_path, issued.pem.encode("ascii"))
     return certificate_path, key_path
 
 

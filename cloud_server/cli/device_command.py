@@ -1,0 +1,175 @@
+"""`shoal-cloud device`: mint tokens, list and show devices, approve, quarantine, revoke, rename."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from cloud_server.cli import add_json, add_state
+from cloud_server.cli.output import print_facts, print_json, print_table, say
+from cloud_server.db.devices import DeviceRow, PresenceRow
+from cloud_server.deployment import Deployment
+from cloud_server.enrolment.tokens import Door, mint_token
+from wire.enrolment import EnrolmentToken
+from wire.errors import ConfigurationError
+from wire.primitives import write_private
+
+_COLUMNS = ("device", "label", "status", "presence", "release_version", "last_seen", "ring", "reason")
+MAX_COUNT = 10_000
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    _configure_add(actions.add_parser("add", help="print a token that lets a device in"))
+    table = actions.add_parser("list", help="all devices")
+    table.set_defaults(handler=_list)
+    show = actions.add_parser("show", help="one device")
+    show.set_defaults(handler=_show)
+    for command in (table, show):
+        add_state(command)
+        add_json(command)
+    show.add_argument("device", metavar="NAME")
+    for name, summary in (
+        ("revoke", "end a device's trust for good"),
+        ("quarantine", "keep a device out of rounds until it is approved again"),
+        ("approve", "let a device out of quarantine"),
+    ):
+        command = actions.add_parser(name, help=summary)
+        command.add_argument("device", metavar="NAME")
+        if name != "approve":
+            command.add_argument("--reason", default="", help="kept beside the device")
+        add_state(command)
+        command.set_defaults(handler=_change)
+    rename = actions.add_parser("rename", help="give a device another label; its name is for ever")
+    rename.add_argument("device", metavar="NAME")
+    rename.add_argument("label", metavar="LABEL")
+    add_state(rename)
+    rename.set_defaults(handler=_rename)
+
+
+def _configure_add(add: argparse.ArgumentParser) -> None:
+    add.add_argument(
+        "device", nargs="?", default="", metavar="NAME", help="the only name that the token lets in"
+    )
+    add.add_argument("--count", type=int, default=1, metavar="N", help="print so many tokens (1)")
+    add.add_argument("--uses", type=int, default=1, metavar="N", help="devices that one token lets in (1)")
+    add.add_argument("--hours", type=float, metavar="H", help="life of a token (enrolment.token_hours)")
+    add.add_argument(
+        "--url", metavar="URL", help="https://host:port of enrolment, if devices see another one"
+    )
+    add.add_argument(
+        "--approved", action="store_true", help="devices of a token with many uses take part without approval"
+    )
+    add.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the tokens into a file (0600) instead"
+    )
+    add_state(add)
+    add_json(add)
+    add.set_defaults(handler=_add)
+
+
+def _add(options: argparse.Namespace) -> int:
+    if not 1 <= options.count <= MAX_COUNT:
+        raise ConfigurationError(f"--count {options.count} is out of bounds", hint=f"1 to {MAX_COUNT}")
+    if options.device and options.count != 1:
+        raise ConfigurationError("a name is for one token", hint="leave NAME or --count away")
+    with Deployment.open(options.state, os.environ) as deployment:
+        tokens = _mint(deployment, options)
+    if options.output is not None:
+        write_private(options.output, "".join(f"{token}\n" for token in tokens).encode())
+        say(f"wrote {len(tokens)} tokens to {options.output}")
+    elif options.json:
+        print_json([_token_facts(token) for token in tokens])
+    else:
+        for token in tokens:
+            print(token)
+    say("on the device: shoal-edge enroll TOKEN (or --token-file FILE)")
+    return 0
+
+
+def _mint(deployment: Deployment, options: argparse.Namespace) -> list[EnrolmentToken]:
+    hours = options.hours if options.hours is not None else deployment.settings.enrolment.token_hours
+    if options.url:
+        listen = deployment.settings.listen
+        door = Door(options.url, listen.tls_name, deployment.authority.fingerprint)
+    else:
+        door = deployment.door()
+    with deployment.database.transaction() as connection:
+        return [
+            mint_token(
+                connection,
+                door,
+                now=deployment.clock.now(),
+                device=options.device,
+                uses=options.uses,
+                approves=True if options.approved else None,
+                life_seconds=hours * 3600.0,
+            )
+            for _ in range(options.count)
+        ]
+
+
+def _token_facts(token: EnrolmentToken) -> dict[str, Any]:
+    return {"token": str(token), "device": token.device, "expires": token.expires, "url": token.url}
+
+
+def _list(options: argparse.Namespace) -> int:
+    with Deployment.open(options.state, os.environ) as deployment:
+        presence = deployment.registry.presence()
+        rows = [_facts(row, presence.get(row.device)) for row in deployment.registry.devices()]
+    if options.json:
+        print_json(rows)
+    else:
+        print_table(rows, _COLUMNS)
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    with Deployment.open(options.state, os.environ) as deployment:
+        row = deployment.registry.show(options.device)
+        facts = _facts(row, deployment.registry.presence().get(row.device))
+    (print_json if options.json else print_facts)(facts)
+    return 0
+
+
+def _facts(row: DeviceRow, presence: PresenceRow | None) -> dict[str, Any]:
+    return {
+        "device": row.device,
+        "label": row.label,
+        "status": row.status,
+        "reason": row.reason,
+        "presence": presence.status if presence else "",
+        "release_version": presence.release_version if presence else None,
+        "agent_version": presence.agent_version if presence else "",
+        "last_seen": presence.last_seen if presence else 0.0,
+        "ring": row.ring,
+        "strikes": row.strikes,
+        "max_examples": row.max_examples,
+        "node_id": row.node_id,
+        "enrolled_at": row.enrolled_at,
+        "certificate_serial": row.certificate_serial,
+        "certificate_not_after": row.certificate_not_after,
+        "update_key": row.update_key,
+    }
+
+
+def _change(options: argparse.Namespace) -> int:
+    with Deployment.open(options.state, os.environ) as deployment:
+        registry = deployment.registry
+        if options.action == "approve":
+            registry.approve(options.device)
+        elif options.action == "revoke":
+            registry.revoke(options.device, options.reason)
+        else:
+            registry.quarantine(options.device, options.reason)
+        say(f"{options.device} is {registry.status(options.device)}")
+    return 0
+
+
+def _rename(options: argparse.Namespace) -> int:
+    with Deployment.open(options.state, os.environ) as deployment:
+        deployment.registry.rename(options.device, options.label)
+    say(f"{options.device} is labelled {options.label!r}")
+    return 0

@@ -1,0 +1,76 @@
+"""`shoal-cloud init`: a state folder with settings, keys, CA, database and an empty signed repository."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from cloud_server.cli import add_state
+from cloud_server.cli.output import say
+from cloud_server.deployment import initialise
+from cloud_server.settings import CloudSettings, load_cloud_settings
+from wire.errors import ConfigurationError
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    defaults = CloudSettings()
+    listen, broker = defaults.listen, defaults.broker
+    add_state(parser)
+    parser.add_argument("--settings", type=Path, metavar="FILE", help="settings to begin with, as TOML")
+    parser.add_argument("--tenant", metavar="ID", help=f"who runs the fleet ({defaults.tenant})")
+    parser.add_argument("--fleet", metavar="ID", help=f"the fleet ({defaults.fleet})")
+    parser.add_argument("--host", metavar="ADDRESS", help=f"address to listen on ({listen.host})")
+    parser.add_argument("--advertise", metavar="HOST", help="host name that devices use, if it is another")
+    parser.add_argument("--public-port", type=int, metavar="PORT", help=f"enrolment ({listen.public_port})")
+    parser.add_argument("--device-port", type=int, metavar="PORT", help=f"devices ({listen.device_port})")
+    parser.add_argument(
+        "--broker", metavar="KIND", help=f"embedded, mosquitto, auto or external ({broker.kind})"
+    )
+    parser.add_argument("--broker-host", metavar="HOST", help=f"address of the broker ({broker.host})")
+    parser.add_argument("--broker-port", type=int, metavar="PORT", help=f"port of the broker ({broker.port})")
+    parser.set_defaults(handler=_init)
+
+
+def _init(options: argparse.Namespace) -> int:
+    settings = _settings(options)
+    initialise(options.state, settings).close()
+    say(f"made {options.state} for {settings.tenant}/{settings.fleet}")
+    say(f"keep {options.state / 'keys' / 'offline'} somewhere safe: it signs what devices trust")
+    say(f"next: shoal-cloud model import BUNDLE --state {options.state}")
+    say(f"      shoal-cloud device add NAME --state {options.state}")
+    say(f"      shoal-cloud run --state {options.state}")
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> CloudSettings:
+    base = load_cloud_settings(options.settings, os.environ) if options.settings else CloudSettings()
+    listen = _changed(
+        base.listen,
+        host=options.host,
+        advertise=options.advertise,
+        public_port=options.public_port,
+        device_port=options.device_port,
+    )
+    broker = _changed(base.broker, kind=options.broker, host=options.broker_host, port=options.broker_port)
+    return _changed(base, tenant=options.tenant, fleet=options.fleet, listen=listen, broker=broker)
+
+
+def _changed(section: S, **given: object) -> S:
+    """The section with what was given on the command line, checked as a file would be.
+
+    Raises:
+        ConfigurationError: (operator) a value that the section does not take.
+    """
+    changes = {name: value for name, value in given.items() if value is not None}
+    try:
+        return msgspec.convert(
+            msgspec.to_builtins(msgspec.structs.replace(section, **changes)), type(section)
+        )
+    except msgspec.ValidationError as error:
+        raise ConfigurationError(f"the options cannot be used: {error}") from error

@@ -1,0 +1,334 @@
+"""`shoal-cloud` as people and scripts use it: data on stdout, talk on stderr, clear errors for wrong input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cloud_server.cli import main
+from cloud_server.deployment import Deployment
+from cloud_server.enrolment.service import Welcome
+from cloud_server.layout import StateFolder
+from tests.cloud.deployment import Newcomer
+from tests.cloud.small_bundle import make_candidate, write_bundle
+from wire.enrolment import EnrolmentToken
+
+
+@dataclass(frozen=True)
+class Printed:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Run = Callable[..., Printed]
+
+
+@pytest.fixture
+def shoal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs one command on a fresh state folder."""
+    monkeypatch.setenv("SHOAL_STATE", str(tmp_path / "state"))
+
+    def run(*words: str) -> Printed:
+        capsys.readouterr()
+        try:
+            code = main(words)
+        except SystemExit as error:
+            code = int(error.code or 0)
+        captured = capsys.readouterr()
+        return Printed(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def made(shoal: Run) -> Run:
+    """The same, on a state folder that `init` made."""
+    assert shoal("init", "--tenant", "acme", "--fleet", "watches", "--public-port", "9443").code == 0
+    return shoal
+
+
+def state_folder(tmp_path: Path) -> Path:
+    return tmp_path / "state"
+
+
+def enrol(tmp_path: Path, device: str, token: str) -> None:
+    with Deployment.open(state_folder(tmp_path)) as deployment:
+        welcome = Welcome("acme", "watches", "shoal-cloud", "https://x:1", "mqtt://x:1", "stable", 10)
+        request = Newcomer(device).request(EnrolmentToken.parse(token))
+        deployment.enrolment(welcome).enrol(request)
+
+
+def test_init_makes_a_folder_that_every_command_reads(made: Run, tmp_path: Path) -> None:
+    state = state_folder(tmp_path)
+    assert (state / "FORMAT").read_text() == "shoal-cloud 1\n"
+    assert {path.name for path in state.iterdir()} >= {"settings.toml", "keys", "ca", "cloud.db", "artefacts"}
+    assert state.stat().st_mode & 0o777 == 0o700
+    settings = (state / "settings.toml").read_text()
+    assert 'tenant = "acme"' in settings
+    assert "public_port = 9443" in settings
+    status = made("status", "--json").json
+    assert (status["tenant"], status["fleet"], status["devices"], status["rings"]) == (
+        "acme",
+        "watches",
+        {},
+        {},
+    )
+    assert status["expiring"] == []
+    assert not status["is_running"]
+
+
+def test_init_twice_is_refused_and_changes_nothing(made: Run, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in state_folder(tmp_path).rglob("*.key")}
+    again = made("init")
+    assert (again.code, again.out) == (2, "")
+    assert "not empty" in again.err
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--tenant", "a/b"),
+        ("--fleet", ""),
+        ("--public-port", "70000"),
+        ("--public-port", "many"),
+        ("--broker", "carrier-pigeon"),
+    ],
+)
+def test_init_with_a_bad_option_makes_nothing(shoal: Run, tmp_path: Path, words: tuple[str, str]) -> None:
+    printed = shoal("init", *words)
+    assert printed.code == 2
+    assert printed.out == ""
+    assert "error:" in printed.err
+    assert not state_folder(tmp_path).exists()
+
+
+def test_init_takes_settings_from_a_file(shoal: Run, tmp_path: Path) -> None:
+    file = tmp_path / "base.toml"
+    file.write_text('[run]\nquorum = 7\n[train]\ncodec = "int4"\n')
+    assert shoal("init", "--settings", str(file), "--fleet", "x").code == 0
+    with Deployment.open(state_folder(tmp_path)) as deployment:
+        assert deployment.settings.run.quorum == 7
+        assert deployment.settings.train.config().codec == "int4"
+        assert deployment.settings.fleet == "x"
+
+
+def test_device_add_prints_a_token_and_nothing_else(made: Run) -> None:
+    printed = made("device", "add", "watch-1")
+    token = EnrolmentToken.parse(printed.out)
+    assert printed.out == f"{token}\n"
+    assert (token.device, token.url, token.tls_name) == ("watch-1", "https://127.0.0.1:9443", "shoal-cloud")
+    assert "shoal-edge enroll" in printed.err
+
+
+def test_device_add_of_many_tokens_as_json_or_in_a_file(made: Run, tmp_path: Path) -> None:
+    printed = made("device", "add", "--count", "3", "--url", "https://cloud.example:443", "--json")
+    tokens = [EnrolmentToken.parse(entry["token"]) for entry in printed.json]
+    assert len({token.token_id for token in tokens}) == 3
+    assert {token.url for token in tokens} == {"https://cloud.example:443"}
+    file = tmp_path / "tokens"
+    written = made("device", "add", "--count", "2", "--output", str(file))
+    assert written.out == ""
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert [EnrolmentToken.parse(line).device for line in file.read_text().splitlines()] == ["", ""]
+
+
+@pytest.mark.parametrize(
+    "words", [("a/b",), ("--count", "0"), ("a", "--count", "2"), ("a", "--uses", "2"), ("--hours", "-1")]
+)
+def test_device_add_with_bad_options_is_refused(made: Run, words: tuple[str, ...]) -> None:
+    printed = made("device", "add", *words)
+    assert (printed.code, printed.out) == (2, "")
+    assert "error:" in printed.err
+
+
+def test_device_goes_through_its_life(made: Run, tmp_path: Path) -> None:
+    for name in ("watch-1", "watch-2"):
+        enrol(tmp_path, name, made("device", "add", name).out)
+    listed = made("device", "list", "--json").json
+    assert [(row["device"], row["status"], row["presence"]) for row in listed] == [
+        ("watch-1", "approved", ""),
+        ("watch-2", "approved", ""),
+    ]
+    assert made("device", "quarantine", "watch-1", "--reason", "odd updates").code == 0
+    assert made("device", "show", "watch-1", "--json").json["reason"] == "odd updates"
+    assert made("device", "approve", "watch-1").code == 0
+    assert made("device", "rename", "watch-1", "left wrist").code == 0
+    assert made("device", "revoke", "watch-2").code == 0
+    assert made("device", "approve", "watch-2").code == 2
+    table = made("device", "list").out.splitlines()
+    assert table[0].split() == [
+        "DEVICE",
+        "LABEL",
+        "STATUS",
+        "PRESENCE",
+        "RELEASE",
+        "VERSION",
+        "LAST",
+        "SEEN",
+        "RING",
+        "REASON",
+    ]
+    assert "left wrist" in table[1]
+    assert "revoked" in table[2]
+    assert made("status", "--json").json["devices"] == {"approved": 1, "revoked": 1}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("device", "show", "ghost"),
+        ("device", "revoke", "ghost"),
+        ("device", "rename", "ghost", "x"),
+        ("release", "show", "9"),
+        ("round", "show", "1"),
+        ("model", "show", "nothing"),
+    ],
+)
+def test_thing_that_is_not_there_is_named(made: Run, words: tuple[str, ...]) -> None:
+    printed = made(*words)
+    assert (printed.code, printed.out) == (2, "")
+    assert printed.err.startswith("error: ")
+    assert "hint: " in printed.err
+
+
+def test_model_is_imported_and_released(made: Run, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle")
+    imported = made("model", "import", str(bundle.folder), "--json").json
+    assert imported == {
+        "name": "small",
+        "graphs_sha256": bundle.manifest.graphs_sha256,
+        "release_version": 1,
+    }
+    assert made("model", "import", str(bundle.folder), "--json").json == imported
+    assert [row["name"] for row in made("model", "list", "--json").json] == ["small"]
+    for name in ("small", bundle.manifest.graphs_sha256[:8]):
+        assert made("model", "show", name, "--json").json["files"]["template.onnx"] > 0
+    kept = state_folder(tmp_path) / "bundles" / bundle.manifest.graphs_sha256 / "manifest.json"
+    assert kept.read_bytes() == bundle.manifest.to_bytes()
+    assert made("status", "--json").json["rings"] == {"stable": 1}
+
+
+def test_model_import_without_a_bundle_is_refused(made: Run, tmp_path: Path) -> None:
+    printed = made("model", "import", str(tmp_path / "nothing"))
+    assert printed.code == 6
+    assert "hint:" in printed.err
+
+
+def test_release_is_promoted_and_rolled_back(made: Run, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle")
+    made("model", "import", str(bundle.folder))
+    with Deployment.open(state_folder(tmp_path)) as deployment:
+        row = deployment.publisher.propose(
+            make_candidate(2), run="r", round_number=1, metrics={"accuracy": 0.5}
+        )
+        deployment.publisher.hold(row.version, "no_gain")
+    listed = made("release", "list", "--json").json
+    assert [(row["version"], row["state"], row["rings"]) for row in listed] == [
+        (1, "released", ["stable"]),
+        (2, "held", []),
+    ]
+    assert made("release", "promote", "2", "--json").json == {"ring": "stable", "release_version": 2}
+    assert made("release", "promote", "1").code == 5
+    assert made("release", "rollback", "--reason", "errors", "--json").json["release_version"] == 1
+    shown = made("release", "show", "2", "--json").json
+    assert (shown["state"], shown["reason"]) == ("rolled_back", "errors")
+    assert shown["history"] == ["set stable 1 -> 2", "rolled back stable 2 -> 1"]
+    assert "rolled_back" in made("release", "list").out
+
+
+def test_rounds_are_listed_and_shown(made: Run, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle")
+    made("model", "import", str(bundle.folder))
+    enrol(tmp_path, "watch-1", made("device", "add", "watch-1").out)
+    graphs = bundle.manifest.graphs_sha256
+    with (
+        Deployment.open(state_folder(tmp_path)) as deployment,
+        deployment.database.transaction() as connection,
+    ):
+        for statement in (
+            "INSERT INTO runs VALUES ('spring', 1.0, :g, '{}', 42, 'active')",
+            """INSERT INTO rounds VALUES ('spring', 1, 'done', :g, :g, 9.0, '{}', 7, '[5]', 2.0, 4.5,
+               '{"accuracy": 0.75}', '')""",
+            """INSERT INTO orders VALUES ('aa', 'spring', 1, 'watch-1', 'train', 'answered', '', :g, '{}',
+            9.0,
+               2.0, 3.0)""",
+            """INSERT INTO updates VALUES ('bb', 'aa', 'spring', 1, 'watch-1', 'train', 12, 'int4', '{}',
+            NULL,
+               NULL, :g, :g, 999, 'folded', '', 3.0)""",
+        ):
+            connection.exec_driver_sql(statement, {"g": graphs})
+    rounds = made("round", "list", "--json").json
+    assert [(row["run"], row["round"], row["cohort"], row["seconds"]) for row in rounds] == [
+        ("spring", 1, 1, 2.5)
+    ]
+    shown = made("round", "show", "1", "--json").json
+    assert [(row["device"], row["state"], row["size_bytes"]) for row in shown["updates"]] == [
+        ("watch-1", "folded", 999)
+    ]
+    assert "seed" not in json.dumps(shown)
+    people = made("round", "show", "1").out
+    assert "accuracy=0.75" in people
+    assert "folded" in people
+
+
+def test_settings_with_an_unknown_key_name_the_nearest(made: Run, tmp_path: Path) -> None:
+    file = state_folder(tmp_path) / "settings.toml"
+    file.write_text(file.read_text().replace("quorum", "quorom"))
+    printed = made("status")
+    assert printed.code == 2
+    assert "quorom" in printed.err
+    assert "quorum" in printed.err
+
+
+def test_state_folder_of_another_version_is_refused(made: Run, tmp_path: Path) -> None:
+    (state_folder(tmp_path) / "FORMAT").write_text("shoal-cloud 99\n")
+    printed = made("device", "list")
+    assert printed.code == 2
+    assert "shoal-cloud 99" in printed.err
+
+
+def test_second_service_on_one_folder_is_refused(made: Run, tmp_path: Path) -> None:
+    with StateFolder(state_folder(tmp_path)).lock("service").at_once("held"):
+        assert made("status", "--json").json["is_running"]
+        printed = made("run")
+    assert printed.code == 2
+    assert "already" in printed.err
+
+
+def test_names_from_a_peer_cannot_write_to_the_terminal(made: Run, tmp_path: Path) -> None:
+    enrol(tmp_path, "watch-1", made("device", "add", "watch-1").out)
+    made("device", "quarantine", "watch-1", "--reason", "\x1b[2Jgone")
+    assert "\x1b" not in made("device", "list").out
+
+
+def test_commands_that_list_load_no_framework(made: Run, tmp_path: Path) -> None:
+    program = (
+        "import sys; from cloud_server.cli import main; code = main(sys.argv[1:]); "
+        "print(sorted({'torch', 'flwr', 'onnx', 'onnxruntime', 'fastapi', 'alembic'} & set(sys.modules)));"
+        "sys.exit(code)"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "device",
+        "list",
+        "--state",
+        str(state_folder(tmp_path)),
+        "--json",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "[]"]
