@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import socket
@@ -21,6 +22,7 @@ from wire.transport.mqtt import MqttTransport
 from wire.transport.selector import SelectorLoop
 
 _numbers = itertools.count()
+_PACKETS = (0x20, 0x30, 0x40, 0x50, 0x60, 0x70, 0x90, 0xB0, 0xD0, 0xE0, 0xF0)  # what a server may send
 
 
 @pytest.fixture
@@ -367,3 +369,22 @@ def _closed_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port: int = server.getsockname()[1]
         return port
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_malformed_packets_end_the_connection_and_nothing_else(
+    seed: int, join: Join, caplog: pytest.LogCaptureFixture
+) -> None:
+    rng = random.Random(seed)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        _, events = join(server.getsockname()[1], "x", "a", backoff=Backoff(60.0, 60.0))
+        peer, _ = server.accept()
+        with peer:
+            peer.sendall(b"\x20\x03\x00\x00\x00\x90\x04\x00\x01\x00\x01")  # CONNACK, SUBACK
+            events.next(Connected)
+            with contextlib.suppress(ConnectionError):
+                for _ in range(60):
+                    body = rng.randbytes(rng.randrange(40))
+                    peer.sendall(bytes([rng.choice(_PACKETS) | rng.randrange(16), len(body)]) + body)
+    assert events.next(Disconnected).reason
+    assert "callback_failed" not in caplog.text

@@ -72,6 +72,23 @@ def test_readable_socket_is_reported_until_it_is_unregistered(loop: SelectorLoop
     assert got == [b"a", b"b", b"c"]
 
 
+def test_socket_whose_callback_raises_is_waited_for_no_more(
+    loop: SelectorLoop, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours, theirs = socket.socketpair()
+    done = threading.Event()
+
+    def ready(_events: int) -> None:
+        loop.call_later(0.02, done.set)
+        raise ValueError("a fault that would come again at once")
+
+    with ours, theirs:
+        loop.call_soon(lambda: loop.register(ours, selectors.EVENT_READ, ready))
+        theirs.sendall(b"x")
+        assert done.wait(10)
+    assert caplog.text.count("callback_failed") == 1
+
+
 def test_stop_ends_the_thread_and_is_safe_to_repeat() -> None:
     loop = SelectorLoop("ends")
     loop.start()

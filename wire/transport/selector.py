@@ -119,14 +119,14 @@ class SelectorLoop:
         return timer
 
     def register(self, source: HasFileno, events: int, ready: Ready) -> None:
-        """Calls `ready(events)` whenever `source` is ready. Loop's thread only."""
+        """Calls `ready(events)` whenever `source` is ready, until it raises. Loop's thread only."""
         self._selector.register(source, events, ready)
 
     def modify(self, source: HasFileno, events: int, ready: Ready) -> None:
         """Changes what a registered source waits for. Loop's thread only."""
         self._selector.modify(source, events, ready)
 
-    def unregister(self, source: HasFileno) -> None:
+    def unregister(self, source: HasFileno | int) -> None:
         """Forgets a source; one that was never registered is no error. Loop's thread only."""
         try:
             self._selector.unregister(source)
@@ -137,7 +137,8 @@ class SelectorLoop:
         try:
             while not self._stopping:
                 for key, events in self._selector.select(self._timeout()):
-                    self._guard(key.data, events)
+                    if not self._guard(key.data, events):
+                        self.unregister(key.fileobj)  # it would fail again at once, for ever
                 self._fire_timers()
                 for _ in range(len(self._calls)):
                     self._guard(self._calls.popleft())
@@ -161,11 +162,13 @@ class SelectorLoop:
                 timer = heapq.heappop(self._timers)[2]
             self._guard(timer.fire)
 
-    def _guard(self, call: Callable[..., None], *arguments: Any) -> None:
+    def _guard(self, call: Callable[..., None], *arguments: Any) -> bool:
         try:
             call(*arguments)
+            return True
         except Exception:  # noqa: BLE001 — the outermost loop of the thread: one client's fault must not end all others
             _log.exception("callback_failed")
+            return False
 
     def _wake(self) -> None:
         with self._lock:
