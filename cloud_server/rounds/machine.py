@@ -65,14 +65,14 @@ def step(state: RoundState, event: Event, now: float, policy: RoundPolicy) -> St
         now: unix seconds; deadlines are compared with it, so a jump costs at most one round.
     """
     # A process that has just started has no timer yet.
-    before = NEVER if isinstance(event, Resumed) else _wakeup(state, policy)
+    before = NEVER if isinstance(event, Resumed) else _wakeup(state, policy, now)
     state = _bounded(state, now, policy)
     handler = TRANSITIONS.get((state.phase, type(event)))
     actions: tuple[Action, ...] = ()
     if handler is not None:
         state, actions = handler(state, event, now, policy)
     state = _noted(state, event)
-    after = _wakeup(state, policy)
+    after = _wakeup(state, policy, now)
     if after != before and after != NEVER:
         actions = (*actions, SetTimer(after))
     return state, actions
@@ -312,10 +312,10 @@ def _bounded(state: RoundState, now: float, policy: RoundPolicy) -> RoundState:
     return replace(state, deadline=deadline, resend_at=resend_at, not_before=not_before)
 
 
-def _wakeup(state: RoundState, policy: RoundPolicy) -> float:
+def _wakeup(state: RoundState, policy: RoundPolicy, now: float) -> float:
     """When the machine wants its next `Tick`; `NEVER` if only an event can move it."""
     if state.phase in (Phase.TRAINING, Phase.EVALUATING):
         grace_end = _grace_end(state, policy)
         waits = (state.deadline, state.resend_at, NEVER if state.cohort.outstanding else max(grace_end, 0.0))
         return min(waits)
-    return state.not_before if state.phase is Phase.IDLE else NEVER
+    return state.not_before if state.phase is Phase.IDLE and state.not_before >= now else NEVER
