@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, Final
 
 # Most needed first: the fresh database has the same cap and may run full.
-TABLES: Final = ("outbox", "outbox_totals", "tombstones", "orders", "windows", "samples")
+TABLES: Final = ("outbox", "outbox_totals", "tombstones", "orders", "windows", "facts", "samples")
+# The numbers of messages: the fresh database must not go on with them.
+_LEFT_BEHIND: Final = {"facts": "WHERE name NOT IN ('epoch', 'reserved_seq')"}
 
 # SQLite's file format, §1.3: the header's size in pages, and the head and length of the list of free pages.
 _PAGE_BYTES: Final = 4096
@@ -98,7 +100,9 @@ def _copy(source: sqlite3.Connection, fresh: sqlite3.Connection, table: str) -> 
     copied = 0
     # From both ends: a broken page stops a scan, and hides only what lies behind it.
     for order in ("ASC", "DESC"):
-        for row in _rows(source, f"SELECT {', '.join(columns)} FROM {table} ORDER BY {columns[0]} {order}"):
+        where = _LEFT_BEHIND.get(table, "")
+        sql = f"SELECT {', '.join(columns)} FROM {table} {where} ORDER BY {columns[0]} {order}"
+        for row in _rows(source, sql):
             # A value that breaks a rule of the table, or a fresh database that is full: the others go on.
             with contextlib.suppress(sqlite3.Error):
                 copied += fresh.execute(insert, row).rowcount

@@ -30,6 +30,8 @@ DATABASE_NAME: Final = "agent.db"
 MEMORY: Final = ":memory:"
 FORMAT_VERSION: Final = 1
 DEFAULT_MAX_BYTES: Final = 256 * 1024 * 1024
+_FORMAT_NAME: Final = "FORMAT"
+_FORMAT: Final = "shoal-edge 1"
 _EPOCH_NAME: Final = "EPOCH"
 _MAX_EPOCH: Final = 2**53
 _PAGE_BYTES: Final = 4096
@@ -347,11 +349,34 @@ def open_database(
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise StorageError(f"cannot make the state folder {root}: {error.strerror}") from error
+    _claim_folder(root)
     return Database(root / DATABASE_NAME, Quarantine(root / "quarantine"), max_bytes=max_bytes, clock=clock)
 
 
+def _claim_folder(root: Path) -> None:
+    """Says in `FORMAT` whose folder this is; a damaged file is written anew.
+
+    Raises:
+        StorageError: another program of ours keeps its state here.
+    """
+    path = root / _FORMAT_NAME
+    try:
+        found = path.read_text(encoding="utf-8", errors="replace")[:100].strip()
+    except OSError:
+        found = ""
+    if found.startswith("shoal-") and found != _FORMAT:
+        raise StorageError(
+            f"{root} holds {found!r}, not {_FORMAT!r}", hint="give each program its own folder"
+        )
+    if found != _FORMAT:
+        write_durably(path, f"{_FORMAT}\n".encode("ascii"))
+
+
 def _fact_digest(name: str, value: object) -> bytes:
-    return hashlib.sha256(f"{name}\0{value!r}".encode()).digest()
+    """Over name, type and value; bytes (a codec's leftovers can be megabytes) go in as they are."""
+    state = hashlib.sha256(f"{name}\0{type(value).__name__}\0".encode())
+    state.update(value if isinstance(value, bytes) else repr(value).encode())
+    return state.digest()
 
 
 def _code(error: sqlite3.Error) -> int:

@@ -382,6 +382,7 @@ def test_what_can_be_read_of_a_damaged_file_is_salvaged(tmp_path: Path) -> None:
         put(outbox, number, bytes([number]) * 5000)
     SampleStore(database).add(np.ones(3, np.float32), 1, 0.0)
     before = Sequence(database).next()
+    database.set_fact("time_floor", 77.0)
     database.close()
     path = tmp_path / "agent.db"
     raw = bytearray(path.read_bytes())
@@ -397,6 +398,7 @@ def test_what_can_be_read_of_a_damaged_file_is_salvaged(tmp_path: Path) -> None:
     assert all(row.body == bytes([row.update_id[-1]]) * 5000 for row in rows)
     assert outbox.totals()["destroyed"] == 40 - len(rows)
     assert SampleStore(database).counts()["samples"] == 1
+    assert database.fact("time_floor") == 77.0
     assert Sequence(database).next() > before
 
 
@@ -458,6 +460,34 @@ def test_newer_format_is_an_error_and_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="format 99"):
         open_database(tmp_path)
     assert (tmp_path / "agent.db").read_bytes() == before
+
+
+def test_folder_of_another_program_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "FORMAT").write_text("shoal-cloud 1\n")
+    with pytest.raises(StorageError) as caught:
+        open_database(tmp_path)
+    assert "own folder" in caught.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == ["FORMAT"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\x00", b"sh"])
+def test_damaged_format_file_is_written_anew(tmp_path: Path, content: bytes) -> None:
+    open_database(tmp_path).close()
+    (tmp_path / "FORMAT").write_bytes(content)
+    open_database(tmp_path).close()
+    assert (tmp_path / "FORMAT").read_bytes() == b"shoal-edge 1\n"
+
+
+@pytest.mark.parametrize("value", [5, 5.0, "5", b"5"])
+def test_fact_keeps_its_type_and_is_checked(database: Database, value: int | float | str | bytes) -> None:
+    database.set_fact("name", value)
+    found = database.fact("name")
+    assert found == value
+    assert type(found) is type(value)
+    assert database.fact("other") is None
+    with database.transaction() as connection:
+        connection.execute("UPDATE facts SET value = 6 WHERE name = 'name'")
+    assert database.fact("name") is None
 
 
 def test_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
