@@ -39,8 +39,11 @@ CodecName = Literal["fp32", "fp16", "int8", "int4", "int2", "sign", "dithered"]
 CODEC_NAMES: tuple[str, ...] = get_args(CodecName)
 
 
-class Body(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of all bodies. `TYPE` is the header's `type` and the first level of the topic."""
+class Body(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Base of all bodies. `TYPE` is the header's `type`.
+
+    A field that has its default value does not travel, so that a new one does not disturb an older receiver.
+    """
 
     TYPE: ClassVar[str] = ""
 

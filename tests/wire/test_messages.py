@@ -198,3 +198,10 @@ def test_training_out_of_bounds_is_refused(config: dict[str, Any]) -> None:
 def test_body_above_its_limit_is_refused() -> None:
     with pytest.raises(MessageError, match="longer than allowed"):
         decode_body(encode_body(UPDATE), Update, limit_bytes=100)
+
+
+def test_field_that_has_its_default_does_not_travel() -> None:
+    """So a receiver that does not know a newer field is not disturbed by it."""
+    short = Join(order_id=NONCE, accepted=True)
+    assert encode_body(short) == encode_canonical({"order_id": NONCE, "accepted": True})
+    assert decode_body(encode_canonical({"order_id": NONCE, "accepted": True, "reason": ""}), Join) == short
