@@ -1,8 +1,8 @@
 """The aggregator: one place where packets, rounds and releases meet. Single-threaded, event by event.
 
 Laws of the file: order and I/O only, no rule of its own; it never blocks, so the same object serves a real broker
-(events from a queue) and a simulated fleet (events from a pump); a failure while one message is handled ends that message, not
-the aggregator. Source: docs/architecture.md, "The aggregator".
+(events from a queue) and a simulated fleet (events from a pump); a failure while one message is handled ends that message,
+not the aggregator. Source: docs/architecture.md, "The aggregator".
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ class Aggregator:
     """Receives for one fleet and drives its run.
 
     Args:
-        runner: makes the round runner once the downlink exists (it is the runner's way out).
         slot_bytes: largest sealed update of a device.
-        epoch: of this process's downward messages; larger than that of every earlier process.
+        on_maintenance: chores that come every few seconds, such as signing timestamps again.
     """
 
     def __init__(
@@ -47,7 +46,6 @@ class Aggregator:
         registry: Registry,
         downlink: Downlink,
         sender: Sender,
-        runner: RoundRunner | None,
         kem_keys: tuple[KemPrivateKey, ...],
         clock: Clock,
         slot_bytes: int,
@@ -58,7 +56,7 @@ class Aggregator:
         self._registry = registry
         self._downlink = downlink
         self._sender = sender
-        self._runner = runner
+        self._runner: RoundRunner | None = None
         self._clock = clock
         self._on_maintenance = on_maintenance
         self._next_sweep = 0.0
@@ -72,6 +70,16 @@ class Aggregator:
             clock=clock,
             slot_bytes=slot_bytes,
         )
+
+    @property
+    def has_run(self) -> bool:
+        """Whether a run was begun."""
+        return self._runner is not None
+
+    def begin(self, runner: RoundRunner) -> None:
+        """Drives a run that was resumed, from the next `tick` on."""
+        self._runner = runner
+        runner.on_nodes_changed()
 
     # ---- driven from outside -----------------------------------------------------------------------------------
 

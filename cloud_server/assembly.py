@@ -102,7 +102,6 @@ class Assembled:
     aggregator: Aggregator
     downlink: Downlink
     sender: Sender
-    runner: RoundRunner | None
 
 
 def assemble(
@@ -111,21 +110,15 @@ def assemble(
     *,
     tenant: str,
     fleet: str,
-    bundle: Bundle | None,
-    config: RunConfig,
-    holdout: Holdout | None = None,
+    ring: str = DEFAULT_RING,
     chunk_bytes: int = 98_304,
     slot_bytes: int = 64 * 1024 * 1024,
 ) -> Assembled:
-    """An aggregator over a transport; without a bundle it only receives.
+    """An aggregator over a transport; it only receives until `Aggregator.begin` gives it a run.
 
     Args:
-        holdout: the operator's own labelled data, which the gate measures a candidate on.
         chunk_bytes: pieces of a broadcast; the broker must accept packets a little larger.
         slot_bytes: largest sealed update.
-
-    Raises:
-        ConfigurationError: (operator) a strategy, parameter or device that does not exist.
     """
     topics = Topics(tenant, fleet)
     sender = Sender(transport)
@@ -137,28 +130,37 @@ def assemble(
         clock=base.clock,
         chunk_bytes=chunk_bytes,
     )
-    runner = None
-    if bundle is not None:
-        runner = _make_runner(base, downlink, bundle, config, holdout)
-        runner.resume(bundle.checkpoint(), config.seed)
+
+    def maintain() -> None:
+        """Signs again what is half over, and tells the fleet when it did."""
+        if base.repository.refresh():
+            downlink.announce(base.publisher.announcement(ring))
+
     aggregator = Aggregator(
         topics=topics,
         transport=transport,
         registry=base.registry,
         downlink=downlink,
         sender=sender,
-        runner=runner,
         kem_keys=base.keys.kem,
         clock=base.clock,
         slot_bytes=slot_bytes,
-        on_maintenance=base.repository.refresh,
+        on_maintenance=maintain,
     )
-    return Assembled(aggregator, downlink, sender, runner)
+    return Assembled(aggregator, downlink, sender)
 
 
-def _make_runner(
+def make_runner(
     base: Base, downlink: Downlink, bundle: Bundle, config: RunConfig, holdout: Holdout | None
 ) -> RoundRunner:
+    """The runner of a run; its owner calls `resume` and hands it to `Aggregator.begin`.
+
+    Args:
+        holdout: the operator's own labelled data, which the gate measures a candidate on.
+
+    Raises:
+        ConfigurationError: (operator) a strategy, parameter or device that does not exist.
+    """
     manifest = bundle.manifest
     maker = CandidateMaker(bundle)
     device = choose_device(config.fold_device)

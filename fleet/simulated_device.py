@@ -24,7 +24,6 @@ from wire.enrolment import OnlineKey
 from wire.primitives import SigningKey
 from wire.transport.memory import MemoryBroker, MemoryTransport
 
-
 TENANT, FLEET = "local", "simulated"
 
 

@@ -14,11 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cloud_server.artefacts import Artefacts
-from cloud_server.assembly import Assembled, Base, RunConfig, assemble, open_base
+from cloud_server.assembly import Assembled, Base, RunConfig, assemble, make_runner, open_base
 from cloud_server.db.engine import open_database
 from cloud_server.keys import CloudKeys
 from cloud_server.registry import add_device
 from cloud_server.release.releaser import Holdout
+from cloud_server.rounds.runner import RoundRunner
 from edge_agent.agent import Agent
 from edge_agent.fetcher import MemoryFetcher
 from edge_agent.install import SharedTufReleases, TufReleases
@@ -69,7 +70,8 @@ class Simulation:
         self._waiting: set[str] = set()
         self._staging = tempfile.TemporaryDirectory(prefix="shoal-simulation-")
         self.base = self._open_base()
-        self.cloud = self._open_cloud(config)
+        self.cloud = self._open_cloud()
+        self.runner = self._make_runner(config)
         self.agents: dict[str, Agent] = {}
         self._shared = self._share(settings or EdgeSettings())
         for device, split in federation.devices.items():
@@ -87,10 +89,8 @@ class Simulation:
         self.cloud.downlink.announce(self.base.publisher.announcement())
         for agent in self.agents.values():
             agent.start()
-        seen = 0
-        runner = self.cloud.runner
-        if runner is None:
-            raise RoundError("the simulated aggregator has no run")
+        seen, runner = 0, self.runner
+        self.cloud.aggregator.begin(runner)
         while not runner.is_finished:
             self._settle()
             moved = runner.view().moved
@@ -157,20 +157,19 @@ class Simulation:
             fleet=FLEET,
         )
 
-    def _open_cloud(self, config: RunConfig) -> Assembled:
+    def _open_cloud(self) -> Assembled:
         publisher = self.base.publisher
         publisher.import_model(self.bundle)
         publisher.publish(publisher.propose_bundle(self.bundle).version)
+        transport = MemoryTransport(self.broker, "aggregator", queue_packets=100_000)
+        return assemble(self.base, transport, tenant=TENANT, fleet=FLEET)
+
+    def _make_runner(self, config: RunConfig) -> RoundRunner:
         operator = self.federation.operator
-        return assemble(
-            self.base,
-            MemoryTransport(self.broker, "aggregator", queue_packets=100_000),
-            tenant=TENANT,
-            fleet=FLEET,
-            bundle=self.bundle,
-            config=config,
-            holdout=Holdout(operator.val_x, operator.val_y),
-        )
+        holdout = Holdout(operator.val_x, operator.val_y)
+        runner = make_runner(self.base, self.cloud.downlink, self.bundle, config, holdout)
+        runner.resume(self.bundle.checkpoint(), config.seed)
+        return runner
 
     def _share(self, settings: EdgeSettings) -> Shared:
         engine = Runtime(kept=KEPT_SESSIONS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 
@@ -19,11 +19,13 @@ from wire.errors import DataError, ShoalError
 
 MAX_LINE_BYTES: Final = 16 * 2**20
 MAX_ID_CHARS: Final = 200
-_KEYS: Final = frozenset({"window", "label", "id"})
+_KEYS: Final = frozenset({"window", "label", "id", "split"})
+_SPLITS: Final = ("train", "val")
 _FORM: Final = (
     'send {"window": [[…]], "label": 3, "id": "…"}; or "id" and "label" alone, to correct an answer'
 )
 
+Split = Literal["train", "val"]
 Answers = Callable[[dict[str, Any]], None]
 
 
@@ -32,18 +34,22 @@ class Answering(Protocol):
 
     def infer(self, x: Floats, *, sample_id: str = "") -> Answer: ...
 
-    def observe(self, x: Floats, label: int | None = None) -> int: ...
+    def observe(self, x: Floats, label: int | None = None, split: Split | None = None) -> int: ...
 
     def feedback(self, sample_id: str, label: int) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A window to answer (and to learn from, with its label), or a label for one that was answered."""
+    """A window to answer (and to learn from, with its label), or a label for one that was answered.
+
+    `split` says what a labelled window is kept for; None leaves it to the device's settings.
+    """
 
     window: Floats | None = None
     label: int | None = None
     id: str = ""
+    split: Split | None = None
 
 
 def read_item(text: bytes) -> Item:
@@ -67,7 +73,10 @@ def read_item(text: bytes) -> Item:
         raise DataError(f"an id is a text of at most {MAX_ID_CHARS} characters", hint=_FORM)
     if window is None and (label is None or name == ""):
         raise DataError("neither a window, nor an id and its label", hint=_FORM)
-    return Item(None if window is None else as_window(window), label, str(name))
+    split = plain.get("split")
+    if split is not None and (split not in _SPLITS or window is None or label is None):
+        raise DataError('"split" is "train" or "val", of a window with its label', hint=_FORM)
+    return Item(None if window is None else as_window(window), label, str(name), split)
 
 
 def as_window(values: Any) -> Floats:
@@ -100,7 +109,7 @@ def answer_item(agent: Answering, item: Item) -> dict[str, Any]:
         return {"id": item.id, "accepted": agent.feedback(item.id, item.label or 0)}
     answer = agent.infer(item.window, sample_id=item.id)
     if item.label is not None:
-        agent.observe(item.window, item.label)
+        agent.observe(item.window, item.label, item.split)
     return {
         "id": answer.sample_id,
         "label": answer.label,

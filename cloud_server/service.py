@@ -1,0 +1,335 @@
+"""The running aggregator: broker, HTTPS ports, event loop and clean stop around one `Aggregator`.
+
+Laws of the file: wiring and order only; the transport's thread may only enqueue, everything else of the aggregator runs
+on the caller's thread; the queue between them is bounded, and what does not fit is dropped and counted, because whoever
+sent it sends it again until there is a receipt. The caller holds the state folder's lock `service`. Source:
+docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import queue
+import secrets
+import signal
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Protocol
+
+from fastapi import FastAPI
+
+from cloud_server.aggregator import Aggregator
+from cloud_server.api import device_app, public_app
+from cloud_server.assembly import Base, RunConfig, assemble, make_runner
+from cloud_server.db.releases import is_checkpoint, load_models
+from cloud_server.db.rounds import load_run
+from cloud_server.deployment import Deployment
+from cloud_server.enrolment.ca import ensure_client_files
+from cloud_server.enrolment.service import EnrolmentService
+from cloud_server.holdout import load_holdout
+from cloud_server.https import HttpsServer, tls_context
+from cloud_server.registry import AGGREGATOR_NAME
+from cloud_server.release.gate import GatePolicy
+from cloud_server.rounds.runner import RoundRunner
+from cloud_server.rounds.state import RoundPolicy
+from models.bundle import Bundle
+from process.logs import get_logger
+from wire.errors import ConfigurationError
+from wire.transport import Transport, TransportEvent
+from wire.transport.broker import BrokerTls, start_broker
+from wire.transport.mqtt import MqttTransport
+
+_log = get_logger("cloud.service")
+
+QUEUED_EVENTS = 100_000
+EVENTS_PER_TICK = 256
+LONGEST_WAIT_SECONDS = 1.0
+POLL_SECONDS = 1.0
+
+
+class StopSignal(Protocol):
+    """What ends the service; `threading.Event` is one."""
+
+    def is_set(self) -> bool: ...
+
+    def set(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """Where a started service can be reached."""
+
+    public_port: int
+    device_port: int
+    broker_host: str
+    broker_port: int
+
+
+def run(
+    deployment: Deployment,
+    *,
+    serverapp: str = "",
+    stop: StopSignal | None = None,
+    on_ready: Callable[[Running], None] = lambda running: None,
+) -> int:
+    """Serves until `stop` is set, or until SIGTERM or SIGINT when this is the main thread.
+
+    Args:
+        on_ready: called once, when every port is open.
+
+    Raises:
+        ConfigurationError: (operator) a setting cannot be used.
+        TransportError: a port or the broker cannot be had.
+    """
+    stop = stop or _stopped_by_signals()
+    with ExitStack() as stack:
+        stack.callback(deployment.close)
+        base = _open_base(deployment)
+        host = deployment.settings.listen.host
+        public, private = (
+            HttpsServer(context, host=host, port=port) for context, port in _https_doors(deployment)
+        )
+        broker_host, broker_port = stack.enter_context(_broker(deployment))
+        scheme = "mqtts" if deployment.settings.broker.tls else "mqtt"
+        welcome = deployment.welcome(
+            device_port=private.port, broker_url=f"{scheme}://{broker_host}:{broker_port}"
+        )
+        enrolment = deployment.enrolment(welcome)
+        for server, app in (
+            (public, public_app(enrolment)),
+            (private, _device_app(deployment, enrolment)),
+        ):
+            stack.callback(server.stop)
+            server.start(app)
+        transport = _transport(deployment, broker_host, broker_port)
+        _log.info("service_ready", public_port=public.port, device_port=private.port, broker=broker_port)
+        on_ready(Running(public.port, private.port, broker_host, broker_port))
+        _Loop(deployment, base, transport, stop).run()
+    return 0
+
+
+class _Loop:
+    """The event loop: events from the transport's queue, ticks in between, and a model that may come later."""
+
+    def __init__(self, deployment: Deployment, base: Base, transport: Transport, stop: StopSignal) -> None:
+        self._deployment = deployment
+        self._base = base
+        self._stop = stop
+        self._events: queue.Queue[TransportEvent] = queue.Queue(QUEUED_EVENTS)
+        self._dropped = 0
+        settings = deployment.settings
+        self._assembled = assemble(
+            base,
+            transport,
+            tenant=settings.tenant,
+            fleet=settings.fleet,
+            slot_bytes=settings.broker.slot_bytes,
+        )
+        self._next_poll = 0.0
+        self._runner: RoundRunner | None = None
+        self._is_paused = False
+
+    def run(self) -> None:
+        aggregator = self._assembled.aggregator
+        aggregator.start(self._enqueue)
+        try:
+            wake = self._base.clock.now()
+            while not self._stop.is_set():
+                self._poll()
+                wait = min(max(wake - self._base.clock.now(), 0.0), LONGEST_WAIT_SECONDS)
+                self._take(aggregator, wait)
+                wake = aggregator.tick()
+        finally:
+            aggregator.stop()
+            _log.info("service_stopped", dropped_events=self._dropped)
+
+    def _take(self, aggregator: Aggregator, wait: float) -> None:
+        """Handles what is there, at most so much that ticks keep coming."""
+        try:
+            aggregator.handle(self._events.get(timeout=wait) if wait > 0 else self._events.get_nowait())
+            for _ in range(EVENTS_PER_TICK):
+                aggregator.handle(self._events.get_nowait())
+        except queue.Empty:
+            return
+
+    def _enqueue(self, event: TransportEvent) -> None:
+        try:
+            self._events.put_nowait(event)
+        except queue.Full:
+            self._dropped += 1
+
+    def _poll(self) -> None:
+        """Looks at what commands changed in the database while the service runs."""
+        now = self._base.clock.monotonic()
+        if now < self._next_poll:
+            return
+        self._next_poll = now + POLL_SECONDS
+        if self._runner is None:
+            self._look_for_model()
+            return
+        with self._base.database.read() as connection:
+            row = load_run(connection, self._deployment.settings.run.name)
+        is_paused = row is not None and row.status == "paused"
+        if is_paused != self._is_paused:
+            self._is_paused = is_paused
+            self._runner.set_paused(is_paused)
+            _log.info("run_paused" if is_paused else "run_resumed")
+
+    def _look_for_model(self) -> None:
+        """Begins the run once a model is imported (`shoal-cloud model import` works while the service runs)."""
+        bundle = _chosen_bundle(self._deployment)
+        if bundle is None:
+            return
+        publisher = self._base.publisher
+        config = run_config(self._deployment)
+        if publisher.current_version(config.ring) == 0:
+            publisher.publish(publisher.propose_bundle(bundle).version, config.ring)
+        downlink = self._assembled.downlink
+        downlink.announce(publisher.announcement(config.ring))
+        runner = make_runner(self._base, downlink, bundle, config, load_holdout(self._deployment))
+        with self._base.database.read() as connection:
+            is_new = load_run(connection, config.run) is None
+        runner.resume(bundle.checkpoint(), config.seed)
+        if is_new and self._deployment.settings.run.paused:
+            runner.set_paused(True)
+            self._is_paused = True
+        self._runner = runner
+        self._assembled.aggregator.begin(runner)
+        _log.info("run_begun", run=config.run, model=bundle.manifest.model, strategy=config.strategy)
+
+
+def run_config(deployment: Deployment) -> RunConfig:
+    """The run that the settings describe."""
+    settings, run = deployment.settings, deployment.settings.run
+    return RunConfig(
+        run=run.name,
+        seed=run.seed or secrets.randbelow(2**63 - 1) + 1,
+        strategy=run.strategy,
+        strategy_parameters=run.parameters,
+        policy=RoundPolicy(
+            quorum=run.quorum,
+            goal=run.goal,
+            rounds=run.rounds,
+            round_seconds=run.deadline_seconds,
+            evaluate_seconds=run.evaluate_seconds,
+            evaluate_every=run.evaluate_every,
+            pause_seconds=run.pause_seconds,
+        ),
+        train=settings.train.config(),
+        gate=GatePolicy(
+            min_gain=settings.gate.min_gain,
+            max_operator_drop=settings.gate.max_operator_drop,
+            max_bytes=settings.gate.max_bytes,
+            min_examples=settings.gate.min_examples,
+        ),
+        ring=settings.enrolment.ring,
+        fold_device=settings.compute.device,
+        max_head_change=run.max_head_change,
+    )
+
+
+def _open_base(deployment: Deployment) -> Base:
+    fence = deployment.database.claim_writer()
+    deployment.fence = fence
+    return Base(
+        deployment.database,
+        deployment.artefacts,
+        deployment.keys,
+        deployment.clock,
+        deployment.registry,
+        deployment.repository,
+        fence,
+    )
+
+
+def _device_app(deployment: Deployment, enrolment: EnrolmentService) -> FastAPI:
+    database = deployment.database
+
+    def is_served_blob(sha256: str) -> bool:
+        with database.read() as connection:
+            return is_checkpoint(connection, sha256)
+
+    return device_app(enrolment, deployment.registry, deployment.artefacts, is_served_blob=is_served_blob)
+
+
+def _https_doors(deployment: Deployment) -> Iterator[tuple[ssl.SSLContext, int]]:
+    certificate, key = deployment.server_files()
+    listen = deployment.settings.listen
+    yield tls_context(certificate, key), listen.public_port
+    yield tls_context(certificate, key, deployment.authority.certificate_pem), listen.device_port
+
+
+@contextmanager
+def _broker(deployment: Deployment) -> Iterator[tuple[str, int]]:
+    """Host and port of the broker, which is started here unless it is external."""
+    settings = deployment.settings.broker
+    if settings.kind == "external":
+        yield settings.host, settings.port
+        return
+    tls = _broker_tls(deployment) if settings.tls else None
+    with start_broker(
+        settings.kind, folder=deployment.folder.broker, host=settings.host, port=settings.port, tls=tls
+    ) as broker:
+        _log.info("broker_started", kind=broker.kind, port=broker.port)
+        yield broker.host, broker.port
+
+
+def _broker_tls(deployment: Deployment) -> BrokerTls:
+    certificate, key = deployment.server_files("broker")
+    return BrokerTls(
+        ca_file=deployment.authority_file,
+        certificate_file=certificate,
+        key_file=key,
+        tenant=deployment.settings.tenant,
+        fleet=deployment.settings.fleet,
+        aggregators=(AGGREGATOR_NAME,),
+    )
+
+
+def _transport(deployment: Deployment, host: str, port: int) -> Transport:
+    tls = None
+    if deployment.settings.broker.tls:
+        certificate, key = ensure_client_files(
+            deployment.authority,
+            deployment.folder.authority,
+            AGGREGATOR_NAME,
+            now=deployment.clock.now(),
+        )
+        tls = ssl.create_default_context(cadata=deployment.authority.certificate_pem)
+        tls.minimum_version = ssl.TLSVersion.TLSv1_3
+        tls.load_cert_chain(certificate, key)
+    return MqttTransport(AGGREGATOR_NAME, host, port, tls=tls, inflight_window=64, queue_packets=4096)
+
+
+def _chosen_bundle(deployment: Deployment) -> Bundle | None:
+    """The model of the settings, or the newest import; None while nothing is imported.
+
+    Raises:
+        ConfigurationError: (operator) the settings name a model that was never imported.
+    """
+    with deployment.database.read() as connection:
+        rows = load_models(connection)
+    wanted = deployment.settings.run.model
+    if wanted:
+        rows = [row for row in rows if wanted in (row.name, row.graphs_sha256)]
+        if not rows:
+            raise ConfigurationError(
+                f"the model {wanted!r} of settings.toml was never imported",
+                hint="shoal-cloud model import BUNDLE, or change run.model",
+            )
+    return Bundle.open(deployment.folder.bundle(rows[-1].graphs_sha256)) if rows else None
+
+
+def _stopped_by_signals() -> threading.Event:
+    event = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        event.set()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, on_signal)
+    return event

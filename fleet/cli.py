@@ -1,0 +1,95 @@
+"""`shoal-fleet`: local fleets, to see the whole loop and to try a scenario before it meets devices.
+
+Laws of the file: standard output is data (`--json` prints one object and nothing else), standard error is talk; nothing
+heavy is imported before a command needs it. Source: docs/reference.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from process.exits import run_cli
+
+if TYPE_CHECKING:
+    from fleet.report import FleetReport
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code (`process/exits.py`)."""
+    return run_cli(lambda: _dispatch(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def _dispatch(arguments: list[str]) -> int:
+    options = _parser().parse_args(arguments)
+    handler = {"demo": _demo, "simulate": _simulate}[options.command]
+    return handler(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="shoal-fleet", description="Local fleets of Shoal devices.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    demo = commands.add_parser("demo", help="one whole loop with real processes on this machine")
+    demo.add_argument("--dataset", default="smartwatch", help="smartwatch (default) or fashion-mnist")
+    demo.add_argument("--broker", choices=("embedded", "mosquitto"), default="embedded")
+    demo.add_argument("--rounds", type=_positive, default=20, help="rounds that move the head (20)")
+    demo.add_argument("--seed", type=_natural, default=1, help="of weights, cohorts and orders (1)")
+    demo.add_argument(
+        "--out", type=Path, default=Path("build/demo"), help="folder for all it makes (build/demo)"
+    )
+    demo.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
+    simulate = commands.add_parser("simulate", help="a whole fleet in one process, on virtual time")
+    simulate.add_argument("--devices", type=_positive, default=100, help="simulated devices (100)")
+    simulate.add_argument("--rounds", type=_positive, default=20, help="rounds that move the head (20)")
+    simulate.add_argument("--scenario", type=Path, metavar="FILE", help="a scenario as TOML")
+    simulate.add_argument("--seed", type=_natural, default=1, help="of everything that is drawn (1)")
+    simulate.add_argument("--out", type=Path, metavar="DIR", help="folder for report.json and report.html")
+    simulate.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError("must be between 0 and 2147483647")
+    return value
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from fleet.demo import DemoPlan, run_demo
+
+    plan = DemoPlan(dataset=options.dataset, rounds=options.rounds, seed=options.seed, broker=options.broker)
+    report = run_demo(plan, options.out)
+    return _show(options, report, options.out)
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from fleet.scenario import load_scenario
+    from fleet.simulate import simulate
+
+    scenario = load_scenario(options.scenario)
+    report = simulate(scenario, devices=options.devices, rounds=options.rounds, seed=options.seed)
+    return _show(options, report, options.out)
+
+
+def _show(options: argparse.Namespace, report: FleetReport, out: Path | None) -> int:
+    from fleet.page import render_page
+    from fleet.report import render_table
+
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "report.json").write_text(report.to_json(), encoding="utf-8")
+        (out / "report.html").write_text(render_page(report), encoding="utf-8")
+        print(f"report: {out / 'report.html'}", file=sys.stderr)
+    print(report.to_json() if options.json else render_table(report), end="")
+    return 0

@@ -1,0 +1,177 @@
+"""One real agent as a child process of this machine: its token, its stream of windows, its answers.
+
+Laws of the file: the agent gets what any agent gets (a token, a settings file, lines of JSON on standard input) and is
+judged by what any agent shows (lines of JSON on standard output, its status file); windows come at a fixed rate whatever
+the agent is doing, and every one of them must be answered.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from models.data.federation import Split
+from wire.errors import RoundError
+
+_COMMAND = (sys.executable, "-c", "import sys; from edge_agent.cli import main; sys.exit(main())")
+_STOP_SECONDS = 15.0
+
+
+class LocalAgent:
+    """A running `shoal-edge run`.
+
+    Args:
+        state: its state folder, which it enrols into with `token` at its first start.
+        split: its data: labelled training and validation windows first, then its later windows, unlabelled, again
+            and again.
+        rate_hz: windows a second once the labelled ones are in.
+    """
+
+    def __init__(
+        self, device: str, state: Path, settings: Path, token: str, split: Split, *, rate_hz: float
+    ) -> None:
+        self.device = device
+        self.state = state
+        self.answers: Counter[int] = Counter()
+        self.errors = 0
+        self.sent = 0
+        self._split = split
+        self._interval = 1.0 / rate_hz
+        self._stopping = threading.Event()
+        self._labelled_answers = 0
+        state.mkdir(parents=True, exist_ok=True)
+        self.log_file = state.with_suffix(".log")
+        environment = {**os.environ, "SHOAL_ENROLL_TOKEN": token, "OMP_NUM_THREADS": "1"}
+        with self.log_file.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*_COMMAND, "run", "--state", str(state), "--settings", str(settings), "--input", "-"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+            )
+        self._threads = [
+            threading.Thread(target=call, name=f"{device}-{name}", daemon=True)
+            for name, call in (("feed", self._feed), ("answers", self._read))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def labelled(self) -> int:
+        """Labelled windows that the agent gets."""
+        return len(self._split.train_x) + len(self._split.val_x)
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether every labelled window was answered, and therefore kept."""
+        return self._labelled_answers >= self.labelled
+
+    @property
+    def answered(self) -> int:
+        """Windows that were answered by a model."""
+        return sum(self.answers.values())
+
+    @property
+    def release(self) -> int:
+        """The newest release that answered."""
+        return max(self.answers, default=0)
+
+    def check(self) -> None:
+        """Looks whether the agent is alive.
+
+        Raises:
+            RoundError: it ended by itself; says where its log is.
+        """
+        code = self._process.poll()
+        if code is not None and not self._stopping.is_set():
+            raise RoundError(f"agent {self.device} ended with code {code}", hint=f"see {self.log_file}")
+
+    def status(self) -> Mapping[str, Any]:
+        """What the agent wrote of itself last; empty when it has not yet."""
+        try:
+            plain = json.loads((self.state / "status.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return plain if isinstance(plain, dict) else {}
+
+    def stop_feeding(self) -> None:
+        """Ends the stream of windows; what was sent is still answered."""
+        self._stopping.set()
+        self._threads[0].join(_STOP_SECONDS)
+
+    def stop(self) -> None:
+        """Ends the agent politely, by force after 15 s. Safe to call twice."""
+        self._stopping.set()
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        for thread in self._threads:
+            thread.join(_STOP_SECONDS)
+
+    # ---- the two threads ---------------------------------------------------------------------------------------
+
+    def _feed(self) -> None:
+        stream = self._process.stdin
+        if stream is None:
+            return
+        try:
+            for line in self._labelled_lines():
+                self._send(stream, line)
+            due = time.monotonic()
+            for line in self._live_lines():
+                due += self._interval
+                if self._stopping.wait(max(0.0, due - time.monotonic())):
+                    break
+                self._send(stream, line)
+        except (BrokenPipeError, ValueError):
+            return  # the agent ended; `check` says so
+
+    def _send(self, stream: IO[bytes], line: bytes) -> None:
+        stream.write(line)
+        stream.flush()
+        self.sent += 1
+
+    def _labelled_lines(self) -> Iterator[bytes]:
+        split = self._split
+        parts = (("train", split.train_x, split.train_y), ("val", split.val_x, split.val_y))
+        for name, x, y in parts:
+            for number, (window, label) in enumerate(zip(x, y, strict=True)):
+                item = {
+                    "window": window.tolist(),
+                    "label": int(label),
+                    "split": name,
+                    "id": f"{name}-{number}",
+                }
+                yield json.dumps(item).encode() + b"\n"
+
+    def _live_lines(self) -> Iterator[bytes]:
+        lines = [json.dumps({"window": window.tolist()})[:-1].encode() for window in self._split.test_x]
+        number = 0
+        while True:
+            yield lines[number % len(lines)] + f', "id": "live-{number}"}}\n'.encode()
+            number += 1
+
+    def _read(self) -> None:
+        if self._process.stdout is None:
+            return
+        for line in self._process.stdout:
+            answer = json.loads(line)
+            if "error" in answer:
+                self.errors += 1
+            else:
+                self.answers[int(answer["release"])] += 1
+            if not str(answer["id"]).startswith("live-"):
+                self._labelled_answers += 1

@@ -1,0 +1,156 @@
+"""A real aggregator as a child process of this machine, on a state folder that is made for it."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from cloud_server.db import rounds as books
+from cloud_server.deployment import Deployment, initialise
+from cloud_server.enrolment.tokens import mint_token
+from cloud_server.settings import CloudSettings
+from models.bundle import Bundle
+from models.data.federation import Federation
+from wire.errors import RoundError
+
+_COMMAND = (sys.executable, "-c", "import sys; from cloud_server.cli import main; sys.exit(main())")
+_START_SECONDS = 60.0
+_STOP_SECONDS = 20.0
+HOLDOUT = "holdout.npz"
+
+
+class LocalCloud:
+    """A running `shoal-cloud run` and its state folder. A context manager: leaving it ends the process."""
+
+    def __init__(self, root: Path, settings: CloudSettings, federation: Federation) -> None:
+        self.root = root
+        self.settings = settings
+        self.log_file = root.with_suffix(".log")
+        self.deployment: Deployment = initialise(root, settings)
+        operator = federation.operator
+        np.savez(root / HOLDOUT, x=operator.val_x, y=operator.val_y)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts the service and waits until it answers.
+
+        Raises:
+            RoundError: it does not come up; says where its log is.
+        """
+        with self.log_file.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*_COMMAND, "run", "--state", str(self.root)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        until = time.monotonic() + _START_SECONDS
+        while not self._answers():
+            self.check()
+            if time.monotonic() > until:
+                raise RoundError("the aggregator does not answer", hint=f"see {self.log_file}")
+            time.sleep(0.1)
+
+    def import_model(self, bundle: Bundle) -> None:
+        """Signs the model's graphs and keeps its bundle, as `shoal-cloud model import` does."""
+        self.deployment.keep_bundle(bundle)
+        self.deployment.publisher.import_model(bundle)
+
+    def token(self, device: str) -> str:
+        """A one-use token for one device."""
+        with self.deployment.database.transaction() as connection:
+            minted = mint_token(
+                connection, self.deployment.door(), now=self.deployment.clock.now(), device=device
+            )
+        return str(minted)
+
+    def set_paused(self, is_paused: bool) -> None:
+        """Pauses or resumes the run, as `shoal-cloud round pause` and `resume` do."""
+        with self.deployment.database.transaction() as connection:
+            books.set_run_status(connection, self.settings.run.name, "paused" if is_paused else "active")
+
+    def rounds(self) -> list[books.RoundRow]:
+        """The run's rounds as the database has them."""
+        with self.deployment.database.read() as connection:
+            return books.load_rounds(connection, self.settings.run.name)
+
+    @property
+    def has_run(self) -> bool:
+        """Whether the service has begun its run."""
+        with self.deployment.database.read() as connection:
+            return books.load_run(connection, self.settings.run.name) is not None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has made all of its rounds."""
+        with self.deployment.database.read() as connection:
+            row = books.load_run(connection, self.settings.run.name)
+        return row is not None and row.status == "finished"
+
+    def check(self) -> None:
+        """Looks whether the service is alive.
+
+        Raises:
+            RoundError: it ended by itself; says where its log is.
+        """
+        if self._process is not None and self._process.poll() is not None:
+            code = self._process.returncode
+            raise RoundError(f"the aggregator ended with code {code}", hint=f"see {self.log_file}")
+
+    def stop(self) -> None:
+        """Ends the service, by force after 20 s. Safe to call twice."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._process = None
+
+    def kill(self) -> None:
+        """Ends the service as a crash would."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
+    def __enter__(self) -> LocalCloud:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        self.deployment.close()
+
+    def _answers(self) -> bool:
+        context = ssl.create_default_context(cadata=self.deployment.authority.certificate_pem)
+        context.check_hostname = False
+        listen = self.settings.listen
+        connection = http.client.HTTPSConnection(listen.host, listen.public_port, context=context, timeout=2)
+        try:
+            connection.request("GET", "/healthz")
+            return connection.getresponse().status == 200
+        except OSError:
+            return False
+        finally:
+            connection.close()
+
+
+def free_port() -> int:
+    """A TCP port of the loopback address that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
