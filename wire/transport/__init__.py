@@ -4,7 +4,7 @@ Three transports stand behind it: `mqtt.py` (MQTT 5, paho), `memory.py` (one pro
 `faulty.py` (a wrapper that loses, doubles, delays and corrupts by seed). Laws: a transport never blocks its
 caller; it calls `deliver` from its own thread (MQTT) or from `pump` (memory), and the receiver may only
 enqueue; it never queues without bound. Delivery is a hint: receipts and digests decide what arrived
-(docs/protocol.md, clause 5).
+(docs/protocol.md, clause 10).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The configuration files that the brokers are started with: text in, text out.
 
 Laws: every limit is stated, none is left at a default that drops messages; a device writes only under its own
-name and reads only what is for all or for it (DESIGN "Access"; docs/protocol.md, clause 2).
+name and reads only what is for all or for it (docs/protocol.md, clause 2).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Where callers' threads meet the loop's: what may be published now, under one lock.
 
 Laws: nothing above the broker's limit passes; without a connection nothing is accepted (the caller's own
-outbox keeps it); a caller never waits. Source: docs/protocol.md, clause 5.
+outbox keeps it); a caller never waits. Source: docs/protocol.md, clause 10.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ and then reconnects for ever with the packet that was too large (size and window
 no jitter (every connection is a new paho client, so none of its state outlives one).
 
 Laws: the caller never blocks, except in `stop`, which is bounded; paho is touched on the loop's thread only;
-never a clean start for a session that shall persist. Source: docs/protocol.md, clause 5; MQTT 5.0.
+never a clean start for a session that shall persist. Source: docs/protocol.md, clause 10; MQTT 5.0.
 """
 
 from __future__ import annotations

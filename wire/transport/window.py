@@ -2,7 +2,7 @@
 
 Laws: it never holds more than its limits; the order of publication is kept; a QoS 1 publication that was in
 flight when the connection went is sent again first, a QoS 0 one is lost and reported. Source:
-docs/protocol.md, clause 5; MQTT 5.0, clauses 3.3.4 (Receive Maximum) and 4.4 (delivery retry).
+docs/protocol.md, clause 10; MQTT 5.0, clauses 3.3.4 (Receive Maximum) and 4.4 (delivery retry).
 """
 
 from __future__ import annotations
