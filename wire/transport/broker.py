@@ -1,7 +1,7 @@
 """Starts a broker on this machine: mosquitto as a child when it is on PATH, else the embedded one.
 
 Laws: the child dies with its parent; what is returned has answered a CONNECT; the embedded broker, which
-verifies no certificate and has no access control, listens on 127.0.0.1 only. Source: DESIGN "Broker";
+verifies no certificate and has no access control, listens on 127.0.0.1 only. Source:
 docs/protocol.md, clause 2.
 """
 
