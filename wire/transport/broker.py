@@ -1,8 +1,8 @@
 """Starts a broker on this machine: mosquitto as a child when it is on PATH, else the embedded one.
 
-Laws: the child dies with its parent; what is returned has answered a CONNECT; the embedded broker, which
-verifies no certificate and has no access control, listens on 127.0.0.1 only. Source:
-docs/protocol.md, clause 2.
+Laws: the child dies with its parent; what is returned has answered a fresh connection (without TLS, a CONNECT);
+without TLS a broker listens on this machine only, and the embedded one, which verifies no certificate and has no
+access control, always does. Source: docs/protocol.md, clause 2.
 """
 
 from __future__ import annotations
