@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from tests.wire.parties import DEVICE_KEY, KEM, up_header
+from wire.chunks import split
 from wire.codec import (
     BLOCK,
     DITHER_BUDGET_BITS,
@@ -24,8 +26,9 @@ from wire.codec import (
     encode,
 )
 from wire.dither import STEPS, dither, step_codes
+from wire.envelope import seal
 from wire.errors import ShoalError, StorageError, UpdateError
-from wire.messages import CODEC_NAMES
+from wire.messages import CODEC_NAMES, Update, encode_body
 
 SIZES = [1, 2, 3, 7, 8, 255, 256, 257, 1000, 65_536, 65_537, 70_001]
 UNBIASED = ["int8", "int4", "dithered"]
@@ -92,6 +95,26 @@ def test_dithered_keeps_to_its_budget_whatever_the_distribution(draw: str) -> No
     with_more = decode(encode(vector, "dithered", rng(), budget_bits=3.0), "dithered", len(vector))
     with_less = decode(encode(vector, "dithered", rng(), budget_bits=1.5), "dithered", len(vector))
     assert relative_error(with_more, vector) <= relative_error(with_less, vector)
+
+
+def test_whole_update_message_is_at_most_six_and_a_half_percent_of_float32() -> None:
+    """Body, padding, envelope and chunk headers included, for the size of the smartwatch model."""
+    for seed in range(5):
+        vector = update(24_103, seed)
+        body = Update(
+            update_id=bytes(16),
+            order_id=bytes(16),
+            run="spring-2027",
+            round_number=12,
+            base_sha256=bytes(32),
+            num_examples=140,
+            codec="dithered",
+            params_size=len(vector),
+            payload=encode(vector, "dithered", rng(seed)),
+            metrics={"loss": 0.512, "accuracy": 0.81},
+        )
+        message = seal(up_header(), encode_body(body), signer=DEVICE_KEY, recipient=KEM.public_key, pad=True)
+        assert sum(len(chunk) for chunk in split(message)) <= 0.065 * vector.nbytes
 
 
 @pytest.mark.parametrize("codec", UNBIASED)
