@@ -19,18 +19,14 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Protocol
 
-from fastapi import FastAPI
-
 from cloud_server.aggregator import Aggregator
-from cloud_server.api import device_app, public_app
 from cloud_server.assembly import Base, RunConfig, assemble, make_runner
-from cloud_server.db.releases import is_checkpoint, load_models
+from cloud_server.db.releases import load_models
 from cloud_server.db.rounds import load_run
 from cloud_server.deployment import Deployment
 from cloud_server.enrolment.ca import ensure_client_files
-from cloud_server.enrolment.service import EnrolmentService
 from cloud_server.holdout import load_holdout
-from cloud_server.https import HttpsServer, tls_context
+from cloud_server.https import HttpsFront
 from cloud_server.registry import AGGREGATOR_NAME
 from cloud_server.release.gate import GatePolicy
 from cloud_server.rounds.runner import RoundRunner
@@ -88,25 +84,17 @@ def run(
     with ExitStack() as stack:
         stack.callback(deployment.close)
         base = _open_base(deployment)
-        host = deployment.settings.listen.host
-        public, private = (
-            HttpsServer(context, host=host, port=port) for context, port in _https_doors(deployment)
-        )
         broker_host, broker_port = stack.enter_context(_broker(deployment))
         scheme = "mqtts" if deployment.settings.broker.tls else "mqtt"
-        welcome = deployment.welcome(
-            device_port=private.port, broker_url=f"{scheme}://{broker_host}:{broker_port}"
+        front = stack.enter_context(
+            HttpsFront(deployment, broker_url=f"{scheme}://{broker_host}:{broker_port}")
         )
-        enrolment = deployment.enrolment(welcome)
-        for server, app in (
-            (public, public_app(enrolment)),
-            (private, _device_app(deployment, enrolment)),
-        ):
-            stack.callback(server.stop)
-            server.start(app)
+        ready = Running(front.public_port, front.device_port, broker_host, broker_port)
         transport = _transport(deployment, broker_host, broker_port)
-        _log.info("service_ready", public_port=public.port, device_port=private.port, broker=broker_port)
-        on_ready(Running(public.port, private.port, broker_host, broker_port))
+        _log.info(
+            "service_ready", public_port=ready.public_port, device_port=ready.device_port, broker=broker_port
+        )
+        on_ready(ready)
         _Loop(deployment, base, transport, stop).run()
     return 0
 
@@ -129,6 +117,7 @@ class _Loop:
             slot_bytes=settings.broker.slot_bytes,
         )
         self._next_poll = 0.0
+        self._announced = b""
         self._runner: RoundRunner | None = None
         self._is_paused = False
 
@@ -167,6 +156,7 @@ class _Loop:
         if now < self._next_poll:
             return
         self._next_poll = now + POLL_SECONDS
+        self._announce_changes()
         if self._runner is None:
             self._look_for_model()
             return
@@ -178,6 +168,15 @@ class _Loop:
             self._runner.set_paused(is_paused)
             _log.info("run_paused" if is_paused else "run_resumed")
 
+    def _announce_changes(self) -> None:
+        """Tells the fleet what was signed since: by a command (a rollback cannot wait), by the gate, or anew."""
+        timestamp = self._base.repository.timestamp()
+        if timestamp != self._announced:
+            announcement = self._base.publisher.announcement(self._deployment.settings.enrolment.ring)
+            if announcement.release_version:
+                self._assembled.downlink.announce(announcement)
+            self._announced = timestamp
+
     def _look_for_model(self) -> None:
         """Begins the run once a model is imported (`shoal-cloud model import` works while the service runs)."""
         bundle = _chosen_bundle(self._deployment)
@@ -188,7 +187,6 @@ class _Loop:
         if publisher.current_version(config.ring) == 0:
             publisher.publish(publisher.propose_bundle(bundle).version, config.ring)
         downlink = self._assembled.downlink
-        downlink.announce(publisher.announcement(config.ring))
         runner = make_runner(self._base, downlink, bundle, config, load_holdout(self._deployment))
         with self._base.database.read() as connection:
             is_new = load_run(connection, config.run) is None
@@ -243,23 +241,6 @@ def _open_base(deployment: Deployment) -> Base:
         deployment.repository,
         fence,
     )
-
-
-def _device_app(deployment: Deployment, enrolment: EnrolmentService) -> FastAPI:
-    database = deployment.database
-
-    def is_served_blob(sha256: str) -> bool:
-        with database.read() as connection:
-            return is_checkpoint(connection, sha256)
-
-    return device_app(enrolment, deployment.registry, deployment.artefacts, is_served_blob=is_served_blob)
-
-
-def _https_doors(deployment: Deployment) -> Iterator[tuple[ssl.SSLContext, int]]:
-    certificate, key = deployment.server_files()
-    listen = deployment.settings.listen
-    yield tls_context(certificate, key), listen.public_port
-    yield tls_context(certificate, key, deployment.authority.certificate_pem), listen.device_port
 
 
 @contextmanager

@@ -52,7 +52,8 @@ def _cell(name: str, value: Any, *, limit: int = MAX_CELL_CHARS) -> str:
     if isinstance(value, float):
         text = f"{value:.4g}"
     elif isinstance(value, Mapping):
-        text = ", ".join(f"{key}={_cell(key, item)}" for key, item in sorted(value.items())) or "-"
+        inner = name if name.endswith(_TIMES) else ""
+        text = ", ".join(f"{key}={_cell(inner or key, item)}" for key, item in sorted(value.items())) or "-"
     elif isinstance(value, list | tuple):
         text = ", ".join(_cell(name, item) for item in value) or "-"
     else:
