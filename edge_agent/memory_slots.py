@@ -57,7 +57,7 @@ class SharedReleases:
 
 
 class MemorySlots:
-    """See `slots.SlotStore`, whose protocol this is."""
+    """See `slot_store.SlotStore`, whose protocol this is."""
 
     def __init__(self, shared: SharedReleases) -> None:
         self._shared = shared

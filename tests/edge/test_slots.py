@@ -293,7 +293,7 @@ def test_graphs_that_no_slot_needs_are_dropped(tmp_path: Path) -> None:
     assert kept == {graph_files(model)[0].graphs_sha256 for model in ("tiny", "c")}
 
 
-def test_read_only_disk_still_serves(tmp_path: Path) -> None:
+def test_missing_slot_and_graphs_do_not_stop_inference(tmp_path: Path) -> None:
     install(Slots(tmp_path), 1)
     install(Slots(tmp_path), 2)
     shutil.rmtree(tmp_path / "slots" / "current")
