@@ -14,7 +14,7 @@ from cloud_server.db import rounds as books
 from cloud_server.db.engine import Database
 from cloud_server.rounds.ports import Blobs, Reply
 from cloud_server.screening import Expected, Screened, decode_update
-from wire.errors import StorageError
+from wire.errors import RoundError
 from wire.messages import Update, decode_body
 
 
@@ -48,7 +48,7 @@ class StoredReplies:
         """Yields each reply.
 
         Raises:
-            StorageError: (disk) the bytes of a reply are not those that were committed.
+            RoundError: (disk) the bytes of a reply are not those that were committed.
         """
         for row in self._rows:
             yield self._reply(row)
@@ -60,10 +60,10 @@ class StoredReplies:
             with self._database.read() as connection:
                 body = books.load_body(connection, row.update_id)
         if hashlib.sha256(body).digest() != row.body_sha256:
-            raise StorageError("a stored update is damaged", update_id=row.update_id.hex())
+            raise RoundError("a stored update is damaged", update_id=row.update_id.hex())
         screened = decode_update(decode_body(body, Update), self._expected[row.order_id])
         if not isinstance(screened, Screened):
-            raise StorageError("a stored update does not decode any more", update_id=row.update_id.hex())
+            raise RoundError("a stored update does not decode any more", update_id=row.update_id.hex())
         return Reply(
             node_id=self._node_ids[row.device],
             num_examples=screened.num_examples,

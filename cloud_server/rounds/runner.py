@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 
 from cloud_server.db import rounds as books
 from cloud_server.rounds import events as ev
+from cloud_server.rounds.desk import Desk
 from cloud_server.rounds.intake import Arrival, Intake
 from cloud_server.rounds.machine import step
 from cloud_server.rounds.performer import Performer
@@ -28,14 +30,23 @@ _LOG = logging.getLogger(__name__)
 
 
 class RoundRunner:
-    """Drives one run: `resume` once, then `tick` after whatever was fed in and whenever `next_tick` has
-    come."""
+    """Drives one run: `resume` once, then `tick` after whatever was fed in and whenever `next_tick` has come.
 
-    def __init__(self, plan: RunPlan, ports: RunPorts) -> None:
+    Args:
+        make_desk: makes what performs the actions: by a strategy, or for a stock ServerApp.
+    """
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        ports: RunPorts,
+        *,
+        make_desk: Callable[[RunPlan, RunPorts, Intake], Desk] = Performer,
+    ) -> None:
         self._plan = plan
         self._ports = ports
         self._intake = Intake(ports.database, ports.fence, ports.blobs, plan.run, ports.clock)
-        self._performer = Performer(plan, ports, self._intake)
+        self._desk = make_desk(plan, ports, self._intake)
         self._state = RoundState()
         self._queue: deque[ev.Event] = deque()
         self._next_tick = NEVER
@@ -45,7 +56,7 @@ class RoundRunner:
     @property
     def head(self) -> Checkpoint:
         """The newest head."""
-        return self._performer.head
+        return self._desk.head
 
     @property
     def phase(self) -> Phase:
@@ -74,7 +85,7 @@ class RoundRunner:
             answered=state.cohort.answered,
             deadline=state.deadline,
             head_sha256=self.head.sha256,
-            metrics=self._performer.metrics,
+            metrics=self._desk.metrics,
         )
 
     # ---- what the service reports ----
@@ -100,7 +111,7 @@ class RoundRunner:
                 hint="give the new run another name",
                 run=known.run,
             )
-        self._state = self._performer.restore(known)
+        self._state = self._desk.restore(known)
         self._queue.append(ev.Resumed())
         self.on_nodes_changed()
 
@@ -114,7 +125,7 @@ class RoundRunner:
 
     def on_join(self, device: str, join: Join) -> None:
         """A device answered an order; an answer to an order that is not its own, or is over, is dropped."""
-        order = self._performer.order_of(device)
+        order = self._desk.order_of(device)
         if order is None or order.order_id != join.order_id:
             return
         if not join.accepted:
@@ -141,6 +152,8 @@ class RoundRunner:
         receipt, event = self._intake.take(Arrival(device, header, body, transfer_sha256, size_bytes))
         if event is not None:
             self._queue.append(event)
+        if receipt.verdict == "stored":
+            self._desk.note_stored(device, receipt.update_id)
         if receipt.verdict == "refused":
             _LOG.info("reply refused: device=%s reason=%s", device, receipt.reason)
         return receipt
@@ -157,9 +170,15 @@ class RoundRunner:
         if self._next_tick <= self._ports.clock.now():
             self._next_tick = NEVER
             self._queue.append(ev.Tick())
-        while self._queue:
+        while self._queue or self._poll():
             self._take(self._queue.popleft())
         return self._next_tick
+
+    def _poll(self) -> bool:
+        event = self._desk.poll(self._state.phase)
+        if event is not None:
+            self._queue.append(event)
+        return event is not None
 
     def _take(self, event: ev.Event) -> None:
         """One event; what its actions answer comes before anything else that waits."""
@@ -168,7 +187,7 @@ class RoundRunner:
         for action in actions:
             if isinstance(action, ev.SetTimer):
                 self._next_tick = action.at
-            elif (answer := self._performer.perform(action)) is not None:
+            elif (answer := self._desk.perform(action)) is not None:
                 answers.append(answer)
         self._queue.extendleft(reversed(answers))
 

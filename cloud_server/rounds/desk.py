@@ -1,0 +1,208 @@
+"""What every way of driving a run has in common: its head, the round under way, its orders, and sending them.
+
+Laws of the file: nothing leaves before what it says is committed; no number that matters is kept only in memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from cloud_server.db import rounds as books
+from cloud_server.rounds import events as ev
+from cloud_server.rounds.intake import Intake
+from cloud_server.rounds.orders import expected_reply, order_message, round_train
+from cloud_server.rounds.plan import RunPlan, RunPorts
+from cloud_server.rounds.replies import StoredReplies
+from cloud_server.rounds.state import NEVER, Collection, Phase, RoundState, Standing
+from cloud_server.screening import Expected
+from wire.checkpoint import Checkpoint
+from wire.errors import RoundError, StorageError
+from wire.messages import BlobRef, Invitation, TrainConfig
+
+_LOG = logging.getLogger(__name__)
+
+
+class Desk(ABC):
+    """Performs the actions of one run. Holds its head, and the round and orders under way."""
+
+    def __init__(self, plan: RunPlan, ports: RunPorts, intake: Intake) -> None:
+        self._plan = plan
+        self._ports = ports
+        self._intake = intake
+        self._database = ports.database
+        self._seed = 0
+        self._head: Checkpoint | None = None
+        self._round: books.RoundRow | None = None
+        self._orders: dict[str, books.OrderRow] = {}
+        self._published: BlobRef | None = None
+        self._last_number = 0
+        self.metrics: Mapping[str, float] = {}
+        self._performers: dict[type[ev.Action], Callable[[Any], ev.Event | None]] = {
+            ev.SendOrders: self._send_orders,
+            ev.ResendOrder: self._resend_order,
+            ev.CloseCollection: self._close_collection,
+            ev.FinishRun: self._finish_run,
+        }
+
+    # ---- what the runner asks ----
+
+    @property
+    def head(self) -> Checkpoint:
+        """The newest head.
+
+        Raises:
+            RoundError: (us) before `restore`.
+        """
+        if self._head is None:
+            raise RoundError("the run was not resumed")
+        return self._head
+
+    @abstractmethod
+    def restore(self, row: books.RunRow) -> RoundState:
+        """Reads back where the run stands; the machine goes on from there.
+
+        Raises:
+            StorageError: (disk) the run has no head.
+        """
+
+    def order_of(self, device: str) -> books.OrderRow | None:
+        """The order of a device in the collection under way."""
+        return self._orders.get(device)
+
+    def perform(self, action: ev.Action) -> ev.Event | None:
+        """Does one action; returns what it answers to the machine, if it answers."""
+        return self._performers[type(action)](action)
+
+    def poll(self, phase: Phase) -> ev.Event | None:
+        """What came from elsewhere than the fleet since the last turn."""
+        return None
+
+    def note_stored(self, device: str, update_id: bytes) -> None:
+        """A reply was committed; the machine hears of it in the next turn."""
+        return
+
+    # ---- actions ----
+
+    def _send_orders(self, action: ev.SendOrders) -> None:
+        orders = [self._orders[device] for device in action.devices]
+        if not orders:
+            return
+        self._invite(is_open=True, deadline=orders[0].deadline)
+        for order in orders:
+            self._send(order)
+
+    def _resend_order(self, action: ev.ResendOrder) -> None:
+        self._send(self._orders[action.device])
+
+    def _close_collection(self, _action: ev.CloseCollection) -> None:
+        row, now = self._open_row(), self._ports.clock.now()
+        kind, state = ("train", "folding") if row.state == "training" else ("evaluate", "deciding")
+        with self._database.transaction(fence=self._ports.fence) as connection:
+            books.expire_orders(connection, self._plan.run, row.number, kind, now)
+            books.update_round(connection, self._plan.run, row.number, state=state)
+        self._round = replace(row, state=state)
+        self._intake.close()
+
+    def _finish_run(self, _action: ev.FinishRun) -> None:
+        with self._database.transaction(fence=self._ports.fence) as connection:
+            books.set_run_status(connection, self._plan.run, "finished")
+        self._invite(is_open=False, deadline=0.0)
+        _LOG.info("run finished: run=%s", self._plan.run)
+
+    # ---- parts ----
+
+    def _open_row(self) -> books.RoundRow:
+        if self._round is None:
+            raise RoundError("no round is open")
+        return self._round
+
+    def _devices_by_node(self) -> dict[int, str]:
+        return {node_id: device for device, node_id in self._ports.nodes.present().items()}
+
+    def _with_node(self, order: books.OrderRow) -> books.OrderRow:
+        return replace(order, node_id=self._ports.nodes.node_id(order.device))
+
+    def _listen(self, orders: Sequence[books.OrderRow], answered: set[bytes]) -> None:
+        """From now on replies to these orders are taken."""
+        self._orders = {order.device: order for order in orders}
+        self._intake.open({order.order_id: self._expected(order) for order in orders}, answered)
+
+    def _expected(self, order: books.OrderRow) -> Expected:
+        cap = self._ports.nodes.max_examples(order.device)
+        return expected_reply(self._plan, order, self._train(), cap)
+
+    def _train(self) -> TrainConfig:
+        return self._plan.train if self._round is None else round_train(self._round)
+
+    def _send(self, order: books.OrderRow) -> None:
+        self._ports.outbox.send_order(order.device, order_message(self._plan, order, self._train()))
+
+    def _invite(self, *, is_open: bool, deadline: float) -> None:
+        if self._published is None:
+            self._published = self._ports.outbox.publish_blob(self.head.to_bytes())
+        self._ports.outbox.send_invitation(
+            Invitation(
+                run=self._plan.run,
+                round_number=self._last_number,
+                open=is_open,
+                deadline=deadline,
+                graphs_sha256=self._plan.graphs_sha256,
+                head=self._published,
+                train=self._train(),
+            )
+        )
+
+    def _stored_replies(self, row: books.RoundRow) -> StoredReplies:
+        """The committed updates of a round."""
+        with self._database.read() as connection:
+            rows = books.load_updates(connection, self._plan.run, row.number, "train")
+            orders = books.load_orders(connection, self._plan.run, row.number, "train")
+        train = round_train(row)
+        nodes = self._ports.nodes
+        expected = {
+            order.order_id: expected_reply(self._plan, order, train, nodes.max_examples(order.device))
+            for order in orders
+        }
+        node_ids = {order.device: nodes.node_id(order.device) for order in orders}
+        return StoredReplies(self._database, self._ports.blobs, rows, expected, node_ids)
+
+    def _forget(self, rows: Iterable[books.UpdateRow]) -> None:
+        """After the commit; a blob that stays behind because the process ends here is only space."""
+        for row in rows:
+            if row.artefact_key:
+                self._ports.blobs.delete_blob(row.artefact_key)
+
+    # ---- after a restart ----
+
+    def _restore_head(self, row: books.RunRow) -> None:
+        self._seed = row.seed
+        with self._database.read() as connection:
+            head = books.load_head(connection, row.run)
+        if head is None:
+            raise StorageError(f"the run {row.run} has no head", run=row.run)
+        self._head = Checkpoint.from_bytes(self._ports.blobs.get_blob(head.hex()))
+
+    def _restore_collection(self, row: books.RoundRow, kind: str, state: RoundState) -> RoundState:
+        """Takes replies to the committed orders again."""
+        with self._database.read() as connection:
+            orders = books.load_orders(connection, self._plan.run, row.number, kind)
+            stored = books.load_updates(connection, self._plan.run, row.number, kind)
+            refused = books.load_updates(connection, self._plan.run, row.number, kind, "refused")
+        answered = {each.order_id for each in stored}
+        self._listen([self._with_node(order) for order in orders], answered)
+        declined = {each.order_id for each in refused}
+        members = {order.device: _standing(order, answered, declined) for order in orders}
+        deadline = orders[0].deadline if orders else NEVER
+        return replace(state, cohort=Collection.of(members), deadline=deadline)
+
+
+def _standing(order: books.OrderRow, stored: set[bytes], refused: set[bytes]) -> Standing:
+    if order.order_id in stored:
+        return Standing.ANSWERED
+    if order.order_id in refused:
+        return Standing.REFUSED
+    return Standing.DECLINED if order.state == "declined" else Standing.WAITING
