@@ -109,8 +109,10 @@ class Inbox:
         opened = self._open_clear(topic, payload)
         try:
             self._let_in(topic, opened)
-        except ReplayError:
-            return  # retained: the broker gives it again at every new session
+        except ReplayError as error:
+            if error.reason == "seen":
+                return  # retained: the broker gives it again at every new session
+            # A last will is as old as its connection and may be behind the window; its boot id decides.
         self._receiver.on_birth(topic.device, decode_body(opened.body, Birth))
 
     def _on_need(self, topic: Topic, payload: bytes) -> None:

@@ -1,8 +1,8 @@
 """The demo: real processes on this machine make one whole loop on real data, and a report says what came of it.
 
-An MQTT broker, the aggregator and one agent for each device of the data set; the first bundle is trained on the operator's
-own data alone. Laws of the file: the reported windows are read only at the end, by a model that was already released;
-nothing is tuned on them; every agent is a `shoal-edge run` as any user would start it.
+An MQTT broker, the aggregator and one agent for each device of the data set; the first bundle is trained on the
+operator's own data alone. Laws of the file: the reported windows are read only at the end, by a model that was
+released already; nothing is tuned on them; every agent is a `shoal-edge run` as any user would start it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One real agent as a child process of this machine: its token, its stream of windows, its answers.
 
 Laws of the file: the agent gets what any agent gets (a token, a settings file, lines of JSON on standard input) and is
-judged by what any agent shows (lines of JSON on standard output, its status file); windows come at a fixed rate whatever
-the agent is doing, and every one of them must be answered.
+judged by what any agent shows (lines of JSON on standard output, its status file); windows come at a fixed rate
+whatever the agent is doing, and every one of them must be answered.
 """
 
 from __future__ import annotations

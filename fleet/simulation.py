@@ -1,8 +1,8 @@
 """A whole fleet in one process: the real aggregator and real agents, an in-memory broker, virtual time, one seed.
 
-Laws of the file: the same scenario and seed give the same final parameters and the same report, byte for byte; time moves
-only when nothing is left to do; nothing of the product is replaced but its outside (network, disk, clock, child process).
-Source: docs/architecture.md, law 8.
+Laws of the file: the same scenario and seed give the same final parameters and the same report, byte for byte;
+time moves only when nothing is left to do; nothing of the product is replaced but its outside (network, disk, clock,
+child process). Source: docs/architecture.md, law 8.
 """
 
 from __future__ import annotations

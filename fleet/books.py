@@ -1,0 +1,137 @@
+"""From the aggregator's books to the rows of a report: what was folded, released and held back, and how good it was.
+
+Laws of the file: reads only; a release is judged by its int8 file, as devices serve it; the reported windows are read
+here, after the run, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cloud_server.db.engine import Connection
+from cloud_server.db.releases import RELEASED, ReleaseRow, load_releases
+from cloud_server.db.rounds import RoundRow, UpdateRow, load_rounds, load_updates
+from fleet import report
+from models.bundle import Bundle
+from models.data.federation import Federation, Split
+from models.evaluate import evaluate
+from wire.checkpoint import Checkpoint
+from wire.manifest import TEMPLATE
+from wire.materialize import materialize_int8
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """A run as the database has it: rounds, releases that went out by version, folded updates by device."""
+
+    rounds: Sequence[RoundRow]
+    released: Sequence[ReleaseRow]
+    updates: Mapping[str, Sequence[UpdateRow]]
+
+
+def read_books(connection: Connection, run: str) -> Books:
+    """Reads a run."""
+    rounds = load_rounds(connection, run)
+    updates: dict[str, list[UpdateRow]] = defaultdict(list)
+    for row in rounds:
+        for update in load_updates(connection, run, row.number, "train", "folded"):
+            updates[update.device].append(update)
+    released = sorted(
+        (row for row in load_releases(connection) if row.state == RELEASED), key=lambda row: row.version
+    )
+    return Books(rounds, released, updates)
+
+
+class Judge:
+    """Measures releases.
+
+    Args:
+        checkpoint: gives the parameters of a release by its version.
+    """
+
+    def __init__(self, bundle: Bundle, checkpoint: Callable[[int], Checkpoint]) -> None:
+        self._bundle = bundle
+        self._checkpoint = checkpoint
+        self._files: dict[int, bytes] = {}
+
+    @property
+    def params_size(self) -> int:
+        """P of the model."""
+        return self._bundle.manifest.params_size
+
+    def accuracy(self, version: int, x: npt.NDArray[np.float32], y: npt.NDArray[np.int64]) -> float:
+        """Share of right answers of a release's int8 file; 0 where there is nothing to answer."""
+        if not len(x):
+            return 0.0
+        if version not in self._files:
+            template = self._bundle.read(TEMPLATE)
+            checkpoint = self._checkpoint(version)
+            self._files[version] = materialize_int8(template, self._bundle.manifest, checkpoint)
+        return evaluate(self._files[version], self._bundle.manifest.task, x, y).metric
+
+
+def device_row(
+    device: str,
+    split: Split,
+    books: Books,
+    judge: Judge,
+    *,
+    traffic: tuple[int, int],
+    counts: tuple[int, int],
+) -> report.DeviceRow:
+    """A device's row.
+
+    Args:
+        traffic: bytes sent and received.
+        counts: inference requests, and those that failed.
+    """
+    updates = books.updates.get(device, ())
+    first, last = books.released[0].version, books.released[-1].version
+    return report.DeviceRow(
+        device=device,
+        group=device.rsplit("-", 1)[0],
+        test_windows=len(split.test_x),
+        accuracy_first=judge.accuracy(first, split.test_x, split.test_y),
+        accuracy_last=judge.accuracy(last, split.test_x, split.test_y),
+        updates=len(updates),
+        update_bytes=sum(update.size_bytes for update in updates),
+        float32_bytes=len(updates) * 4 * judge.params_size,
+        sent_bytes=traffic[0],
+        received_bytes=traffic[1],
+        requests=counts[0],
+        errors=counts[1],
+    )
+
+
+def round_rows(books: Books) -> tuple[report.RoundRow, ...]:
+    """One row a round, with what the gate said."""
+    versions = {row.round: row.version for row in books.released if row.run}
+    return tuple(_round_row(row, versions.get(row.number, 0)) for row in books.rounds)
+
+
+def release_rows(books: Books, judge: Judge, federation: Federation) -> tuple[report.ReleaseRow, ...]:
+    """One row a release, measured on the later windows of all devices."""
+    x = np.concatenate([split.test_x for split in federation.devices.values()])
+    y = np.concatenate([split.test_y for split in federation.devices.values()])
+    return tuple(
+        report.ReleaseRow(row.version, row.round, judge.accuracy(row.version, x, y)) for row in books.released
+    )
+
+
+def _round_row(row: RoundRow, version: int) -> report.RoundRow:
+    decision = row.reason
+    if row.state == "done":
+        decision = f"released {version}" if version else f"held: {row.reason}" if row.reason else ""
+    return report.RoundRow(
+        number=row.number,
+        state=row.state,
+        replies=int(row.metrics.get("train_devices", 0)),
+        validation_accuracy=row.metrics.get("accuracy"),
+        decision=decision,
+        seconds=row.ended - row.started if row.ended else None,
+    )

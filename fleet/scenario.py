@@ -1,0 +1,88 @@
+"""A scenario of a simulated fleet as TOML: data, training, faults. Every option has a default and a bound.
+
+Example (`docs/reference.md` lists them all):
+
+    [run]
+    strategy = "FedAdam"
+    parameters = { eta = 0.01 }
+    [faults]
+    cuts_per_hour = 60.0
+    slow_share = 0.2
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct, field
+
+from cloud_server.settings import TrainSettings
+from process.settings import load_settings
+
+
+def _option(sentence: str, **bounds: Any) -> Meta:
+    return Meta(description=sentence, **bounds)
+
+
+class DataScenario(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[data]`: virtual people made of the smartwatch recordings of the 8 who are not the operator's."""
+
+    crop: Annotated[
+        float, _option("Share of a recording that a virtual person keeps, as one piece.", gt=0.05, le=1.0)
+    ] = 0.35
+    rotation_degrees: Annotated[
+        float, _option("Largest rotation of the watch on a virtual wrist.", ge=0.0, le=180.0)
+    ] = 15.0
+    scale: Annotated[
+        float, _option("Largest relative change of the strength of movement.", ge=0.0, lt=1.0)
+    ] = 0.15
+
+
+class RunScenario(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[run]`"""
+
+    strategy: Annotated[str, _option("Flower strategy, by its class name.", min_length=1)] = "FedAvg"
+    parameters: Annotated[dict[str, Any], _option("Parameters of the strategy's constructor.")] = {}
+    quorum_share: Annotated[
+        float, _option("Share of the devices that opens and closes a round.", gt=0.0, le=1.0)
+    ] = 0.5
+    deadline_seconds: Annotated[float, _option("Longest wait for updates.", gt=0.0, le=86_400.0)] = 120.0
+    evaluate_every: Annotated[int, _option("Rounds between evaluations; 0 for never.", ge=0, le=10**6)] = 5
+    max_operator_drop: Annotated[
+        float, _option("How much worse a candidate may be on the operator's data.", ge=0.0, le=1.0)
+    ] = 0.5
+
+
+class FaultScenario(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[faults]`: all drawn from the seed."""
+
+    cuts_per_hour: Annotated[
+        float, _option("Mean number of lost connections of one device.", ge=0.0, le=3600.0)
+    ] = 0.0
+    cut_seconds: Annotated[float, _option("How long a device is away after one.", gt=0.0, le=86_400.0)] = 20.0
+    slow_share: Annotated[float, _option("Share of slow devices.", ge=0.0, le=1.0)] = 0.0
+    slow_factor: Annotated[float, _option("How much longer their jobs take.", ge=1.0, le=1000.0)] = 10.0
+    job_seconds: Annotated[float, _option("Time of a training job on a usual device.", gt=0.0, le=3600.0)] = (
+        4.0
+    )
+
+
+class Scenario(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A whole scenario."""
+
+    data: DataScenario = field(default_factory=DataScenario)
+    run: RunScenario = field(default_factory=RunScenario)
+    train: TrainSettings = field(
+        default_factory=lambda: TrainSettings(epochs=2, batch_size=16, learning_rate=0.02, momentum=0.9)
+    )
+    faults: FaultScenario = field(default_factory=FaultScenario)
+
+
+def load_scenario(path: Path | None) -> Scenario:
+    """Reads a scenario; the default one without a file.
+
+    Raises:
+        ConfigurationError: (operator) the file is missing, or an option is unknown or out of bounds.
+    """
+    return load_settings(Scenario, path, None)

@@ -1,0 +1,145 @@
+"""`shoal-fleet simulate`: a scenario played on virtual time, and its report.
+
+Laws of the file: no time of the machine is in the report; the same scenario, numbers and seed give the same bytes.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from cloud_server.assembly import RunConfig
+from cloud_server.release.gate import GatePolicy
+from cloud_server.rounds.state import RoundPolicy
+from edge_agent.ports import JobResult
+from edge_agent.settings import EdgeSettings, ReleaseSettings, ReportSettings
+from fleet.books import Judge, device_row, read_books, release_rows, round_rows
+from fleet.first_bundle import make_first_bundle
+from fleet.report import FleetReport
+from fleet.scenario import FaultScenario, Scenario
+from fleet.simulation import Simulation
+from fleet.virtual_people import virtual_federation
+from models.bundle import Bundle
+from models.data.federation import Federation
+from process.progress import Progress
+
+MODEL = "watch_cnn1d"
+RUN = "simulated"
+
+
+def simulate(scenario: Scenario, *, devices: int, rounds: int, seed: int) -> FleetReport:
+    """Plays a scenario.
+
+    Raises:
+        ConfigurationError: (operator) a strategy or parameter that does not exist.
+        RoundError: the fleet stands still before the run is finished.
+    """
+    federation = virtual_federation(devices, scenario.data, seed=seed)
+    with tempfile.TemporaryDirectory(prefix="shoal-simulate-") as folder:
+        bundle = make_first_bundle(federation, MODEL, Path(folder) / "bundle", seed=seed)
+        simulation = Simulation(
+            federation,
+            bundle,
+            run_config(scenario, devices=devices, rounds=rounds, seed=seed),
+            seed=seed,
+            settings=_agent_settings(),
+            cost=job_cost(scenario.faults, seed),
+        )
+        try:
+            plan_cuts(simulation, scenario.faults, seed)
+            with Progress("rounds", rounds) as progress:
+                simulation.run(lambda moved: progress.advance(moved - progress.done))
+            return _report(scenario, simulation, federation, bundle, seed)
+        finally:
+            simulation.close()
+
+
+def run_config(scenario: Scenario, *, devices: int, rounds: int, seed: int) -> RunConfig:
+    """The run of a scenario for a fleet of so many devices."""
+    run = scenario.run
+    return RunConfig(
+        run=RUN,
+        seed=seed,
+        strategy=run.strategy,
+        strategy_parameters=run.parameters,
+        policy=RoundPolicy(
+            quorum=max(1, int(devices * run.quorum_share)),
+            rounds=rounds,
+            round_seconds=run.deadline_seconds,
+            evaluate_every=run.evaluate_every,
+        ),
+        train=scenario.train.config(),
+        gate=GatePolicy(max_operator_drop=run.max_operator_drop),
+    )
+
+
+def job_cost(faults: FaultScenario, seed: int) -> Callable[[str, JobResult], float]:
+    """Virtual seconds of a job: some devices are slow, and every job differs a little, by the seed."""
+
+    def cost(device: str, result: JobResult) -> float:
+        is_slow = random.Random(f"{seed} slow {device}").random() < faults.slow_share
+        jitter = random.Random(f"{seed} job {device} {result.kind} {result.key.hex()}").uniform(0.8, 1.2)
+        share = 1.0 if result.kind == "train" else 0.25
+        return faults.job_seconds * share * jitter * (faults.slow_factor if is_slow else 1.0)
+
+    return cost
+
+
+def plan_cuts(simulation: Simulation, faults: FaultScenario, seed: int) -> None:
+    """Plans lost connections: for each device a Poisson process, drawn as it goes."""
+    if faults.cuts_per_hour <= 0:
+        return
+    mean_seconds = 3600.0 / faults.cuts_per_hour
+    for device in simulation.agents:
+        _plan_next_cut(
+            simulation, device, random.Random(f"{seed} cuts {device}"), mean_seconds, faults.cut_seconds
+        )
+
+
+def _plan_next_cut(
+    simulation: Simulation, device: str, rng: random.Random, mean_seconds: float, cut_seconds: float
+) -> None:
+    def cut() -> None:
+        simulation.broker.cut(device, for_seconds=rng.uniform(0.5, 1.5) * cut_seconds)
+        _plan_next_cut(simulation, device, rng, mean_seconds, cut_seconds)
+
+    simulation.time.later(rng.expovariate(1.0 / mean_seconds), cut)
+
+
+def _agent_settings() -> EdgeSettings:
+    """Heartbeats of a simulated fleet are rarer: they cost real time and say nothing new."""
+    return EdgeSettings(
+        release=ReleaseSettings(probation_seconds=30.0),
+        report=ReportSettings(telemetry_seconds=3600.0, inference_seconds=3600.0),
+    )
+
+
+def _report(
+    scenario: Scenario, simulation: Simulation, federation: Federation, bundle: Bundle, seed: int
+) -> FleetReport:
+    with simulation.base.database.read() as connection:
+        books = read_books(connection, RUN)
+    judge = Judge(bundle, simulation.base.publisher.checkpoint)
+    rows = []
+    for device, split in federation.devices.items():
+        parts = simulation.agents[device].parts
+        traffic = (parts.outgoing.sent_bytes_total, parts.received_bytes_total)
+        counts = (parts.serving.total.requests, parts.serving.total.errors)
+        rows.append(device_row(device, split, books, judge, traffic=traffic, counts=counts))
+    return FleetReport(
+        title=f"Shoal simulation: {len(rows)} devices, {len(books.rounds)} rounds",
+        seed=seed,
+        split_hash=federation.split_hash(),
+        devices=tuple(rows),
+        rounds=tuple(replace(row, seconds=None) for row in round_rows(books)),
+        releases=release_rows(books, judge, federation),
+        facts={
+            "model": bundle.manifest.model,
+            "strategy": scenario.run.strategy,
+            "codec": scenario.train.codec,
+            "head": simulation.runner.head.sha256.hex(),
+        },
+    )
