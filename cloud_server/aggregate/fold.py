@@ -7,16 +7,16 @@ configuration, and a fall-back to the CPU is said aloud.
 
 from __future__ import annotations
 
-import logging
 import math
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from process.logs import get_logger
 from wire.errors import ConfigurationError, UpdateError
 
-_LOG = logging.getLogger(__name__)
+_log = get_logger("cloud.aggregate")
 _PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 
 
@@ -44,7 +44,7 @@ def choose_device(name: str) -> torch.device:
         )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (device.index or 0) >= count:
-        _LOG.warning("device %s is not available (%d CUDA devices): aggregating on the CPU", name, count)
+        _log.warning("device_not_available", wanted=name, cuda_devices=count, using="cpu")
         return torch.device("cpu")
     return device
 

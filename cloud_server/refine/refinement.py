@@ -6,7 +6,6 @@ the same arguments on the same device give the same result; buffers stay as the 
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ from torch import Tensor, nn
 
 from models.flat import flatten_params, load_flat, params_of
 from models.task import Task
+from process.logs import get_logger
 from wire.errors import ConfigurationError, DataError
 
-_LOG = logging.getLogger(__name__)
+_log = get_logger("cloud.refine")
 _LEAST = {
     "epochs": 0,
     "batch_size": 1,
@@ -130,7 +130,7 @@ class Refinery:
         change = flatten_params(self._module).astype(np.float64) - params
         length = float(np.linalg.norm(change))
         if not math.isfinite(length):
-            _LOG.warning("refinement gave parameters that are not finite: the aggregate is kept as it was")
+            _log.warning("refinement_not_finite", kept="the aggregate as it was")
             return Refined(params, 0.0, False, first, last)
         limit = self._config.max_change
         if length > limit:

@@ -5,7 +5,6 @@ Laws of the file: nothing leaves before what it says is committed; no number tha
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -19,11 +18,12 @@ from cloud_server.rounds.plan import RunPlan, RunPorts
 from cloud_server.rounds.replies import StoredReplies
 from cloud_server.rounds.state import NEVER, Collection, Phase, RoundState, Standing
 from cloud_server.screening import Expected
+from process.logs import get_logger
 from wire.checkpoint import Checkpoint
 from wire.errors import RoundError, StorageError
 from wire.messages import BlobRef, Invitation, TrainConfig
 
-_LOG = logging.getLogger(__name__)
+_log = get_logger("cloud.rounds")
 
 
 class Desk(ABC):
@@ -111,7 +111,7 @@ class Desk(ABC):
         with self._database.transaction(fence=self._ports.fence) as connection:
             books.set_run_status(connection, self._plan.run, "finished")
         self._invite(is_open=False, deadline=0.0)
-        _LOG.info("run finished: run=%s", self._plan.run)
+        _log.info("run_finished", run=self._plan.run)
 
     # ---- parts ----
 

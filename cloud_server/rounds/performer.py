@@ -7,7 +7,6 @@ and `restore` goes on. Source: docs/architecture.md (The aggregator).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -24,10 +23,11 @@ from cloud_server.rounds.plan import RunPlan, RunPorts
 from cloud_server.rounds.ports import Candidate, Decision, Measured, Plan, Vector
 from cloud_server.rounds.state import Phase, RoundState
 from cloud_server.screening import l2_norm
+from process.logs import get_logger
 from wire.checkpoint import Checkpoint
 from wire.errors import ModelError, PeerError, QuorumError, RoundError
 
-_LOG = logging.getLogger(__name__)
+_log = get_logger("cloud.rounds")
 _PHASES = {
     "training": Phase.TRAINING,
     "folding": Phase.FOLDING,
@@ -84,7 +84,7 @@ class Performer(Desk):
             books.insert_orders(connection, self._plan.run, orders, now)
         self._round, self._last_number = row, number
         self._listen(orders, set())
-        _LOG.info("round opened: run=%s round=%d cohort=%d", self._plan.run, number, len(orders))
+        _log.info("round_opened", run=self._plan.run, round=number, cohort=len(orders))
         return ev.RoundOpened(tuple(order.device for order in orders), row.deadline)
 
     # ---- the fold ----
@@ -133,7 +133,7 @@ class Performer(Desk):
         self._head, self._folded, self._published, self._orders = head, None, None, {}
         self.metrics = metrics
         self._forget(rows)
-        _LOG.info("round folded: run=%s round=%d updates=%d", run, row.number, int(metrics["train_devices"]))
+        _log.info("round_folded", run=run, round=row.number, updates=int(metrics["train_devices"]))
 
     # ---- evaluation and decision ----
 
@@ -164,7 +164,7 @@ class Performer(Desk):
                 metrics = ports.strategy.aggregate_evaluate(row.number, measured)
             self._decision = ports.releaser.decide(self._candidate(row, metrics, len(measured)))
         except (RoundError, ModelError) as error:
-            _LOG.warning("no decision: run=%s round=%d %s", self._plan.run, row.number, error)
+            _log.warning("round_not_decided", run=self._plan.run, round=row.number, reason=str(error))
             self._decision = Decision(reason=f"not decided: {error}")
         self.metrics = {**row.metrics, **metrics, **self._decision.metrics}
         return ev.DecisionMade()
@@ -191,9 +191,8 @@ class Performer(Desk):
             books.end_updates(connection, run, row.number, "evaluate", "folded")
             books.update_round(connection, run, row.number, **values)
         self._forget(rows)
-        version = self._decision.release_version
-        said = f"release {version}" if version else self._decision.reason or "no evaluation"
-        _LOG.info("round done: run=%s round=%d %s", run, row.number, said)
+        said = {"release": self._decision.release_version, "held": self._decision.reason}
+        _log.info("round_done", run=run, round=row.number, **said)
         self._end_round()
 
     # ---- other ends ----
@@ -210,7 +209,7 @@ class Performer(Desk):
         self._forget(rows)
         self._end_round()
         self._invite(is_open=False, deadline=0.0)
-        _LOG.warning("round failed: run=%s round=%d reason=%s", run, row.number, action.reason)
+        _log.warning("round_failed", run=run, round=row.number, reason=action.reason)
 
     # ---- parts ----
 

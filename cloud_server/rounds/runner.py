@@ -9,7 +9,6 @@ docs/architecture.md (The aggregator).
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable
 
@@ -21,12 +20,13 @@ from cloud_server.rounds.machine import step
 from cloud_server.rounds.performer import Performer
 from cloud_server.rounds.plan import RunPlan, RunPorts, RunView
 from cloud_server.rounds.state import NEVER, Phase, RoundState
+from process.logs import get_logger
 from wire.checkpoint import Checkpoint
 from wire.errors import ConfigurationError
 from wire.header import Header
 from wire.messages import Join, Receipt
 
-_LOG = logging.getLogger(__name__)
+_log = get_logger("cloud.rounds")
 
 
 class RoundRunner:
@@ -155,7 +155,7 @@ class RoundRunner:
         if receipt.verdict == "stored":
             self._desk.note_stored(device, receipt.update_id)
         if receipt.verdict == "refused":
-            _LOG.info("reply refused: device=%s reason=%s", device, receipt.reason)
+            _log.info("reply_refused", device=device, reason=receipt.reason)
         return receipt
 
     def set_paused(self, is_paused: bool) -> None:
