@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from edge_agent import identity as identity_files
-from edge_agent.device import broker_context, is_locked
+from edge_agent.device import broker_context
 from edge_agent.https import HttpsConnection, verified_context
 from edge_agent.identity import Identity
+from edge_agent.lock import is_locked
 from edge_agent.selftest import ChildSelfTest
 from edge_agent.settings import EdgeSettings
 from edge_agent.slots import Slots

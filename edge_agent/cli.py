@@ -158,7 +158,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _is_running(folder: Path) -> bool:
-    from edge_agent.device import is_locked
+    from edge_agent.lock import is_locked
 
     return is_locked(folder)
 

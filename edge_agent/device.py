@@ -7,7 +7,6 @@ restart. Source: docs/architecture.md, "The agent".
 
 from __future__ import annotations
 
-import fcntl
 import os
 import random
 import ssl
@@ -22,6 +21,7 @@ from edge_agent.fetcher import HttpsFetcher
 from edge_agent.identity import Identity
 from edge_agent.install import TufReleases
 from edge_agent.lazy_engine import LazyEngine
+from edge_agent.lock import lock_state
 from edge_agent.release_files import FileSource
 from edge_agent.selftest import ChildSelfTest
 from edge_agent.settings import EdgeSettings
@@ -33,12 +33,11 @@ from edge_agent.tuf_client import ReleaseInfo
 from edge_agent.worker import ThreadWorker
 from process.clock import Clock, SystemClock
 from process.logs import get_logger
-from wire.errors import ConfigurationError, ShoalError, StorageError
+from wire.errors import ShoalError
 from wire.transport.mqtt import MqttTransport
 
 _log = get_logger("edge_agent.device")
 
-LOCK_NAME: Final = "agent.lock"
 STAGING_NAME: Final = "tuf"
 
 
@@ -107,39 +106,6 @@ class DeviceReleases:
         self._use(identity)
         self._renewed(identity)
         _log.info("certificate_renewed")
-
-
-def lock_state(folder: Path) -> int:
-    """Takes the state folder for this process, until it ends; returns the lock's descriptor.
-
-    Raises:
-        ConfigurationError: (operator) another agent has it.
-        StorageError: the folder cannot be written.
-    """
-    path = folder / LOCK_NAME
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StorageError(f"cannot open {path}: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise ConfigurationError(
-            f"another agent runs on {folder}", hint="stop it, or give this one its own --state"
-        ) from error
-    return descriptor
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether an agent runs on a state folder."""
-    try:
-        os.close(lock_state(folder))
-    except ConfigurationError:
-        return True
-    except StorageError:
-        return False
-    return False
 
 
 def open_agent(folder: Path, settings: EdgeSettings) -> Agent:

@@ -12,9 +12,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from edge_agent.device_state import State
-
 if TYPE_CHECKING:
+    from edge_agent.device_state import State
     from edge_agent.shell import Parts
 
 STATUS_NAME: Final = "status.json"

@@ -1,0 +1,343 @@
+"""`shoal-edge` as a person uses it: real processes, a real HTTPS server, a real broker; and every wrong command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cloud_server.artefacts import Artefacts
+from cloud_server.enrolment.ca import CertificateAuthority
+from cloud_server.keys import CloudKeys
+from cloud_server.release.tuf_repository import TufRepository
+from edge_agent.cli import main
+from edge_agent.status import read_status
+from models.bundle import Bundle
+from models.candidate import CandidateMaker
+from process.clock import SystemClock
+from tests.edge.https_server import TLS_NAME, Script, https_server
+from tests.transport.mailbox import Mailbox
+from wire import envelope
+from wire.enrolment import EnrolmentToken, EnrolRequest, EnrolResponse, decode_json, encode_json
+from wire.messages import Birth, decode_body
+from wire.primitives import VerifyKey
+from wire.transport import Connected, Received
+from wire.transport.broker import RunningBroker, start_broker
+from wire.transport.mqtt import MqttTransport
+
+DEADLINE_SECONDS = 60.0
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Repository(dict[str, bytes]):
+    """The server's files: the CA, and whatever the TUF repository has now."""
+
+    repository: TufRepository
+
+    def get(self, path: str, default: Any = None) -> Any:
+        return super().get(path, default) or self.repository.read(path)
+
+
+@dataclass
+class Aggregator:
+    """The HTTPS side of a cloud, one port for all."""
+
+    url: str
+    authority: CertificateAuthority
+    repository: TufRepository
+    keys: CloudKeys
+    broker: RunningBroker
+    requests: list[EnrolRequest]
+
+    def enrol(self, body: bytes, client: str) -> tuple[int, bytes]:
+        request = decode_json(body, EnrolRequest)
+        self.requests.append(request)
+        issued = self.authority.issue_device(request.csr, request.device, now=time.time())
+        kem, orders = self.keys.online_keys()
+        answer = EnrolResponse(
+            tenant="acme",
+            fleet="gates",
+            device=request.device,
+            certificate=issued.pem,
+            ca=self.authority.certificate_pem,
+            tuf_root=self.repository.first_root().decode(),
+            kem=kem,
+            orders=orders,
+            tls_name=TLS_NAME,
+            device_url=self.url,
+            broker_url=f"mqtt://{self.broker.host}:{self.broker.port}",
+        )
+        return 200, encode_json(answer)
+
+    def token(self, **changes: object) -> str:
+        facts: dict[str, object] = {
+            "url": self.url,
+            "tls_name": TLS_NAME,
+            "ca_sha256": self.authority.fingerprint,
+            "token_id": "ab" * 8,
+            "secret": "s" * 43,
+            "device": "gate-1",
+            "expires": int(time.time()) + 3600,
+        }
+        return str(EnrolmentToken(**{**facts, **changes}))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def aggregator(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aggregator]:
+    folder = tmp_path_factory.mktemp("aggregator")
+    authority = CertificateAuthority.create(folder / "ca", name="test CA", now=time.time())
+    keys = CloudKeys.from_seed(b"cli tests")
+    repository = TufRepository(Artefacts.in_memory(), keys, SystemClock())
+    repository.init(online_keys=keys.online_json(tenant="acme", fleet="gates"))
+    graphs = {ref.name: bundle.read(ref.name) for ref in bundle.manifest.files}
+    repository.add_graphs(
+        bundle.manifest.graphs_sha256, {**graphs, "manifest.json": bundle.manifest.to_bytes()}
+    )
+    candidate = CandidateMaker(bundle).make(bundle.checkpoint().params, bundle.checkpoint().buffers)
+    files = {
+        "checkpoint.bin": candidate.checkpoint.to_bytes(),
+        "golden_inputs.bin": candidate.golden_inputs,
+        "golden_outputs.bin": candidate.golden_outputs,
+    }
+    repository.add_release(candidate.release(1, {}, time.time()), files)
+    repository.set_ring("stable", 1)
+    served = Repository({"/v1/ca": authority.certificate_pem.encode(), "/healthz": b"{}"})
+    served.repository = repository
+    script = Script(files=served)
+    with (
+        start_broker("embedded", folder=folder / "broker") as broker,
+        https_server(folder / "server", authority, script, now=time.time()) as url,
+    ):
+        found = Aggregator(url, authority, repository, keys, broker, [])
+        script.post["/v1/enroll"] = found.enrol
+        yield found
+
+
+@pytest.fixture
+def enrolled(aggregator: Aggregator, tmp_path: Path) -> Path:
+    assert main(["enroll", aggregator.token(), "--state", str(tmp_path / "state")]) == 0
+    return tmp_path / "state"
+
+
+def start(state: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "edge_agent.cli", "run", "--state", str(state), *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < until, "the agent did not come that far"
+        time.sleep(0.05)
+
+
+def end(process: subprocess.Popen[str]) -> tuple[str, str]:
+    process.send_signal(signal.SIGTERM)
+    output, talk = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 0, talk
+    return output, talk
+
+
+def item(**values: object) -> str:
+    return json.dumps(values) + "\n"
+
+
+WINDOW = np.linspace(-1, 1, 12).round(3).tolist()
+
+
+def test_device_enrols_installs_its_model_answers_and_leaves(aggregator: Aggregator, tmp_path: Path) -> None:
+    state, mailbox = tmp_path / "state", Mailbox()
+    listener = MqttTransport("listener", aggregator.broker.host, aggregator.broker.port)
+    listener.start(mailbox, filters=[("fl/1/acme/gates/st/+", 1)])
+    mailbox.next(Connected)
+    process = start(state, "--input", "-", SHOAL_ENROLL_TOKEN=aggregator.token())
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(item(window=WINDOW, id="a") + item(window=WINDOW, label=2) + "nonsense\n")
+    process.stdin.write(item(id="a", label=1))
+    process.stdin.flush()
+    answers = [json.loads(process.stdout.readline()) for _ in range(4)]
+    assert answers[0]["id"] == "a"
+    assert answers[0]["release"] == 1
+    assert sum(answers[0]["scores"]) == pytest.approx(1.0, abs=1e-4)
+    assert "not JSON" in answers[2]["error"]
+    assert answers[3] == {"id": "a", "accepted": True}
+    wait_until(lambda: bool((read_status(state) or {}).get("connected")), process)
+    talk = end(process)[1]
+    assert "event=release_installed version=1" in talk
+    assert aggregator.token() not in talk
+    status = read_status(state)
+    assert status is not None
+    assert (status["status"], status["requests_total"], status["errors_total"]) == ("stopped", 2, 0)
+    assert status["samples"]["labelled"] == 2
+    births = [decode_body(body, Birth).status for body in signed_bodies(mailbox, aggregator)]
+    assert births[0] == "online"
+    assert births[-1] == "offline"
+    listener.stop()
+
+
+def signed_bodies(mailbox: Mailbox, aggregator: Aggregator) -> Iterator[bytes]:
+    """The births that were published, verified with the key that the device registered."""
+    key = VerifyKey(bytes.fromhex(aggregator.requests[-1].update_key))
+    signers = {key.key_id: envelope.Signer("gate-1", key)}
+    expect = envelope.Expect("up", "acme", "gates", "st", "gate-1")
+    mailbox.drain()
+    for event in mailbox.seen:
+        if isinstance(event, Received):
+            opened = envelope.open_signed(
+                event.packet.payload, signers=signers, expect=expect, now=time.time(), limit_bytes=65_536
+            )
+            yield opened.body
+
+
+def test_second_start_serves_from_disk_and_needs_no_token(enrolled: Path, aggregator: Aggregator) -> None:
+    process = start(enrolled, "--input", "-", "--once")
+    output, talk = process.communicate(item(window=WINDOW), timeout=DEADLINE_SECONDS)
+    assert process.returncode == 0, talk
+    first = json.loads(output)
+    process = start(enrolled, "--input", "-", "--once", SHOAL_ENROLL_TOKEN="shoal1.whatever")
+    output, talk = process.communicate(item(window=WINDOW), timeout=DEADLINE_SECONDS)
+    assert process.returncode == 0, talk
+    assert json.loads(output)["scores"] == first["scores"]
+    assert "event=release_installed" not in talk
+
+
+def test_one_folder_has_one_agent_and_status_says_that_it_runs(
+    enrolled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = start(enrolled)
+    wait_until(lambda: bool((read_status(enrolled) or {}).get("release")), process)
+    assert main(["run", "--state", str(enrolled)]) == 2
+    assert "another agent runs" in capsys.readouterr().err
+    assert main(["status", "--state", str(enrolled), "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert (status["status"], status["device"], status["release"]["version"]) == ("running", "gate-1", 1)
+    assert main(["check", "--state", str(enrolled), "--json"]) == 0
+    findings = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
+    assert {finding["level"] for finding in findings.values()} == {"ok"}
+    process.kill()
+    process.communicate()
+    assert main(["status", "--state", str(enrolled)]) == 0
+    assert "gone" in capsys.readouterr().out
+
+
+def test_files_are_answered_once_with_their_names(enrolled: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "w.npy", np.zeros((3, 12), np.float32))
+    process = start(enrolled, "--input", str(tmp_path / "w.npy"), "--once")
+    output, talk = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 0, talk
+    assert [json.loads(line)["id"] for line in output.splitlines()] == ["w.npy#0", "w.npy#1", "w.npy#2"]
+
+
+def test_check_finds_what_is_missing_and_says_what_to_do(
+    enrolled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = json.loads((enrolled / "identity" / "enrolment.json").read_text())
+    facts["broker_url"] = "mqtt://127.0.0.1:1"
+    (enrolled / "identity" / "enrolment.json").write_text(json.dumps(facts))
+    assert main(["check", "--state", str(enrolled)]) == 1
+    output = capsys.readouterr().out
+    assert "fail  broker" in output
+    assert "hint: is the broker running" in output
+    assert "warn  model" in output
+    assert "ok    aggregator" in output
+
+
+def test_check_of_an_empty_folder_stops_at_the_identity(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", "--state", str(tmp_path), "--json"]) == 1
+    findings = json.loads(capsys.readouterr().out)
+    assert [finding["name"] for finding in findings] == ["disk", "identity"]
+    assert "shoal-edge enroll" in findings[1]["hint"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["status"], 2, "not enrolled"),
+        (["run"], 2, "not enrolled"),
+        (["enroll"], 2, "no enrolment token"),
+        (["enroll", "nonsense"], 5, "not an enrolment token"),
+        (["enroll", "a", "--token-file", "b"], 2, "given twice"),
+        (["enroll", "--token-file", "/nowhere/token"], 2, "cannot read the enrolment token"),
+        (["run", "--settings", "/nowhere.toml"], 2, "cannot read settings"),
+    ],
+)
+def test_wrong_command_is_one_error_with_its_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
+) -> None:
+    assert main([*arguments, "--state", str(tmp_path / "state")]) == code
+    talk = capsys.readouterr().err
+    assert message in talk
+    assert "hint: " in talk or code == 2
+    assert "Traceback" not in talk
+    assert not (tmp_path / "state" / "identity").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["run", "--inputs", "-"]])
+def test_unknown_command_or_option_is_exit_code_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[trainig]\nenabled = true\n", "did you mean 'training'"),
+        ("[training]\nmax_steps = 0\n", "max_steps"),
+        ("[inference]\nvariant = 'int4'\n", "variant"),
+        ("not toml", "is not TOML"),
+    ],
+)
+def test_wrong_settings_name_the_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    (tmp_path / "edge.toml").write_text(text)
+    assert main(["run", "--state", str(tmp_path), "--settings", str(tmp_path / "edge.toml")]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["nowhere.npy", "ftp://x/y", "mqtt://host"])
+def test_unknown_input_is_a_configuration_error_before_anything_starts(enrolled: Path, source: str) -> None:
+    process = start(enrolled, "--input", source)
+    output, talk = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 2
+    assert output == ""
+    assert talk.startswith("error: ")
+    assert "hint: " in talk
+
+
+def test_token_from_a_file_enrols(aggregator: Aggregator, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(aggregator.token() + "\n")
+    state = ["--state", str(tmp_path / "state")]
+    assert main(["enroll", "--token-file", str(tmp_path / "token"), *state]) == 0
+    assert main(["enroll", "--token-file", str(tmp_path / "token"), *state]) == 2
+
+
+def test_status_imports_nothing_heavy(enrolled: Path) -> None:
+    code = f"import sys; from edge_agent.cli import main; main(['status', '--state', {str(enrolled)!r}]);"
+    code += (
+        "print(sorted({'onnxruntime', 'numpy', 'tuf', 'paho', 'torch'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
