@@ -1,9 +1,10 @@
-"""`shoal-cloud model`: import a bundle, list and show what was imported."""
+"""`shoal-cloud model`: build a bundle, import it, list and show what was imported."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,37 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for command in (listing, show, bring):
         add_state(command)
         add_json(command)
+    _configure_build(actions.add_parser("build", help="make a bundle of a torch module and samples"))
+
+
+def _configure_build(build: argparse.ArgumentParser) -> None:
+    build.add_argument(
+        "source", metavar="MODULE:FUNCTION", help="makes the torch module; or a zoo model's name"
+    )
+    build.add_argument(
+        "--data", type=Path, required=True, metavar="FILE", help=".npz with x [N, …] and y [N]"
+    )
+    build.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="the bundle; must not exist yet"
+    )
+    build.add_argument("--name", default="", help="name of the model (that of FUNCTION's module or the zoo)")
+    build.add_argument(
+        "--task",
+        choices=("classification", "anomaly"),
+        default="classification",
+        help="what it is trained for",
+    )
+    build.add_argument("--labels", default="", metavar="A,B,…", help="names of the classes, in order")
+    build.add_argument(
+        "--epochs", type=int, default=20, metavar="N", help="passes of the first training; 0 if trained (20)"
+    )
+    build.add_argument("--seed", type=int, default=0, help="of the weights and the held-out fifth (0)")
+    build.add_argument("--summary", default="", help="a sentence for the model card")
+    build.add_argument(
+        "--path", type=Path, default=Path(), metavar="DIR", help="where MODULE is looked for (.)"
+    )
+    add_json(build)
+    build.set_defaults(handler=_build)
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -56,10 +88,47 @@ def _show(options: argparse.Namespace) -> int:
     return 0
 
 
+def _build(options: argparse.Namespace) -> int:
+    from models.own_model import build_own_model, load_maker, read_samples
+
+    if not 0 <= options.epochs <= 10_000 or options.seed < 0:
+        raise ConfigurationError("--epochs and --seed are numbers from 0 up")
+    samples = read_samples(options.data, options.task)
+    maker = load_maker(options.source, options.path)
+    bundle = build_own_model(
+        maker,
+        samples,
+        name=options.name or options.source.partition(":")[0].rpartition(".")[2],
+        out_dir=options.out,
+        kind=options.task,
+        labels=tuple(label.strip() for label in options.labels.split(",") if label.strip()),
+        epochs=options.epochs,
+        seed=options.seed,
+        summary=options.summary,
+    )
+    result = {
+        "bundle": str(bundle.folder),
+        "name": bundle.manifest.model,
+        "graphs_sha256": bundle.manifest.graphs_sha256,
+        "metrics": dict(bundle.release.metrics),
+    }
+    if options.json:
+        print_json(result)
+    say(f"built {bundle.folder}: {_metrics_text(bundle.release.metrics)}")
+    say(f"next: shoal-cloud model import {bundle.folder}")
+    return 0
+
+
+def _metrics_text(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items())) or "nothing measured"
+
+
 def _import(options: argparse.Namespace) -> int:
+    from models.build import check_bundle
     from models.bundle import Bundle
 
     bundle = Bundle.open(options.bundle)
+    check_bundle(bundle)  # what cannot answer here would stop the service and every device later
     with Deployment.open(options.state, os.environ) as deployment:
         deployment.keep_bundle(bundle)
         row = deployment.publisher.import_model(bundle)

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cloud_server.cli import main
 from cloud_server.deployment import Deployment
 from cloud_server.enrolment.service import Welcome
 from cloud_server.layout import StateFolder
+from models.bundle import Bundle
 from tests.cloud.deployment import Newcomer
 from tests.cloud.small_bundle import make_candidate, write_bundle
 from wire.enrolment import EnrolmentToken
@@ -68,6 +70,15 @@ def enrol(tmp_path: Path, device: str, token: str) -> None:
         welcome = Welcome("acme", "watches", "shoal-cloud", "https://x:1", "mqtt://x:1", "stable", 10)
         request = Newcomer(device).request(EnrolmentToken.parse(token))
         deployment.enrolment(welcome).enrol(request)
+
+
+def import_unchecked(tmp_path: Path) -> str:
+    """Imports a bundle whose graphs nobody will run, and releases it; returns its graphs' hash."""
+    bundle = write_bundle(tmp_path / "bundle")
+    with Deployment.open(state_folder(tmp_path)) as deployment:
+        deployment.publisher.import_model(bundle)
+        deployment.publisher.publish(deployment.publisher.propose_bundle(bundle).version)
+    return bundle.manifest.graphs_sha256
 
 
 def test_init_makes_a_folder_that_every_command_reads(made: Run, tmp_path: Path) -> None:
@@ -204,8 +215,8 @@ def test_thing_that_is_not_there_is_named(made: Run, words: tuple[str, ...]) -> 
     assert "hint: " in printed.err
 
 
-def test_model_is_imported_and_released(made: Run, tmp_path: Path) -> None:
-    bundle = write_bundle(tmp_path / "bundle")
+def test_model_is_imported_and_released(made: Run, tmp_path: Path, real_bundle: Bundle) -> None:
+    bundle = real_bundle
     imported = made("model", "import", str(bundle.folder), "--json").json
     assert imported == {
         "name": "small",
@@ -221,6 +232,58 @@ def test_model_is_imported_and_released(made: Run, tmp_path: Path) -> None:
     assert made("status", "--json").json["rings"] == {"stable": 1}
 
 
+def test_model_that_was_built_knows_its_labels_and_metrics(real_bundle: Bundle) -> None:
+    assert real_bundle.manifest.task.labels == ("a", "b", "c")
+    assert real_bundle.manifest.input_shape == (4,)
+    assert real_bundle.release.metrics["accuracy_int8"] > 0.7
+
+
+def test_model_whose_graphs_do_not_run_is_not_imported(made: Run, tmp_path: Path) -> None:
+    printed = made("model", "import", str(write_bundle(tmp_path / "bundle").folder))
+    assert (printed.code, printed.out) == (6, "")
+    assert made("model", "list", "--json").json == []
+    assert list((state_folder(tmp_path) / "bundles").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "data", "said"),
+    [
+        ("no_such_package:make", "good", "cannot be imported"),
+        ("models:make_model", "good", "has no function 'make_model'"),
+        ("json:loads", "missing", "cannot be read as samples"),
+        ("broken_module:make", "good", "cannot be imported"),
+        ("good_module:make_text", "good", "not a torch.nn.Module"),
+        ("good_module:nothing", "good", "has no function 'nothing'"),
+        ("unknown_zoo_model", "good", "the zoo has no model"),
+        ("good_module:make_text", "nan", "not finite"),
+        ("good_module:make_text", "short", "one whole number"),
+        ("good_module:make_text", "pickled", "cannot be read as samples"),
+    ],
+)
+def test_model_build_of_what_cannot_be_built_says_why(
+    shoal: Run, tmp_path: Path, source: str, data: str, said: str
+) -> None:
+    (tmp_path / "models.py").write_text("def make_model():\n    return None\n")
+    (tmp_path / "broken_module.py").write_text("def make(:\n")
+    (tmp_path / "good_module.py").write_text("def make_text():\n    return 'text'\n")
+    x, y = np.ones((6, 4), np.float32), np.arange(6) % 2
+    arrays = {
+        "good": {"x": x, "y": y},
+        "nan": {"x": x * np.nan, "y": y},
+        "short": {"x": x, "y": y[:3]},
+        "pickled": {"x": np.array([{}] * 6, object), "y": y},
+    }
+    file = tmp_path / f"{data}.npz"
+    if data in arrays:
+        np.savez(file, **arrays[data])
+    printed = shoal(
+        "model", "build", source, "--data", str(file), "--path", str(tmp_path), "--out", str(tmp_path / "b")
+    )
+    assert printed.code in (2, 6)
+    assert said in printed.err
+    assert not (tmp_path / "b").exists()
+
+
 def test_model_import_without_a_bundle_is_refused(made: Run, tmp_path: Path) -> None:
     printed = made("model", "import", str(tmp_path / "nothing"))
     assert printed.code == 6
@@ -228,8 +291,7 @@ def test_model_import_without_a_bundle_is_refused(made: Run, tmp_path: Path) -> 
 
 
 def test_release_is_promoted_and_rolled_back(made: Run, tmp_path: Path) -> None:
-    bundle = write_bundle(tmp_path / "bundle")
-    made("model", "import", str(bundle.folder))
+    import_unchecked(tmp_path)
     with Deployment.open(state_folder(tmp_path)) as deployment:
         row = deployment.publisher.propose(
             make_candidate(2), run="r", round_number=1, metrics={"accuracy": 0.5}
@@ -250,10 +312,8 @@ def test_release_is_promoted_and_rolled_back(made: Run, tmp_path: Path) -> None:
 
 
 def test_rounds_are_listed_and_shown(made: Run, tmp_path: Path) -> None:
-    bundle = write_bundle(tmp_path / "bundle")
-    made("model", "import", str(bundle.folder))
+    graphs = import_unchecked(tmp_path)
     enrol(tmp_path, "watch-1", made("device", "add", "watch-1").out)
-    graphs = bundle.manifest.graphs_sha256
     with (
         Deployment.open(state_folder(tmp_path)) as deployment,
         deployment.database.transaction() as connection,

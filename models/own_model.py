@@ -1,0 +1,152 @@
+"""From a user's own torch module and samples to a bundle: `shoal-cloud model build mypackage:make_model
+--data …`.
+
+Laws of the file: the user's folder is appended to `sys.path`, never put in front, so that nothing of theirs
+can stand in for a part of ours; samples are read without pickle; the same seed and samples give the same
+bundle on one machine.
+"""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from models.build import build_bundle
+from models.bundle import Bundle
+from models.card import CardNotes
+from models.pretrain import pretrain
+from models.task import Task, TaskKind
+from models.zoo import load
+from wire.errors import ConfigurationError, DataError
+
+Floats = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+
+HELD_OUT_SHARE = 0.2
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """The operator's samples: x float32 [N, …], y int64 [N] (zeros for a task without labels)."""
+
+    x: Floats
+    y: Labels
+
+
+def read_samples(path: Path, kind: TaskKind) -> Samples:
+    """Reads `x` and, for a classification, `y` of an `.npz` file.
+
+    Raises:
+        DataError: (operator) no such file, or not finite numbers `x` [N, …] and whole numbers `y` [N] from 0
+            up.
+    """
+    hint = "np.savez(path, x=samples, y=labels)"
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            x = arrays["x"]
+            y = arrays["y"] if kind == "classification" else np.zeros(len(x), np.int64)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} cannot be read as samples: {error}", hint=hint) from error
+    if x.ndim < 2 or len(x) < 2 or x.dtype.kind not in "fiu" or not np.isfinite(x).all():
+        raise DataError(f"{path}: x {x.shape} {x.dtype} is not finite numbers [N, …], N from 2 up", hint=hint)
+    if y.shape != (len(x),) or y.dtype.kind not in "iu" or y.min() < 0:
+        raise DataError(
+            f"{path}: y {y.shape} {y.dtype} is not one whole number from 0 up per sample", hint=hint
+        )
+    return Samples(x.astype(np.float32), y.astype(np.int64))
+
+
+def load_maker(source: str, folder: Path) -> Callable[[], nn.Module]:
+    """The function that makes the module.
+
+    Args:
+        source: `package.module:function`, or the name of a zoo model.
+        folder: where the user's package lies; its end of `sys.path` is the last.
+
+    Raises:
+        ConfigurationError: (operator) no such module or function.
+    """
+    if ":" not in source:
+        return load(source).make_model
+    module_name, _, function = source.partition(":")
+    place = str(folder.absolute())
+    if place not in sys.path:
+        sys.path.append(place)
+    try:
+        module = import_module(module_name)
+    except (ImportError, SyntaxError, ValueError) as error:
+        raise ConfigurationError(
+            f"{module_name!r} cannot be imported: {error}",
+            hint=f"it is looked for last in {place}; a package named like one of Shoal's is never found",
+        ) from error
+    maker = getattr(module, function, None)
+    if not callable(maker):
+        raise ConfigurationError(f"{module_name} ({module.__file__}) has no function {function!r}")
+
+    def make() -> nn.Module:
+        made = maker()
+        if not isinstance(made, nn.Module):
+            raise ConfigurationError(f"{source} gave a {type(made).__name__}, not a torch.nn.Module")
+        return made
+
+    return make
+
+
+def build_own_model(
+    make_model: Callable[[], nn.Module],
+    samples: Samples,
+    *,
+    name: str,
+    out_dir: Path,
+    kind: TaskKind = "classification",
+    labels: tuple[str, ...] = (),
+    epochs: int = 20,
+    seed: int = 0,
+    summary: str = "",
+) -> Bundle:
+    """Trains the module on four fifths of the samples, measures it on the rest, and builds its bundle.
+
+    Args:
+        labels: name of each class; without them, classes are counted up to the largest label.
+        epochs: passes of the first training; 0 for a module that comes trained.
+
+    Raises:
+        DataError: (operator) a label beyond the classes.
+        ModelError: (operator) the module cannot be trained on a device; names the layer and the substitute.
+        BundleError: (operator) the folder is taken.
+    """
+    task = (
+        Task.anomaly() if kind == "anomaly" else Task.classification(len(labels) or int(samples.y.max()) + 1)
+    )
+    if task.classes and int(samples.y.max()) >= task.classes:
+        raise DataError(
+            f"label {int(samples.y.max())} is beyond the {task.classes} labels", hint="name all labels"
+        )
+    order = np.random.default_rng(seed).permutation(len(samples.x))
+    held_out = max(1, int(len(order) * HELD_OUT_SHARE))
+    test, train = order[:held_out], order[held_out:]
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    module = make_model()
+    if epochs:
+        pretrain(module, task, samples.x[train], samples.y[train], epochs=epochs, seed=seed)
+    return build_bundle(
+        module,
+        task,
+        samples.x.shape[1:],
+        samples.x[train],
+        name=name,
+        out_dir=out_dir,
+        labels=labels,
+        evaluation=(samples.x[test], samples.y[test]),
+        notes=CardNotes(summary=summary),
+    )
