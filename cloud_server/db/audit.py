@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from cloud_server.db.schema import audit
+from cloud_server.db.schema import audit, meta
 from wire.errors import StorageError
 
 FIRST_PREV = "0" * 64
@@ -36,8 +36,10 @@ class AuditEntry:
 
 def append_audit(connection: Connection, kind: str, at: float, body: Mapping[str, Any]) -> AuditEntry:
     """Adds one entry in the transaction of what it tells."""
-    # The lock on the newest entry makes two writers of one PostgreSQL queue up; SQLite has one writer anyway.
-    newest = sa.select(audit.c.seq, audit.c.hash).order_by(audit.c.seq.desc()).limit(1).with_for_update()
+    # Two writers of one PostgreSQL queue up at a row that is always there: a lock on the newest entry would
+    # let the second one go on from an entry that is the newest no more. SQLite has one writer anyway.
+    connection.execute(sa.select(meta.c.id).with_for_update())
+    newest = sa.select(audit.c.seq, audit.c.hash).order_by(audit.c.seq.desc()).limit(1)
     last = connection.execute(newest).one_or_none()
     seq, prev = (1, FIRST_PREV) if last is None else (last.seq + 1, last.hash)
     text = json.dumps(dict(body), sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -79,10 +79,10 @@ class Newcomer:
 
 
 @contextmanager
-def open_deployment(folder: Path) -> Iterator[Deployment]:
-    """A fresh deployment; its CA lies in `folder`, all else in memory."""
+def open_deployment(folder: Path, url: str = "sqlite://") -> Iterator[Deployment]:
+    """A fresh deployment; its CA lies in `folder`, all else in memory (but for a database of a URL)."""
     clock = SteppedClock()
-    database = open_database("sqlite://")
+    database = open_database(url)
     database.migrate()
     keys = CloudKeys.from_seed(b"tests")
     authority = CertificateAuthority.create(folder / "ca", name="Shoal tests", now=clock.now())
