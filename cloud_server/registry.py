@@ -238,10 +238,10 @@ class Registry:
     def _current(self) -> _Known:
         with self._lock:
             known = self._known
+        if self._database.peek(table.VERSION_QUERY) == known.version:
+            return known
         with self._database.read() as connection:
             version = table.load_version(connection)
-            if version == known.version:
-                return known
             rows = table.load_devices(connection)
             keys = table.load_keys(connection)
         known = _Known(

@@ -15,6 +15,7 @@ from sqlalchemy import Connection
 
 from cloud_server.db.schema import certificates, device_keys, devices, meta, presence
 
+VERSION_QUERY = "SELECT devices_version FROM meta"
 APPROVED, QUARANTINED, REVOKED = "approved", "quarantined", "revoked"
 
 
@@ -100,8 +101,8 @@ def load_keys(connection: Connection) -> list[tuple[str, str, str]]:
 
 
 def load_version(connection: Connection) -> int:
-    """A number that grows with every change of devices or keys."""
-    return int(connection.execute(sa.select(meta.c.devices_version)).scalar_one())
+    """A number that grows with every change of devices or keys; `VERSION_QUERY` asks the same by `peek`."""
+    return int(connection.exec_driver_sql(VERSION_QUERY).scalar_one())
 
 
 def _raise_version(connection: Connection) -> None:

@@ -10,6 +10,7 @@ https://sqlite.org/wal.html, docs/architecture.md (The aggregator).
 from __future__ import annotations
 
 import json
+import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -74,6 +75,26 @@ class Database:
             connection = raw.execution_options(**{_READ_ONLY: True})
             with connection.begin():
                 yield connection
+
+    def peek(self, statement: str) -> Any:
+        """The first value of one SELECT, as committed now: ten times cheaper than `read`, for every message.
+
+        Raises:
+            StorageError: (disk, us) the database refused.
+        """
+        if not self._is_sqlite:
+            with self.read() as connection:
+                return connection.exec_driver_sql(statement).scalar_one()
+        lock = self._writer if self._is_shared else nullcontext()
+        with self._enter(lock), _translated():
+            borrowed = self._engine.raw_connection()
+            try:
+                raw: Any = borrowed.driver_connection
+                return raw.execute(statement).fetchone()[0]
+            except sqlite3.Error as error:  # raised past SQLAlchemy, which would have wrapped it
+                raise StorageError(f"the database failed: {error}", is_conflict=False) from error
+            finally:
+                borrowed.close()
 
     def migrate(self) -> None:
         """Brings the schema to this version; creates it where there is none. Safe to call at every start.

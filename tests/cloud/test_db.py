@@ -168,6 +168,28 @@ def test_memory_database_is_one_for_all_threads() -> None:
     assert seen == [1]
 
 
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_peek_sees_what_is_committed_and_nothing_else(database: Database, in_memory: bool) -> None:
+    if in_memory:
+        database = open_database("sqlite://")
+        database.migrate()
+    query = "SELECT incarnation FROM meta"
+    seen: list[int] = []
+    with database.transaction() as connection:
+        connection.execute(sa.update(schema.meta).values(incarnation=5))
+        thread = threading.Thread(target=lambda: seen.append(database.peek(query)))
+        thread.start()
+        if not in_memory:  # in memory there is one connection, so the question waits for the transaction
+            thread.join()
+            assert seen == [1]
+    thread.join()
+    assert database.peek(query) == 5
+    assert seen == ([5] if in_memory else [1])
+    with pytest.raises(StorageError):
+        database.peek("SELECT nothing FROM nowhere")
+    database.close()
+
+
 @pytest.mark.parametrize("url", ["", "no url", "nosuch://host/name", "sqlite+nosuch:///x"])
 def test_open_database_with_a_bad_url_says_how_to_write_one(url: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
