@@ -15,7 +15,7 @@ import secrets
 from dataclasses import dataclass
 
 from cloud_server.db.engine import Connection
-from cloud_server.db.tokens import TokenRow, insert_token, load_token
+from cloud_server.db.tokens import TokenRow, delete_expired_tokens, insert_token, load_token
 from wire.enrolment import EnrolmentToken
 from wire.errors import ConfigurationError, EnrolmentError
 from wire.topics import ID
@@ -23,6 +23,8 @@ from wire.topics import ID
 DEFAULT_LIFE_SECONDS = 24 * 3600.0
 MAX_LIFE_SECONDS = 366 * 24 * 3600.0
 MAX_USES = 100_000
+# Long enough that a device with an old token hears "expired" and not "unknown".
+KEPT_AFTER_EXPIRY_SECONDS = 90 * 24 * 3600.0
 _SECRET_BYTES = 32
 
 
@@ -77,6 +79,7 @@ def mint_token(
         expires=math.floor(now + life_seconds),
         created=now,
     )
+    delete_expired_tokens(connection, now - KEPT_AFTER_EXPIRY_SECONDS)
     insert_token(connection, row)
     return EnrolmentToken(
         url=door.url,

@@ -132,6 +132,13 @@ def test_expired_token_is_refused(deployment: Deployment) -> None:
     assert refusal(deployment, Newcomer("a").request(token)) == "token_expired"
 
 
+def test_token_that_expired_long_ago_is_forgotten(deployment: Deployment) -> None:
+    old = deployment.mint()
+    deployment.clock.seconds += 92 * DAY
+    deployment.mint()
+    assert refusal(deployment, Newcomer("a").request(old)) == "token"
+
+
 def test_token_for_another_name_is_refused(deployment: Deployment) -> None:
     assert refusal(deployment, Newcomer("b").request(deployment.mint("a"))) == "name"
 
