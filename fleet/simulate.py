@@ -22,8 +22,6 @@ from fleet.report import FleetReport
 from fleet.scenario import FaultScenario, Scenario
 from fleet.simulation import Simulation
 from fleet.virtual_people import virtual_federation
-from models.bundle import Bundle
-from models.data.federation import Federation
 from process.progress import Progress
 
 MODEL = "watch_cnn1d"
@@ -52,7 +50,7 @@ def simulate(scenario: Scenario, *, devices: int, rounds: int, seed: int) -> Fle
             plan_cuts(simulation, scenario.faults, seed)
             with Progress("rounds", rounds) as progress:
                 simulation.run(lambda moved: progress.advance(moved - progress.done))
-            return _report(scenario, simulation, federation, bundle, seed)
+            return report_of(scenario, simulation, seed)
         finally:
             simulation.close()
 
@@ -117,9 +115,9 @@ def _agent_settings() -> EdgeSettings:
     )
 
 
-def _report(
-    scenario: Scenario, simulation: Simulation, federation: Federation, bundle: Bundle, seed: int
-) -> FleetReport:
+def report_of(scenario: Scenario, simulation: Simulation, seed: int) -> FleetReport:
+    """The report of a simulation that has run."""
+    federation, bundle = simulation.federation, simulation.bundle
     with simulation.base.database.read() as connection:
         books = read_books(connection, RUN)
     judge = Judge(bundle, simulation.base.publisher.checkpoint)

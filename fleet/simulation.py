@@ -8,6 +8,7 @@ child process). Source: docs/architecture.md, law 8.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import tempfile
 from collections import deque
 from collections.abc import Callable
@@ -68,10 +69,13 @@ class Simulation:
         self._cost = cost
         self._ready: deque[Agent] = deque()
         self._waiting: set[str] = set()
-        self._staging = tempfile.TemporaryDirectory(prefix="shoal-simulation-")
+        # (when, device): an entry counts only while `_wakes` still says the same.
+        self._wake_heap: list[tuple[float, str]] = []
+        self._wakes: dict[str, float] = {}
         self.base = self._open_base()
         self.cloud = self._open_cloud()
         self.runner = self._make_runner(config)
+        self._staging = tempfile.TemporaryDirectory(prefix="shoal-simulation-")
         self.agents: dict[str, Agent] = {}
         self._shared = self._share(settings or EdgeSettings())
         for device, split in federation.devices.items():
@@ -89,6 +93,7 @@ class Simulation:
         self.cloud.downlink.announce(self.base.publisher.announcement())
         for agent in self.agents.values():
             agent.start()
+            self._note_wake(agent)
         seen, runner = 0, self.runner
         self.cloud.aggregator.begin(runner)
         while not runner.is_finished:
@@ -117,17 +122,32 @@ class Simulation:
                 agent = self._ready.popleft()
                 self._waiting.discard(agent.identity.device)
                 agent.pump()
+                self._note_wake(agent)
                 busy += 1
             self._next_tick = self.cloud.aggregator.tick()
-            for agent in self._due_agents():
+            while (wake := self._next_wake()) is not None and wake <= self.time.monotonic():
+                agent = self.agents[heapq.heappop(self._wake_heap)[1]]
                 agent.tick()
+                self._note_wake(agent)
                 busy += 1
             if not busy:
                 return
 
-    def _due_agents(self) -> list[Agent]:
-        now = self.time.monotonic()
-        return [agent for agent in self.agents.values() if agent.wake_at <= now]
+    def _note_wake(self, agent: Agent) -> None:
+        """An agent's timers change only when it handles something, so they are read only then."""
+        device, wake = agent.identity.device, agent.wake_at
+        if self._wakes.get(device) != wake or wake <= self.time.monotonic():
+            self._wakes[device] = wake
+            heapq.heappush(self._wake_heap, (wake, device))
+
+    def _next_wake(self) -> float | None:
+        """The earliest timer of any agent, on the monotonic clock."""
+        while self._wake_heap:
+            wake, device = self._wake_heap[0]
+            if self._wakes.get(device) == wake:
+                return wake
+            heapq.heappop(self._wake_heap)
+        return None
 
     def _advance(self) -> None:
         moments = [self._next_tick]
@@ -135,7 +155,9 @@ class Simulation:
         if planned is not None:
             moments.append(planned)
         offset = self.time.now() - self.time.monotonic()
-        moments.append(min(agent.wake_at for agent in self.agents.values()) + offset)
+        wake = self._next_wake()
+        if wake is not None:
+            moments.append(wake + offset)
         due = self.broker.next_due()
         if due is not None:
             moments.append(due + offset)
