@@ -200,9 +200,8 @@ def _checked(key: str) -> str:
 
 def _sync(folder: Path, key: str) -> None:
     """Makes a renamed file durable: its bytes, then every folder that may have been made for it."""
-    path = folder / key
     try:
-        for place in (path, *path.relative_to(folder).parents):
+        for place in (Path(key), *Path(key).parents):
             descriptor = os.open(folder / place, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 os.fsync(descriptor)

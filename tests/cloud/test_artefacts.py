@@ -88,6 +88,12 @@ def test_folder_survives_its_process(tmp_path: Path) -> None:
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o700
 
 
+def test_folder_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    digest = Artefacts.in_folder(Path("a")).put_blob(DATA)
+    assert Artefacts.in_folder(tmp_path / "a").get_blob(digest) == DATA
+
+
 def test_folder_that_is_a_file_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"")
     with pytest.raises(StorageError):
