@@ -22,11 +22,12 @@ from edge_agent.device_state import State, wake_at
 from edge_agent.feedback import Answered, RecentWindows, belongs_to_validation
 from edge_agent.heads import Heads
 from edge_agent.identity import Identity
-from edge_agent.install import Checked, Installer, ReleaseSource
+from edge_agent.install import Checked, Installer
 from edge_agent.orders import Orders, ReplayWindows
 from edge_agent.outbox import Outbox
 from edge_agent.outgoing import Outgoing
 from edge_agent.ports import Engine, Floats, JobResult, Moment, SelfTest, Worker
+from edge_agent.release_source import ReleaseSource
 from edge_agent.samples import SampleStore
 from edge_agent.sequence import Sequence
 from edge_agent.serving import Answer, Serving

@@ -10,35 +10,28 @@ from __future__ import annotations
 import os
 import random
 import ssl
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from edge_agent import identity as identity_files
 from edge_agent.agent import Agent
-from edge_agent.enrol import renew, renewal_is_due
-from edge_agent.fetcher import HttpsFetcher
+from edge_agent.child import end_children
 from edge_agent.identity import Identity
-from edge_agent.install import TufReleases
 from edge_agent.lazy_engine import LazyEngine
 from edge_agent.lock import lock_state
-from edge_agent.release_files import FileSource
+from edge_agent.release_child import ChildReleases
 from edge_agent.selftest import ChildSelfTest
 from edge_agent.settings import EdgeSettings
 from edge_agent.slots import Slots
 from edge_agent.status import STATUS_NAME
 from edge_agent.storage import open_database
 from edge_agent.time_floor import FlooredClock
-from edge_agent.tuf_client import ReleaseInfo
 from edge_agent.worker import ThreadWorker
-from process.clock import Clock, SystemClock
+from process.clock import SystemClock
 from process.logs import get_logger
-from wire.errors import ShoalError
 from wire.transport.mqtt import MqttTransport
 
 _log = get_logger("edge_agent.device")
-
-STAGING_NAME: Final = "tuf"
 
 
 class NamedContext(ssl.SSLContext):
@@ -64,50 +57,6 @@ def broker_context(identity: Identity) -> NamedContext:
     return context
 
 
-class DeviceReleases:
-    """Releases over HTTPS; renews the device's certificate on the way, when that is due.
-
-    Args:
-        renewed: called with the identity after a renewal.
-    """
-
-    def __init__(
-        self, folder: Path, identity: Identity, clock: Clock, renewed: Callable[[Identity], None]
-    ) -> None:
-        self._folder = folder / STAGING_NAME
-        self._clock = clock
-        self._renewed = renewed
-        self._use(identity)
-
-    def check(self) -> ReleaseInfo:
-        if renewal_is_due(self._identity, self._clock.now()):
-            self._renew()
-        return self._releases.check()
-
-    def download(self, info: ReleaseInfo, held: Callable[[str], frozenset[str]]) -> Mapping[str, FileSource]:
-        return self._releases.download(info, held)
-
-    def clear(self) -> None:
-        self._releases.clear()
-
-    def _use(self, identity: Identity) -> None:
-        self._identity = identity
-        self._fetcher = HttpsFetcher(identity, clock=self._clock)
-        self._releases = TufReleases(self._folder, identity, self._fetcher, self._clock)
-
-    def _renew(self) -> None:
-        """A renewal that fails is tried again at the next check; the certificate has days left then."""
-        try:
-            identity = renew(self._identity)
-        except ShoalError as error:
-            _log.warning("certificate_not_renewed", reason=str(error))
-            return
-        self._fetcher.close()
-        self._use(identity)
-        self._renewed(identity)
-        _log.info("certificate_renewed")
-
-
 def open_agent(folder: Path, settings: EdgeSettings) -> Agent:
     """An agent on a state folder, ready to start.
 
@@ -121,11 +70,21 @@ def open_agent(folder: Path, settings: EdgeSettings) -> Agent:
     machine = SystemClock()
     database = open_database(folder, max_bytes=settings.storage.database_bytes, clock=machine)
     clock = FlooredClock(machine, database)
+    slots = Slots(folder, quarantine=database.quarantine)
     tls = broker_context(identity) if identity.mqtt_tls else None
 
-    def renewed(identity: Identity) -> None:
+    def renewed() -> None:
+        _log.info("certificate_renewed")
         if tls is not None:
             tls.load_cert_chain(identity.certificate_path, identity.tls_key_path)
+
+    def graphs() -> str:
+        contents = slots.current()
+        return contents.graphs_sha256 if contents is not None else ""
+
+    def close() -> None:
+        end_children()
+        os.close(lock)
 
     return Agent(
         settings,
@@ -137,12 +96,12 @@ def open_agent(folder: Path, settings: EdgeSettings) -> Agent:
             tls=tls,
             keepalive_seconds=settings.network.keepalive_seconds,
         ),
-        releases=DeviceReleases(folder, identity, clock, renewed),
+        releases=ChildReleases(folder, clock, graphs=graphs, renewed=renewed),
         clock=clock,
         worker=ThreadWorker(),
         rng=random.SystemRandom(),
         database=database,
-        slots=Slots(folder, quarantine=database.quarantine),
+        slots=slots,
         selftest=ChildSelfTest(
             folder / "selftest",
             memory_bytes=settings.release.selftest_memory_bytes,
@@ -150,5 +109,5 @@ def open_agent(folder: Path, settings: EdgeSettings) -> Agent:
         ),
         engine=LazyEngine(),
         status_file=folder / STATUS_NAME,
-        on_close=lambda: os.close(lock),
+        on_close=close,
     )

@@ -9,20 +9,19 @@ docs/architecture.md, laws 2 and 5.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 from edge_agent import tuf_client
 from edge_agent.fetcher import Fetcher
 from edge_agent.identity import Identity
 from edge_agent.ports import Engine, SelfTest, Variant
-from edge_agent.release_files import FileSource, SlotContents
+from edge_agent.release_files import SlotContents, read_source
+from edge_agent.release_source import Held, Offer, ReleaseSource
 from edge_agent.serving import ServedModel
 from edge_agent.slots import SlotStore
 from edge_agent.storage import Database
-from edge_agent.tuf_client import OnlineKeys, ReleaseInfo
+from edge_agent.tuf_client import OnlineKeys
 from process.clock import Clock
 from process.logs import get_logger
 
@@ -32,24 +31,8 @@ VARIANT_FACT = "served_variant"
 MAX_TIMESTAMP_BYTES = 65_536
 
 
-class ReleaseSource(Protocol):
-    """Where verified releases come from."""
-
-    def check(self) -> ReleaseInfo:
-        """What the ring shall run, and the online keys; raises as `tuf_client.check`."""
-        ...
-
-    def download(self, info: ReleaseInfo, held: Callable[[str], frozenset[str]]) -> Mapping[str, FileSource]:
-        """The files of a release that are not held; raises as `tuf_client.download`."""
-        ...
-
-    def clear(self) -> None:
-        """Drops what was downloaded: it is in a slot now."""
-        ...
-
-
 class TufReleases:
-    """Releases of the fleet's TUF repository.
+    """Releases of the fleet's TUF repository, checked in this process.
 
     Args:
         folder: staging, `tuf/` of the state folder.
@@ -62,13 +45,13 @@ class TufReleases:
         self._fetcher = fetcher
         self._clock = clock
 
-    def check(self) -> ReleaseInfo:
-        return tuf_client.check(
+    def fetch(self, current_version: int, held: Held) -> Offer:
+        info = tuf_client.check(
             self._folder, self._identity.tuf_root, self._fetcher, self._identity.ring, self._clock
         )
-
-    def download(self, info: ReleaseInfo, held: Callable[[str], frozenset[str]]) -> Mapping[str, FileSource]:
-        return tuf_client.download(info, held=held)
+        is_new = info.release_version not in (0, current_version)
+        files = tuf_client.download(info, held=held) if is_new else {}
+        return Offer(info.keys, info.release_version, info.rollback, info.serial, files)
 
     def clear(self) -> None:
         tuf_client.clear_staging(self._folder)
@@ -84,27 +67,21 @@ class SharedTufReleases:
     def __init__(self, releases: TufReleases, fetcher: Fetcher) -> None:
         self._releases = releases
         self._fetcher = fetcher
-        self._checked: dict[bytes, ReleaseInfo] = {}
-        self._downloaded: dict[int, Mapping[str, FileSource]] = {}
+        self._checked: dict[bytes, Offer] = {}
 
-    def check(self) -> ReleaseInfo:
+    def fetch(self, current_version: int, held: Held) -> Offer:
         path = f"{tuf_client.METADATA_PATH}/timestamp.json"
-        seen = b"".join(self._fetcher.fetch(path, limit_bytes=MAX_TIMESTAMP_BYTES))
-        name = hashlib.sha256(seen).digest()
+        seen = hashlib.sha256()
+        for piece in self._fetcher.fetch(path, limit_bytes=MAX_TIMESTAMP_BYTES):
+            seen.update(piece)
+        name = seen.digest()
         if name not in self._checked:
-            self._checked = {name: self._releases.check()}
-            self._downloaded.clear()
-        return self._checked[name]
-
-    def download(self, info: ReleaseInfo, held: Callable[[str], frozenset[str]]) -> Mapping[str, FileSource]:
-        if info.release_version not in self._downloaded:
-            files = self._releases.download(info, lambda _: frozenset())
-            plain = {
-                name: Path(file).read_bytes() if isinstance(file, Path) else file
-                for name, file in files.items()
-            }
-            self._downloaded[info.release_version] = plain
-        return self._downloaded[info.release_version]
+            # Everything is fetched, whatever this device holds: the next one may hold nothing.
+            offer = self._releases.fetch(0, lambda _: frozenset())
+            files = {key: read_source(source) for key, source in offer.files.items()}
+            self._checked = {name: replace(offer, files=files)}
+        offer = self._checked[name]
+        return offer if offer.release_version != current_version else replace(offer, files={})
 
     def clear(self) -> None:
         """What is shared stays: another device may need it."""
@@ -155,13 +132,11 @@ class Installer:
             SelfTestError: the release does not answer as it was signed to.
             StorageError: the disk is full.
         """
-        info = self._source.check()
         current = self._slots.current()
-        is_same = current is not None and current.version == info.release_version
-        if info.release_version == 0 or is_same:
-            return Checked(info.keys, None)
-        files = self._source.download(info, self._slots.held)
-        staged = self._slots.stage(files, serial=info.serial, rollback=info.rollback)
+        offer = self._source.fetch(current.version if current is not None else 0, self._slots.held)
+        if not offer.files:
+            return Checked(offer.keys, None)
+        staged = self._slots.stage(offer.files, serial=offer.serial, rollback=offer.rollback)
         verdict = self._selftest.check(staged.contents)
         _log.info(
             "release_passed_selftest",
@@ -174,7 +149,7 @@ class Installer:
         self._source.clear()
         chosen = verdict.variant if self._variant == "auto" else self._variant
         self._database.set_fact(VARIANT_FACT, f"{contents.release_sha256}:{chosen}")
-        return Checked(info.keys, (contents, self.load(contents)))
+        return Checked(offer.keys, (contents, self.load(contents)))
 
     def load(self, contents: SlotContents) -> ServedModel:
         """A slot's release as a model that can answer.

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_agent.child import ChildTimeoutError, Ended, run_child
 from edge_agent.ports import Engine, Floats, SelfTestVerdict, Variant
 from edge_agent.release_files import SlotContents
 from wire.errors import SelfTestError, ShoalError
@@ -29,7 +28,6 @@ _VARIANTS: tuple[Variant, ...] = ("int8", "float32")
 _VERDICT_LIMIT_BYTES = 4096
 _ADDRESS_SPACE_BYTES = 8 * 2**30
 _OPEN_FILES = 64
-_PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "HOME", "LANG", "OMP_NUM_THREADS")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,34 +100,24 @@ class ChildSelfTest:
             lay_down(staged, Path(name))
             return _judge(self._run(name))
 
-    def _run(self, folder: str) -> subprocess.CompletedProcess[bytes]:
-        environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        environment["ORT_DISABLE_TELEMETRY"] = "1"
+    def _run(self, folder: str) -> Ended:
         try:
-            return subprocess.run(
-                [sys.executable, "-m", "edge_agent.selftest", folder, *self._limits],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=self._timeout_seconds,
-                env=environment,
-                check=False,
+            return run_child(
+                "edge_agent.selftest", [folder, *self._limits], timeout_seconds=self._timeout_seconds
             )
-        except subprocess.TimeoutExpired as error:
+        except ChildTimeoutError as error:
             raise SelfTestError(
                 f"the self-test did not end in {self._timeout_seconds:g} seconds",
                 seconds=self._timeout_seconds,
             ) from error
 
 
-def _judge(child: subprocess.CompletedProcess[bytes]) -> SelfTestVerdict:
-    if child.returncode < 0:
-        raise SelfTestError(
-            f"the model killed the self-test (signal {-child.returncode})", signal=-child.returncode
-        )
+def _judge(child: Ended) -> SelfTestVerdict:
+    if child.code < 0:
+        raise SelfTestError(f"the model killed the self-test (signal {-child.code})", signal=-child.code)
     try:
-        verdict = json.loads(child.stdout[:_VERDICT_LIMIT_BYTES])
-        if child.returncode == 0:
+        verdict = json.loads(child.output[:_VERDICT_LIMIT_BYTES])
+        if child.code == 0:
             return SelfTestVerdict(
                 variant="int8" if verdict["variant"] == "int8" else "float32",
                 int8_seconds=float(verdict["int8_seconds"]),
@@ -138,8 +126,7 @@ def _judge(child: subprocess.CompletedProcess[bytes]) -> SelfTestVerdict:
         reason = str(verdict["error"])
     except (ValueError, KeyError, TypeError) as error:
         raise SelfTestError(
-            f"the self-test ended with code {child.returncode} and without a verdict",
-            exit_code=child.returncode,
+            f"the self-test ended with code {child.code} and without a verdict", exit_code=child.code
         ) from error
     raise SelfTestError(reason)
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from edge_agent.agent import Agent
 from edge_agent.identity import Identity
-from edge_agent.release_source import ReleaseSource
 from edge_agent.memory_slots import MemorySlots, SharedReleases
 from edge_agent.ports import Engine, JobResult, SelfTest
+from edge_agent.release_source import ReleaseSource
 from edge_agent.settings import EdgeSettings
 from edge_agent.storage import open_database
 from edge_agent.worker import InlineWorker

@@ -15,11 +15,9 @@ import stat
 from datetime import UTC
 from functools import cached_property
 from pathlib import Path
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
-from cryptography import x509
 from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, mlkem, x25519
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from cryptography.hazmat.primitives.hpke import (
@@ -30,9 +28,11 @@ from cryptography.hazmat.primitives.hpke import (
     MLKEM768X25519PublicKey,
     Suite,
 )
-from cryptography.x509.oid import NameOID
 
 from wire.errors import ConfigurationError, EnvelopeError, StorageError, TrustError
+
+if TYPE_CHECKING:
+    from cryptography import x509
 
 KemAlgorithm = Literal["x25519", "mlkem768-x25519"]
 ContentAlgorithm = Literal["A256GCM", "C20P"]
@@ -364,6 +364,7 @@ def read_private(path: Path) -> bytes:
 
 
 # --- TLS keys and certificates ----------------------------------------------------------------------------
+# X.509 and PEM code costs 3 MiB and is imported where it is used: a device needs it once in days.
 
 
 def generate_tls_key() -> bytes:
@@ -373,6 +374,8 @@ def generate_tls_key() -> bytes:
 
 def tls_key_from_seed(seed: bytes) -> bytes:
     """The TLS key of a 32-byte seed as PKCS#8 PEM, always the same."""
+    from cryptography.hazmat.primitives import serialization
+
     try:
         key = ed25519.Ed25519PrivateKey.from_private_bytes(seed)
     except (ValueError, TypeError) as error:
@@ -388,6 +391,10 @@ def make_csr(key_pem: bytes, common_name: str) -> bytes:
     Raises:
         TrustError: not an Ed25519 key in PEM, or a name that no certificate can carry.
     """
+    from cryptography import x509
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.x509.oid import NameOID
+
     try:
         key = serialization.load_pem_private_key(key_pem, password=None)
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
@@ -407,6 +414,8 @@ def certificate_fingerprint(pem: bytes) -> bytes:
     Raises:
         TrustError: not a certificate.
     """
+    from cryptography.hazmat.primitives import serialization
+
     return sha256(_certificate(pem).public_bytes(serialization.Encoding.DER))
 
 
@@ -420,6 +429,8 @@ def certificate_not_after(pem: bytes) -> float:
 
 
 def _certificate(pem: bytes) -> x509.Certificate:
+    from cryptography import x509
+
     try:
         return x509.load_pem_x509_certificate(pem)
     except ValueError as error:

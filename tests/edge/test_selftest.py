@@ -108,25 +108,6 @@ def test_child_leaves_nothing_in_its_folder(bundle: Bundle, tmp_path: Path) -> N
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
-def test_child_gets_no_secrets_of_ours(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SHOAL_ENROLL_TOKEN", "secret")
-    seen: dict[str, str] = {}
-    import edge_agent.selftest as module
-
-    real = module.subprocess.run
-
-    def spy(command: list[str], **options: object) -> object:
-        seen.update(options["env"])  # type: ignore[call-overload]
-        return real(command, **options)  # type: ignore[call-overload]
-
-    monkeypatch.setattr(module.subprocess, "run", spy)
-    ChildSelfTest().check(contents_of(bundle))
-    assert "SHOAL_ENROLL_TOKEN" not in seen
-    assert seen["ORT_DISABLE_TELEMETRY"] == "1"
-
-
 def test_inline_verdict_is_given_once_for_each_content_and_never_from_timings(bundle: Bundle) -> None:
     selftest = InlineSelfTest(Runtime(kept=2))
     contents = contents_of(bundle)

@@ -1,0 +1,201 @@
+"""The release check of a real device, in a child process: TUF and X.509 code costs 8 MiB that serving does
+not need.
+
+Laws of the file: the child verifies and stages files, renews the certificate when that is due, and prints one
+JSON object; the parent believes its own child, and the slots compare every hash again. `python -m
+edge_agent.release_child STATE NOW` is the child. Source: docs/architecture.md, "TUF layout".
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta, Struct
+
+from edge_agent import identity as identity_files
+from edge_agent import tuf_client
+from edge_agent.child import ChildTimeoutError, run_child
+from edge_agent.fetcher import HttpsFetcher
+from edge_agent.identity import Identity
+from edge_agent.release_source import Held, Offer
+from edge_agent.tuf_client import OnlineKeys
+from process.clock import Clock, SystemClock
+from wire import errors
+from wire.errors import ReleaseError, ShoalError, TransportError
+
+STAGING_NAME: Final = "tuf"
+TIMEOUT_SECONDS: Final = 1800.0
+_RAISED: Final = (
+    "ReleaseError",
+    "TransportError",
+    "TrustError",
+    "EnrolmentError",
+    "StorageError",
+    "RefusedError",
+)
+
+
+class Request(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the child is told: the release that serves, and the files of its model that are in the slots."""
+
+    current_version: int
+    graphs_sha256: str = ""
+    held: tuple[str, ...] = ()
+
+
+class Found(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the child found; keys are (id, algorithm, public) and (id, public)."""
+
+    tenant: str
+    fleet: str
+    kem: tuple[tuple[bytes, str, bytes], ...]
+    orders: tuple[tuple[bytes, bytes], ...]
+    release_version: int
+    rollback: bool
+    serial: int
+    files: dict[str, str]
+    fetched_bytes: int
+    renewed: bool
+
+
+class Failed(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Why the child found nothing."""
+
+    error: str
+    message: Annotated[str, Meta(max_length=2000)]
+    hint: str = ""
+
+
+class ChildReleases:
+    """Releases over HTTPS, checked in a child process.
+
+    Args:
+        folder: the state folder.
+        graphs: hash (hex) of the graphs that are installed, or empty.
+        renewed: called when the child has written a new certificate.
+    """
+
+    def __init__(
+        self, folder: Path, clock: Clock, *, graphs: Callable[[], str], renewed: Callable[[], None]
+    ) -> None:
+        self._folder = folder
+        self._clock = clock
+        self._graphs = graphs
+        self._renewed = renewed
+        self.fetched_bytes_total = 0
+
+    def fetch(self, current_version: int, held: Held) -> Offer:
+        graphs = self._graphs()
+        request = Request(
+            current_version=current_version,
+            graphs_sha256=graphs,
+            held=tuple(sorted(held(graphs))) if graphs else (),
+        )
+        found = self._ask(msgspec.json.encode(request))
+        self.fetched_bytes_total += found.fetched_bytes
+        if found.renewed:
+            self._renewed()
+        keys = OnlineKeys(found.tenant, found.fleet, found.kem, found.orders)
+        files = {name: Path(path) for name, path in found.files.items()}
+        return Offer(keys, found.release_version, found.rollback, found.serial, files)
+
+    def clear(self) -> None:
+        tuf_client.clear_staging(self._folder / STAGING_NAME)
+
+    def _ask(self, request: bytes) -> Found:
+        arguments = [str(self._folder), repr(self._clock.now())]
+        try:
+            ended = run_child(
+                "edge_agent.release_child", arguments, timeout_seconds=TIMEOUT_SECONDS, stdin=request
+            )
+        except ChildTimeoutError as error:
+            raise TransportError("the release check took too long") from error
+        try:
+            if ended.code == 0:
+                return msgspec.json.decode(ended.output, type=Found)
+            failed = msgspec.json.decode(ended.output, type=Failed)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise ReleaseError(
+                f"the release check ended with code {ended.code} and without a result"
+            ) from error
+        kind = getattr(errors, failed.error) if failed.error in _RAISED else ReleaseError
+        raise kind(failed.message, hint=failed.hint)
+
+
+class _FixedClock:
+    """The parent's time, which has a floor, at the start of the check."""
+
+    def __init__(self, now: float) -> None:
+        self._now = now
+        self._machine = SystemClock()
+
+    def now(self) -> float:
+        return self._now
+
+    def monotonic(self) -> float:
+        return self._machine.monotonic()
+
+
+def check(folder: Path, now: float, request: Request) -> Found:
+    """The child's work; raises as `tuf_client.check` and `tuf_client.download`."""
+    identity, renewed = _renewed_if_due(identity_files.load(folder), now)
+    fetcher = HttpsFetcher(identity)
+    info = tuf_client.check(
+        folder / STAGING_NAME, identity.tuf_root, fetcher, identity.ring, _FixedClock(now)
+    )
+    files: dict[str, str] = {}
+    if info.release_version not in (0, request.current_version):
+        held = frozenset(request.held)
+        paths = tuf_client.download(
+            info, held=lambda graphs: held if graphs == request.graphs_sha256 else frozenset()
+        )
+        files = {name: str(path) for name, path in paths.items()}
+    return Found(
+        tenant=info.keys.tenant,
+        fleet=info.keys.fleet,
+        kem=info.keys.kem,
+        orders=info.keys.orders,
+        release_version=info.release_version,
+        rollback=info.rollback,
+        serial=info.serial,
+        files=files,
+        fetched_bytes=fetcher.fetched_bytes_total,
+        renewed=renewed,
+    )
+
+
+def _renewed_if_due(identity: Identity, now: float) -> tuple[Identity, bool]:
+    """A renewal that fails is tried again at the next check: the certificate has days left then."""
+    from edge_agent.enrol import renew, renewal_is_due
+
+    if not renewal_is_due(identity, now):
+        return identity, False
+    try:
+        return renew(identity), True
+    except ShoalError:
+        return identity, False
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The child: prints what it found, or why it failed."""
+    folder, now = arguments
+    try:
+        request = msgspec.json.decode(sys.stdin.buffer.read(2**20), type=Request)
+        result: Struct = check(Path(folder), float(now), request)
+        code = 0
+    except ShoalError as error:
+        result = Failed(error=type(error).__name__, message=str(error)[:2000], hint=error.hint)
+        code = 1
+    except (OSError, ValueError) as error:
+        result = Failed(error="StorageError", message=str(error)[:2000])
+        code = 1
+    print(msgspec.json.encode(result).decode("ascii"))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
