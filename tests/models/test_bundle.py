@@ -137,6 +137,7 @@ def test_train_step_of_a_bundle_lowers_the_loss(bundle: Bundle) -> None:
         assert losses[-1] < losses[0] - 0.1, name
 
 
+@pytest.mark.slow
 def test_build_is_reproducible(bundle: Bundle, tmp_path: Path) -> None:
     again = build_bundle(
         trained(),
