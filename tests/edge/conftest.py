@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from models.bundle import Bundle
+from tests.edge.aggregator import Aggregator, open_aggregator
 from tests.edge.lab import Lab
 
 
@@ -33,3 +35,9 @@ def lab(bundle: Bundle, tmp_path: Path) -> Lab:
     lab.cloud.release(lab.cloud.candidate(), 1, announce=False)
     lab.settle()
     return lab
+
+
+@pytest.fixture(scope="session")
+def aggregator(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aggregator]:
+    with open_aggregator(bundle, tmp_path_factory.mktemp("aggregator")) as opened:
+        yield opened

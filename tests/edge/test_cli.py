@@ -9,118 +9,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from cloud_server.artefacts import Artefacts
-from cloud_server.enrolment.ca import CertificateAuthority
-from cloud_server.keys import CloudKeys
-from cloud_server.release.tuf_repository import TufRepository
 from edge_agent.cli import main
 from edge_agent.status import read_status
-from models.bundle import Bundle
-from models.candidate import CandidateMaker
-from process.clock import SystemClock
-from tests.edge.https_server import TLS_NAME, Script, https_server
+from tests.edge.aggregator import Aggregator
 from tests.transport.mailbox import Mailbox
 from wire import envelope
-from wire.enrolment import EnrolmentToken, EnrolRequest, EnrolResponse, decode_json, encode_json
 from wire.messages import Birth, decode_body
 from wire.primitives import VerifyKey
 from wire.transport import Connected, Received
-from wire.transport.broker import RunningBroker, start_broker
 from wire.transport.mqtt import MqttTransport
 
 DEADLINE_SECONDS = 60.0
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class Repository(dict[str, bytes]):
-    """The server's files: the CA, and whatever the TUF repository has now."""
-
-    repository: TufRepository
-
-    def get(self, path: str, default: Any = None) -> Any:
-        return super().get(path, default) or self.repository.read(path)
-
-
-@dataclass
-class Aggregator:
-    """The HTTPS side of a cloud, one port for all."""
-
-    url: str
-    authority: CertificateAuthority
-    repository: TufRepository
-    keys: CloudKeys
-    broker: RunningBroker
-    requests: list[EnrolRequest]
-
-    def enrol(self, body: bytes, client: str) -> tuple[int, bytes]:
-        request = decode_json(body, EnrolRequest)
-        self.requests.append(request)
-        issued = self.authority.issue_device(request.csr, request.device, now=time.time())
-        kem, orders = self.keys.online_keys()
-        answer = EnrolResponse(
-            tenant="acme",
-            fleet="gates",
-            device=request.device,
-            certificate=issued.pem,
-            ca=self.authority.certificate_pem,
-            tuf_root=self.repository.first_root().decode(),
-            kem=kem,
-            orders=orders,
-            tls_name=TLS_NAME,
-            device_url=self.url,
-            broker_url=f"mqtt://{self.broker.host}:{self.broker.port}",
-        )
-        return 200, encode_json(answer)
-
-    def token(self, **changes: object) -> str:
-        facts: dict[str, object] = {
-            "url": self.url,
-            "tls_name": TLS_NAME,
-            "ca_sha256": self.authority.fingerprint,
-            "token_id": "ab" * 8,
-            "secret": "s" * 43,
-            "device": "gate-1",
-            "expires": int(time.time()) + 3600,
-        }
-        return str(EnrolmentToken(**{**facts, **changes}))  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def aggregator(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aggregator]:
-    folder = tmp_path_factory.mktemp("aggregator")
-    authority = CertificateAuthority.create(folder / "ca", name="test CA", now=time.time())
-    keys = CloudKeys.from_seed(b"cli tests")
-    repository = TufRepository(Artefacts.in_memory(), keys, SystemClock())
-    repository.init(online_keys=keys.online_json(tenant="acme", fleet="gates"))
-    graphs = {ref.name: bundle.read(ref.name) for ref in bundle.manifest.files}
-    repository.add_graphs(
-        bundle.manifest.graphs_sha256, {**graphs, "manifest.json": bundle.manifest.to_bytes()}
-    )
-    candidate = CandidateMaker(bundle).make(bundle.checkpoint().params, bundle.checkpoint().buffers)
-    files = {
-        "checkpoint.bin": candidate.checkpoint.to_bytes(),
-        "golden_inputs.bin": candidate.golden_inputs,
-        "golden_outputs.bin": candidate.golden_outputs,
-    }
-    repository.add_release(candidate.release(1, {}, time.time()), files)
-    repository.set_ring("stable", 1)
-    served = Repository({"/v1/ca": authority.certificate_pem.encode(), "/healthz": b"{}"})
-    served.repository = repository
-    script = Script(files=served)
-    with (
-        start_broker("embedded", folder=folder / "broker") as broker,
-        https_server(folder / "server", authority, script, now=time.time()) as url,
-    ):
-        found = Aggregator(url, authority, repository, keys, broker, [])
-        script.post["/v1/enroll"] = found.enrol
-        yield found
 
 
 @pytest.fixture

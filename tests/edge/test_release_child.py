@@ -1,0 +1,93 @@
+"""The release check of a real device: in a child, over mutual TLS, with its certificate renewed on the way."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from edge_agent import identity as identity_files
+from edge_agent.enrol import enrol
+from edge_agent.release_child import ChildReleases
+from models.bundle import Bundle
+from process.clock import SystemClock
+from tests.edge.aggregator import Aggregator
+from tests.edge.tiny_release import SteppedClock
+from wire.errors import ReleaseError, TransportError
+from wire.manifest import GRAPH_FILES
+from wire.primitives import certificate_not_after
+
+
+@pytest.fixture
+def state(aggregator: Aggregator, tmp_path: Path) -> Path:
+    enrol(aggregator.token(), tmp_path / "state", clock=SystemClock())
+    return tmp_path / "state"
+
+
+def releases(state: Path, *, graphs: str = "", now: float | None = None) -> tuple[ChildReleases, list[int]]:
+    renewals: list[int] = []
+    clock = SteppedClock(now) if now is not None else SystemClock()
+    source = ChildReleases(state, clock, graphs=lambda: graphs, renewed=lambda: renewals.append(1))
+    return source, renewals
+
+
+def nothing(_: str) -> frozenset[str]:
+    return frozenset()
+
+
+def test_new_release_is_found_and_downloaded(aggregator: Aggregator, state: Path) -> None:
+    source, renewals = releases(state)
+    offer = source.fetch(0, nothing)
+    assert (offer.release_version, offer.rollback, renewals) == (1, False, [])
+    assert offer.keys.tenant == "acme"
+    assert {path.is_file() for path in offer.files.values() if isinstance(path, Path)} == {True}
+    assert set(GRAPH_FILES) < set(offer.files)
+    assert source.fetched_bytes_total > 10_000
+    source.clear()
+    assert not any(path.exists() for path in offer.files.values() if isinstance(path, Path))
+
+
+def test_what_is_held_is_not_downloaded_again(bundle: Bundle, state: Path) -> None:
+    source, _ = releases(state, graphs=bundle.manifest.graphs_sha256)
+    offer = source.fetch(0, lambda graphs: frozenset(GRAPH_FILES))
+    assert not set(GRAPH_FILES) & set(offer.files)
+    assert "checkpoint.bin" in offer.files
+
+
+def test_release_that_serves_is_not_downloaded(state: Path) -> None:
+    assert releases(state)[0].fetch(1, nothing).files == {}
+
+
+def test_certificate_is_renewed_when_that_is_due(aggregator: Aggregator, tmp_path: Path) -> None:
+    aggregator.days = 1.0
+    try:
+        enrol(aggregator.token(), tmp_path / "state", clock=SystemClock())
+    finally:
+        aggregator.days = 7.0
+    source, renewals = releases(tmp_path / "state")
+    source.fetch(1, nothing)
+    assert renewals == [1]
+    identity = identity_files.load(tmp_path / "state")
+    assert certificate_not_after(identity.certificate_pem) > time.time() + 6 * 86_400
+
+
+def test_metadata_that_has_expired_by_our_clock_is_a_release_error(state: Path) -> None:
+    source, _ = releases(state, now=time.time() + 20 * 365 * 86_400)
+    with pytest.raises(ReleaseError, match="does not verify"):
+        source.fetch(0, nothing)
+
+
+def test_aggregator_that_is_away_is_a_transport_error(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = state / "identity" / "enrolment.json"
+    port = identity_files.load(state).url_api.rsplit(":", 1)[1]
+    place.write_text(place.read_text().replace(f":{port}", ":1"))
+    monkeypatch.setattr("edge_agent.release_child.TIMEOUT_SECONDS", 60.0)
+    with pytest.raises(TransportError):
+        releases(state)[0].fetch(0, nothing)
+
+
+def test_child_that_dies_is_a_release_error(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge_agent.child.sys.executable", "/bin/false")
+    with pytest.raises(ReleaseError, match="without a result"):
+        releases(state)[0].fetch(0, nothing)
