@@ -133,7 +133,7 @@ def assemble(
 
     def maintain() -> None:
         """Signs again what is half over, and tells the fleet when it did."""
-        if base.repository.refresh():
+        if base.repository.refresh() and base.publisher.current_version(ring):
             downlink.announce(base.publisher.announcement(ring))
 
     aggregator = Aggregator(

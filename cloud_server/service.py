@@ -33,9 +33,9 @@ from cloud_server.rounds.runner import RoundRunner
 from cloud_server.rounds.state import RoundPolicy
 from models.bundle import Bundle
 from process.logs import get_logger
-from wire.errors import ConfigurationError
+from wire.errors import BrokerError, ConfigurationError
 from wire.transport import Transport, TransportEvent
-from wire.transport.broker import BrokerTls, start_broker
+from wire.transport.broker import BrokerTls, RunningBroker, start_broker
 from wire.transport.mqtt import MqttTransport
 
 _log = get_logger("cloud.service")
@@ -44,6 +44,7 @@ QUEUED_EVENTS = 100_000
 EVENTS_PER_TICK = 256
 LONGEST_WAIT_SECONDS = 1.0
 POLL_SECONDS = 1.0
+BROKER_PROBE_SECONDS = 5.0
 
 
 class StopSignal(Protocol):
@@ -255,7 +256,24 @@ def _broker(deployment: Deployment) -> Iterator[tuple[str, int]]:
         settings.kind, folder=deployment.folder.broker, host=settings.host, port=settings.port, tls=tls
     ) as broker:
         _log.info("broker_started", kind=broker.kind, port=broker.port)
-        yield broker.host, broker.port
+        ended = threading.Event()
+        watch = threading.Thread(target=_watch_broker, args=(broker, ended), name="broker-watch", daemon=True)
+        watch.start()
+        try:
+            yield broker.host, broker.port
+        finally:
+            ended.set()
+            watch.join()
+
+
+def _watch_broker(broker: RunningBroker, ended: threading.Event) -> None:
+    """Starts a broker that no longer answers anew. On its own thread: a probe of a dead one takes seconds."""
+    while not ended.wait(BROKER_PROBE_SECONDS):
+        try:
+            if broker.revive():
+                _log.warning("broker_revived", kind=broker.kind)
+        except BrokerError as error:
+            _log.error("broker_does_not_come_back", error=str(error), hint=error.hint)
 
 
 def _broker_tls(deployment: Deployment) -> BrokerTls:

@@ -32,12 +32,12 @@ from edge_agent.settings import (
     ReportSettings,
 )
 from fleet.demo_report import make_report
-from fleet.first_bundle import make_first_bundle
 from fleet.local_agent import LocalAgent
 from fleet.local_cloud import HOLDOUT, LocalCloud, free_port
 from fleet.report import FleetReport
 from models.data import fashion_mnist, smartwatch
 from models.data.federation import Federation
+from models.first_bundle import make_first_bundle
 from process.options import render_toml
 from process.progress import Progress
 from wire.errors import ConfigurationError, RoundError
@@ -136,9 +136,9 @@ def _cloud_settings(plan: DemoPlan, dataset: Dataset, devices: int) -> CloudSett
     return CloudSettings(
         tenant="shoal",
         fleet=plan.dataset,
-        listen=ListenSettings(public_port=free_port(), device_port=0),
+        listen=ListenSettings(public_port=free_port(), device_port=free_port()),
         broker=msgspec.convert(
-            {"kind": plan.broker, "port": 0, "tls": plan.broker == "mosquitto"}, BrokerSettings
+            {"kind": plan.broker, "port": free_port(), "tls": plan.broker == "mosquitto"}, BrokerSettings
         ),
         run=RunSettings(
             name="demo",

@@ -7,6 +7,7 @@ whatever the agent is doing, and every one of them must be answered.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -66,6 +67,11 @@ class LocalAgent:
             thread.start()
 
     @property
+    def process_id(self) -> int:
+        """Of the child."""
+        return self._process.pid
+
+    @property
     def labelled(self) -> int:
         """Labelled windows that the agent gets."""
         return len(self._split.train_x) + len(self._split.val_x)
@@ -120,6 +126,10 @@ class LocalAgent:
                 self._process.wait()
         for thread in self._threads:
             thread.join(_STOP_SECONDS)
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
 
     # ---- the two threads ---------------------------------------------------------------------------------------
 

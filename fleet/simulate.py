@@ -17,11 +17,11 @@ from cloud_server.rounds.state import RoundPolicy
 from edge_agent.ports import JobResult
 from edge_agent.settings import EdgeSettings, ReleaseSettings, ReportSettings
 from fleet.books import Judge, device_row, read_books, release_rows, round_rows
-from fleet.first_bundle import make_first_bundle
 from fleet.report import FleetReport
 from fleet.scenario import FaultScenario, Scenario
 from fleet.simulation import Simulation
 from fleet.virtual_people import virtual_federation
+from models.first_bundle import make_first_bundle
 from process.progress import Progress
 
 MODEL = "watch_cnn1d"

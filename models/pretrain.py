@@ -39,16 +39,15 @@ def pretrain(
     """
     if len(x) == 0 or len(x) != len(y):
         raise DataError("the first training needs samples with a label each", samples=len(x), labels=len(y))
-    generator = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)
     optimizer = torch.optim.Adam(module.parameters(), learning_rate)
     inputs, labels = torch.from_numpy(x), torch.from_numpy(y)
+    batches = -(-len(x) // batch_size)
     module.train()
     loss = 0.0
     for _ in range(epochs):
-        order = torch.randperm(len(inputs), generator=generator)
-        losses = [
-            _step(module, task, optimizer, inputs[batch], labels[batch]) for batch in order.split(batch_size)
-        ]
+        order = np.array_split(rng.permutation(len(x)), batches)
+        losses = [_step(module, task, optimizer, inputs[batch], labels[batch]) for batch in order]
         loss = float(np.mean(losses))
     module.eval()
     return loss

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fleet.first_bundle import make_first_bundle
 from models.bundle import Bundle
 from models.data import smartwatch
+from models.first_bundle import make_first_bundle
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The first bundle of a local fleet: a zoo model trained on the operator's own data alone."""
+"""The first bundle of a fleet: a zoo model trained on the operator's own data alone."""
 
 from __future__ import annotations
 
