@@ -152,6 +152,7 @@ def insert_round(connection: Connection, run: str, row: RoundRow) -> None:
             number=row.number,
             state=row.state,
             base_sha256=row.base_sha256.hex(),
+            head_sha256=row.head_sha256.hex() or None,
             deadline=row.deadline,
             config=dict(row.config),
             seed=row.seed,
@@ -321,6 +322,19 @@ def end_updates(
     where = (updates.c.run == run) & (updates.c.round == round_number) & (updates.c.kind == kind)
     values = {"state": state, "reason": reason, "body": None, "artefact_key": None}
     connection.execute(sa.update(updates).where(where & (updates.c.state == "stored")).values(**values))
+
+
+def end_run_updates(connection: Connection, run: str, state: str) -> None:
+    """Moves every stored reply of a run to its terminal state and drops its bytes."""
+    values = {"state": state, "body": None, "artefact_key": None}
+    where = (updates.c.run == run) & (updates.c.state == "stored")
+    connection.execute(sa.update(updates).where(where).values(**values))
+
+
+def load_artefact_keys(connection: Connection, run: str) -> list[str]:
+    """The blobs that hold bodies of a run's stored replies."""
+    where = (updates.c.run == run) & updates.c.artefact_key.is_not(None)
+    return list(connection.execute(sa.select(updates.c.artefact_key).where(where)).scalars())
 
 
 def _update(row: Any, body: bytes) -> UpdateRow:

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, Message
 from flwr.app.exception import AppExitException
+from flwr.common.constant import ErrorCode
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
 __all__ = [
+    "NODE_UNAVAILABLE",
     "AppExitException",
     "ArrayView",
     "Run",
@@ -33,6 +35,7 @@ __all__ = [
 
 RUN_ID = 1
 SERVER_NODE_ID = 1
+NODE_UNAVAILABLE: int = ErrorCode.NODE_UNAVAILABLE
 _STYPE = "numpy.ndarray"
 
 # Flower logs every round at INFO, to a handler of its own and with a level that it sets while it is imported;

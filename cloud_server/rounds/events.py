@@ -80,10 +80,15 @@ class FoldDone:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationOpened:
-    """The evaluation's orders are committed; none is a legal number."""
+    """The orders of an evaluation, or of an app's exchange, are committed; none is a legal number."""
 
     devices: tuple[str, ...]
     deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunEnded:
+    """Whoever drives the run from outside (a ServerApp) has no more to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,7 @@ Event = (
     | ReplyRefused
     | FoldDone
     | EvaluationOpened
+    | RunEnded
     | DecisionMade
     | Resumed
 )

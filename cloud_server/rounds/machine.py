@@ -38,6 +38,7 @@ from cloud_server.rounds.events import (
     Resumed,
     RoundNotOpened,
     RoundOpened,
+    RunEnded,
     RunPaused,
     SendEvaluateOrders,
     SendOrders,
@@ -180,6 +181,16 @@ def _evaluation_opened(state: RoundState, event: EvaluationOpened, now: float, p
     return state, (SendOrders(event.devices), *actions) if event.devices else actions
 
 
+def _exchange_opened(state: RoundState, event: EvaluationOpened, now: float, policy: RoundPolicy) -> Step:
+    """A ServerApp's messages: collected like an evaluation, whatever they ask for, and never short of a quorum."""
+    state = replace(state, phase=Phase.EVALUATING, round_number=state.round_number + 1)
+    return _evaluation_opened(state, event, now, policy)
+
+
+def _ended(state: RoundState, _event: RunEnded, _now: float, _policy: RoundPolicy) -> Step:
+    return replace(state, phase=Phase.FINISHED), (FinishRun(),)
+
+
 def _decided(state: RoundState, _event: DecisionMade, now: float, policy: RoundPolicy) -> Step:
     state, actions = _rest(state, now, policy)
     return state, (CommitRound(), *actions)
@@ -219,6 +230,8 @@ TRANSITIONS: dict[tuple[Phase, type], _Handler] = {
     (Phase.IDLE,       NodesChanged):     _try_open,
     (Phase.IDLE,       RunPaused):        _try_open,
     (Phase.IDLE,       Resumed):          _resume_idle,
+    (Phase.IDLE,       EvaluationOpened): _exchange_opened,
+    (Phase.IDLE,       RunEnded):         _ended,
     (Phase.OPENING,    RoundOpened):      _opened,
     (Phase.OPENING,    RoundNotOpened):   _not_opened,
     (Phase.TRAINING,   Tick):             _collection_tick,

@@ -232,6 +232,7 @@ class Lab:
         strategy: str = "FedAvg",
         parameters: Mapping[str, Any] | None = None,
         make_strategy: Callable[[], Strategy] | None = None,
+        make_runner: Callable[[RunPlan, RunPorts], RoundRunner] = RoundRunner,
         buffers: int = 0,
         train: TrainConfig | None = None,
         seed: int = 7,
@@ -250,6 +251,7 @@ class Lab:
                 build_strategy(strategy, parameters), manifest.params, buffers_size=manifest.buffers_size
             )
         )
+        self._make_runner = make_runner
         self.seed = seed
         self.clock = VirtualClock()
         self.fuse = Fuse()
@@ -311,7 +313,7 @@ class Lab:
             releaser=self,
             clock=self.clock,
         )
-        self.runner = RoundRunner(self.plan, ports)
+        self.runner = self._make_runner(self.plan, ports)
         self.runner.resume(self.initial, self.seed)
         return self.runner
 
@@ -366,12 +368,16 @@ class Lab:
     def deliver(self) -> None:
         """Every order that waits reaches its device, and what the device answers reaches the runner."""
         while self.inbox:
-            name, order = self.inbox[0]
-            if name not in self.absent:
-                answer = self.devices[name].answer(order)
-                if answer is not None:
-                    self.feed(name, order, answer)
-            self.inbox.popleft()
+            self.deliver_one()
+
+    def deliver_one(self) -> None:
+        """The oldest order reaches its device; it stays in the queue if the process ends meanwhile."""
+        name, order = self.inbox[0]
+        if name not in self.absent:
+            answer = self.devices[name].answer(order)
+            if answer is not None:
+                self.feed(name, order, answer)
+        self.inbox.popleft()
 
     def feed(self, name: str, order: Order, answer: Message | Join) -> Receipt | None:
         if isinstance(answer, Join):
