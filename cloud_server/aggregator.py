@@ -1,8 +1,8 @@
 """The aggregator: one place where packets, rounds and releases meet. Single-threaded, event by event.
 
 Laws of the file: order and I/O only, no rule of its own; it never blocks, so the same object serves a real broker
-(events from a queue) and a simulated fleet (events from a pump); a failure while one message is handled ends that message,
-not the aggregator. Source: docs/architecture.md, "The aggregator".
+(events from a queue) and a simulated fleet (events from a pump); a message that cannot be used ends there, not the
+aggregator. Source: docs/architecture.md, "The aggregator".
 """
 
 from __future__ import annotations

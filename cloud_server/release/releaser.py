@@ -1,7 +1,7 @@
 """From a round's head to a release or a hold: quantize, measure, ask the gate, publish, announce.
 
-Laws of the file: what is judged is what would be served (the int8 file with fresh ranges); the candidate and the release
-that devices serve are compared on the same windows of the same devices in the same evaluation (`served_…` metrics),
+Laws of the file: what is judged is what would be served (the int8 file with fresh ranges); the candidate and the
+release that devices serve are compared on the same windows of the same devices in the same evaluation (`served_…` metrics),
 and on the same held-out data of the operator; asked again for a round (after a crash), it gives the first answer.
 """
 
