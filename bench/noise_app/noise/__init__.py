@@ -1,0 +1,1 @@
+"""A stock Flower app: clients add noise to the arrays, the server averages them with FedAvg."""
