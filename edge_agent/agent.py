@@ -419,6 +419,7 @@ class Agent:
 
     def _checked(self, checked: Checked) -> on.Event:
         self.parts.speaker.trust(checked.keys)
+        self.parts.received_bytes_total += checked.fetched_bytes
         serving = self.parts.serving
         if checked.installed is None:
             model = serving.current

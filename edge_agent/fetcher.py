@@ -30,6 +30,8 @@ _MAX_REFUSAL_BYTES: Final = 65_536
 class Fetcher(Protocol):
     """Where release metadata and files come from."""
 
+    fetched_bytes_total: int
+
     def fetch(self, path: str, *, offset: int = 0, limit_bytes: int) -> Iterator[bytes]:
         """The bytes at `path` (it starts with `/`), from `offset` to their end, in pieces.
 

@@ -24,6 +24,7 @@ from edge_agent.storage import Database
 from edge_agent.tuf_client import OnlineKeys
 from process.clock import Clock
 from process.logs import get_logger
+from wire.manifest import GRAPH_FILES, MANIFEST
 
 _log = get_logger("edge_agent.install")
 
@@ -46,12 +47,14 @@ class TufReleases:
         self._clock = clock
 
     def fetch(self, current_version: int, held: Held) -> Offer:
+        before = self._fetcher.fetched_bytes_total
         info = tuf_client.check(
             self._folder, self._identity.tuf_root, self._fetcher, self._identity.ring, self._clock
         )
         is_new = info.release_version not in (0, current_version)
         files = tuf_client.download(info, held=held) if is_new else {}
-        return Offer(info.keys, info.release_version, info.rollback, info.serial, files)
+        fetched = self._fetcher.fetched_bytes_total - before
+        return Offer(info.keys, info.release_version, info.rollback, info.serial, fetched, files)
 
     def clear(self) -> None:
         tuf_client.clear_staging(self._folder)
@@ -71,17 +74,20 @@ class SharedTufReleases:
 
     def fetch(self, current_version: int, held: Held) -> Offer:
         path = f"{tuf_client.METADATA_PATH}/timestamp.json"
-        seen = hashlib.sha256()
-        for piece in self._fetcher.fetch(path, limit_bytes=MAX_TIMESTAMP_BYTES):
-            seen.update(piece)
-        name = seen.digest()
+        timestamp = b"".join(self._fetcher.fetch(path, limit_bytes=MAX_TIMESTAMP_BYTES))
+        name = hashlib.sha256(timestamp).digest()
         if name not in self._checked:
             # Everything is fetched, whatever this device holds: the next one may hold nothing.
             offer = self._releases.fetch(0, lambda _: frozenset())
             files = {key: read_source(source) for key, source in offer.files.items()}
             self._checked = {name: replace(offer, files=files)}
         offer = self._checked[name]
-        return offer if offer.release_version != current_version else replace(offer, files={})
+        if offer.release_version == current_version:
+            return replace(offer, fetched_bytes=len(timestamp), files={})
+        # What this device would have fetched by itself: the graphs only once.
+        wanted = offer.files.keys() - ({MANIFEST, *GRAPH_FILES} if current_version else frozenset())
+        fetched = len(timestamp) + sum(len(read_source(offer.files[key])) for key in wanted)
+        return replace(offer, fetched_bytes=fetched)
 
     def clear(self) -> None:
         """What is shared stays: another device may need it."""
@@ -96,6 +102,7 @@ class Checked:
     """
 
     keys: OnlineKeys
+    fetched_bytes: int
     installed: tuple[SlotContents, ServedModel] | None
 
 
@@ -135,7 +142,7 @@ class Installer:
         current = self._slots.current()
         offer = self._source.fetch(current.version if current is not None else 0, self._slots.held)
         if not offer.files:
-            return Checked(offer.keys, None)
+            return Checked(offer.keys, offer.fetched_bytes, None)
         staged = self._slots.stage(offer.files, serial=offer.serial, rollback=offer.rollback)
         verdict = self._selftest.check(staged.contents)
         _log.info(
@@ -149,7 +156,7 @@ class Installer:
         self._source.clear()
         chosen = verdict.variant if self._variant == "auto" else self._variant
         self._database.set_fact(VARIANT_FACT, f"{contents.release_sha256}:{chosen}")
-        return Checked(offer.keys, (contents, self.load(contents)))
+        return Checked(offer.keys, offer.fetched_bytes, (contents, self.load(contents)))
 
     def load(self, contents: SlotContents) -> ServedModel:
         """A slot's release as a model that can answer.

@@ -86,7 +86,6 @@ class ChildReleases:
         self._clock = clock
         self._graphs = graphs
         self._renewed = renewed
-        self.fetched_bytes_total = 0
 
     def fetch(self, current_version: int, held: Held) -> Offer:
         graphs = self._graphs()
@@ -96,12 +95,11 @@ class ChildReleases:
             held=tuple(sorted(held(graphs))) if graphs else (),
         )
         found = self._ask(msgspec.json.encode(request))
-        self.fetched_bytes_total += found.fetched_bytes
         if found.renewed:
             self._renewed()
         keys = OnlineKeys(found.tenant, found.fleet, found.kem, found.orders)
         files = {name: Path(path) for name, path in found.files.items()}
-        return Offer(keys, found.release_version, found.rollback, found.serial, files)
+        return Offer(keys, found.release_version, found.rollback, found.serial, found.fetched_bytes, files)
 
     def clear(self) -> None:
         tuf_client.clear_staging(self._folder / STAGING_NAME)

@@ -19,6 +19,7 @@ class Offer:
     Attributes:
         release_version: that the ring shall run; 0 while the ring has none.
         rollback, serial: of the ring file.
+        fetched_bytes: what came over the network for this check.
         files: of that release, but those that are held; empty when it is the current one.
     """
 
@@ -26,6 +27,7 @@ class Offer:
     release_version: int
     rollback: bool = False
     serial: int = 0
+    fetched_bytes: int = 0
     files: Mapping[str, bytes | Path] = field(default_factory=dict)
 
 
