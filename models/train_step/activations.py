@@ -1,7 +1,8 @@
 """Backward of activations whose own decompositions ONNX cannot express, or whose export is slow.
 
-A mask is made of float operators (`sign` of a clamped value) where that is exact: onnxruntime's `Where` over
-a bool tensor costs several times as much. Each function replaces the `aten` operator of its name.
+A mask costs more than the product with it: onnxruntime's `Sign` and `Where` walk value by value. `above` and
+`below` are exact steps made of one vectorized `HardSigmoid`. Each function without an underscore replaces the
+`aten` operator of its name.
 """
 
 from __future__ import annotations
@@ -10,17 +11,35 @@ import torch
 from torch import Tensor
 
 
+@torch.library.custom_op("shoal::above", mutates_args=())
+def above(x: Tensor, threshold: float) -> Tensor:
+    """1 where `x > threshold`, else 0, as float32."""
+    return (x > threshold).to(x.dtype)
+
+
+@torch.library.custom_op("shoal::below", mutates_args=())
+def below(x: Tensor, threshold: float) -> Tensor:
+    """1 where `x < threshold`, else 0, as float32."""
+    return (x < threshold).to(x.dtype)
+
+
+@above.register_fake
+@below.register_fake
+def _(x: Tensor, threshold: float) -> Tensor:
+    return torch.empty_like(x)
+
+
 def threshold_backward(grad: Tensor, output: Tensor, threshold: float) -> Tensor:
-    """ReLU's gradient; autograd hands over ReLU's result, so its sign is 0 or 1."""
-    if threshold == 0:
-        return grad * torch.sign(torch.relu(output))
-    return torch.where(output > threshold, grad, 0.0)
+    """ReLU's gradient; autograd hands over ReLU's result."""
+    mask: Tensor = above(output, threshold)
+    return grad * mask
 
 
 def hardtanh_backward(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
     """Gradient of a clamp (ReLU6 too): passes strictly between `low` and `high`."""
-    clamped = torch.clamp(x, low, high)
-    return grad * torch.sign((clamped - low) * (high - clamped))
+    lower: Tensor = above(x, low)
+    upper: Tensor = below(x, high)
+    return grad * lower * upper
 
 
 def silu_backward(grad: Tensor, x: Tensor) -> Tensor:

@@ -1,23 +1,48 @@
-"""Backward of every convolution in operators that ONNX has.
+"""Convolutions and their gradients in operators that ONNX has, and that onnxruntime runs fast.
 
-ONNX knows `Conv` and `ConvTranspose`, but no gradient. One set of formulas serves one, two and three
-dimensions, strides, dilation, padding, groups and transposed convolutions: the gradient of the input is the
-opposite kind of convolution, the gradient of the weight is a batched matrix product of the output gradient
-with shifted slices of the input (im2col without a copy per sample). Depthwise weights use products and sums
-instead: a matrix product of one row per group is all overhead.
+ONNX knows `Conv` and `ConvTranspose`, but no gradient; and a `Conv` whose weights change is slow for short
+signals and for depthwise kernels. `convolution_1d.py` and `depthwise.py` have those two; here is the general
+case for one, two and three dimensions, strides, dilation, padding, groups and transposed convolutions: the
+gradient of the input is the opposite kind of convolution, the gradient of the weight a batched matrix product
+of the output gradient with the inputs that each kernel position met.
 Source: Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", arXiv:1603.07285.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from models.train_step import convolution_1d, depthwise
+from models.train_step.patches import Window, columns
 
 aten = torch.ops.aten
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Replacement of `aten.convolution` where a matrix product is faster; else NotImplemented: left to ONNX."""
+    window = Window.of(x, weight, stride, padding, dilation)
+    if not transposed and convolution_1d.fits(x, window, groups):
+        return convolution_1d.forward(x, weight, bias, window)
+    if not transposed and depthwise.fits(x, window, groups):
+        return depthwise.forward(x, weight, bias, window)
+    left: Any = NotImplemented
+    return left  # type: ignore[no-any-return]
 
 
 def convolution_backward(
@@ -32,128 +57,61 @@ def convolution_backward(
     output_padding: Sequence[int],
     groups: int,
     output_mask: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """Replacement of `aten.convolution_backward`: gradients of input, weight and bias, if asked for."""
-    rank = x.dim() - 2
-    stride, padding, dilation = (_per_axis(v, rank) for v in (stride, padding, dilation))
-    grad_x = grad_weight = grad_bias = None
+    window = Window.of(x, weight, stride, padding, dilation)
+    grad_x = grad_weight = None
     if output_mask[0]:
-        if transposed:
-            grad_x = _convolve(grad, weight, stride, padding, dilation, groups)
-        else:
-            grad_x = _grad_input(grad, x, weight, stride, padding, dilation, groups)
+        grad_x = _grad_input(grad, x, weight, window, transposed, groups)
     if output_mask[1]:
         # A transposed convolution is a convolution seen from its output: input and output gradient change
         # places.
         source, gradient = (grad, x) if transposed else (x, grad)
-        grad_weight = _grad_weight(source, gradient, weight, stride, padding, dilation, groups)
-    if output_mask[2]:
-        grad_bias = grad.sum([0, *range(2, grad.dim())])
+        grad_weight = _grad_weight(gradient, source, weight, window, groups)
+    grad_bias = grad.sum([0, *range(2, grad.dim())]) if output_mask[2] else None
     return grad_x, grad_weight, grad_bias
 
 
-def _per_axis(values: Sequence[int], rank: int) -> list[int]:
-    return list(values) if len(values) == rank else [values[0]] * rank
-
-
-def _convolve(
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    result: Tensor = aten.convolution(
-        x, weight, None, stride, padding, dilation, False, [0] * (x.dim() - 2), groups
-    )
-    return result
-
-
-def _is_pointwise(kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], groups: int) -> bool:
-    return groups == 1 and all(k == 1 for k in (*kernel, *stride)) and not any(padding)
-
-
 def _grad_input(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    grad: Tensor, x: Tensor, weight: Tensor, window: Window, transposed: bool, groups: int
 ) -> Tensor:
-    kernel = weight.shape[2:]
-    out_channels = weight.shape[0]
-    if _is_pointwise(kernel, stride, padding, groups):
-        flat = weight.reshape(out_channels, -1).t()
-        return torch.matmul(flat, grad.reshape(grad.shape[0], out_channels, -1)).reshape(x.shape)
-    if all(s == 1 for s in stride):
-        # A convolution with the kernel turned round; onnxruntime's Conv is faster than its ConvTranspose.
-        per_group = weight.reshape(groups, out_channels // groups, *weight.shape[1:]).transpose(1, 2)
-        turned = per_group.reshape(x.shape[1], out_channels // groups, *kernel).flip(list(range(2, x.dim())))
-        edges = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
-        if all(edge >= 0 for edge in edges):
-            return _convolve(grad, turned, stride, edges, dilation, groups)
-    rest = [
-        i - ((o - 1) * s - 2 * p + d * (k - 1) + 1)
-        for i, o, s, p, d, k in zip(
-            x.shape[2:], grad.shape[2:], stride, padding, dilation, kernel, strict=True
-        )
-    ]
-    result: Tensor = aten.convolution(grad, weight, None, stride, padding, dilation, True, rest, groups)
-    return result
+    shape = (window.stride, window.padding, window.dilation)
+    none = [0] * len(window.kernel)
+    if transposed:
+        straight: Tensor = aten.convolution(grad, weight, None, *shape, False, none, groups)
+        return straight
+    if convolution_1d.fits(x, window, groups):
+        return convolution_1d.grad_input(grad, x, weight, window)
+    if depthwise.fits(x, window, groups):
+        return depthwise.grad_input(grad, x, weight, window)
+    if window.is_pointwise and groups == 1:
+        flat = weight.reshape(weight.shape[0], -1).t()
+        return torch.matmul(flat, grad.flatten(2)).reshape(x.shape)
+    rest = window.left_over(x.shape[2:], grad.shape[2:])
+    turned: Tensor = aten.convolution(grad, weight, None, *shape, True, rest, groups)
+    return turned
 
 
-def _grad_weight(
-    x: Tensor,
-    grad: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    batch, channels, out_channels = x.shape[0], x.shape[1], grad.shape[1]
-    kernel = weight.shape[2:]
-    if _is_pointwise(kernel, stride, padding, groups):
-        rows = grad.reshape(batch, out_channels, -1)
-        columns = x.reshape(batch, channels, -1).transpose(1, 2)
-        return torch.matmul(rows, columns).sum(0).reshape(weight.shape)
-    slices = _shifted_slices(x, grad, kernel, stride, padding, dilation)
-    if groups == channels:
-        spread = grad.reshape(batch, groups, out_channels // groups, *grad.shape[2:])
-        axes = [0, *range(3, spread.dim())]
-        sums = [(spread * part.unsqueeze(2)).sum(axes) for part in slices]
-        return torch.stack(sums, -1).reshape(weight.shape)
-    per_group = channels // groups
-    columns = torch.cat([part.reshape(batch, groups, per_group, -1) for part in slices], 2)
-    rows = grad.reshape(batch, groups, out_channels // groups, -1)
-    summed = torch.matmul(rows, columns.transpose(2, 3)).sum(0)
-    ordered = summed.reshape(groups, out_channels // groups, len(slices), per_group).transpose(2, 3)
-    return ordered.reshape(weight.shape)
-
-
-def _shifted_slices(
-    x: Tensor,
-    grad: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> list[Tensor]:
-    """For each kernel position, the inputs that it met: `[N, C, *output size]` each."""
-    sizes = grad.shape[2:]
-    edges: list[int] = []
-    for size, out, k, s, p, d in zip(x.shape[2:], sizes, kernel, stride, padding, dilation, strict=True):
-        reach = (out - 1) * s + d * (k - 1) + 1
-        edges = [p, max(p, reach - size - p), *edges]
-    padded = functional.pad(x, edges) if any(edges) else x
-    slices = []
-    for position in product(*(range(k) for k in kernel)):
-        part = padded
-        for axis, (at, out, s, d) in enumerate(zip(position, sizes, stride, dilation, strict=True)):
-            start = at * d
-            part = aten.slice(part, 2 + axis, start, start + (out - 1) * s + 1, s)
-        slices.append(part)
-    return slices
+def _grad_weight(grad: Tensor, x: Tensor, weight: Tensor, window: Window, groups: int) -> Tensor:
+    if convolution_1d.fits(x, window, groups):
+        return convolution_1d.grad_weight(grad, x, weight, window)
+    if depthwise.fits(x, window, groups):
+        return depthwise.grad_weight(grad, x, weight, window)
+    channels, out_channels, kernel = x.shape[1], grad.shape[1], weight.shape[2:]
+    met = x.flatten(2) if window.is_pointwise else columns(x, grad.shape[2:], window).flatten(2)
+    if groups == 1:
+        # Three axes and no more, so that onnxruntime fuses the transposition into the product.
+        summed = torch.matmul(grad.flatten(2), met.transpose(1, 2)).sum(0)
+        ordered = summed.reshape(out_channels, -1, channels).transpose(1, 2)
+        return ordered.reshape(weight.shape)
+    per_group, out_per_group = channels // groups, out_channels // groups
+    if per_group == 1:
+        # One row per group is too little for a matrix product.
+        spread = grad.reshape(grad.shape[0], 1, groups, out_per_group, -1)
+        products = spread * met.reshape(met.shape[0], -1, groups, 1, met.shape[2])
+        return products.sum(4).sum(0).flatten(1).t().reshape(weight.shape)
+    rows = grad.reshape(grad.shape[0], groups, out_per_group, -1)
+    by_group = met.reshape(met.shape[0], -1, groups, per_group, met.shape[2]).transpose(1, 2).flatten(2, 3)
+    summed = torch.matmul(rows, by_group.transpose(2, 3)).sum(0)
+    ordered = summed.reshape(out_channels, -1, per_group).transpose(1, 2)
+    return ordered.reshape(out_channels, per_group, *kernel)

@@ -8,21 +8,13 @@ from typing import Any
 import torch
 from torch._decomp import core_aten_decompositions, get_decompositions
 
-from models.train_step import activations, convolution, pooling
+from models.train_step import activations, convolution, dropout, normalization, pooling
 
 aten = torch.ops.aten
 
 Table = dict[Any, Callable[..., Any]]
 
 _FROM_TORCH = (
-    aten.native_batch_norm_backward,
-    aten.native_group_norm_backward,
-    aten.native_layer_norm_backward,
-    aten._native_batch_norm_legit,
-    aten._native_batch_norm_legit_functional,
-    aten.native_batch_norm,
-    aten.native_group_norm,
-    aten.native_layer_norm,
     aten.gelu_backward,
     aten._log_softmax_backward_data,
     aten._softmax_backward_data,
@@ -48,10 +40,19 @@ def decomposition_table() -> Table:
     table.update(get_decompositions(_FROM_TORCH))
     table.update(
         {
+            aten.convolution.default: convolution.convolution,
             aten.convolution_backward.default: convolution.convolution_backward,
             aten.max_pool2d_with_indices.default: pooling.max_pool2d_with_indices,
             aten.max_pool2d_with_indices_backward.default: pooling.max_pool2d_with_indices_backward,
             aten.avg_pool2d_backward.default: pooling.avg_pool2d_backward,
+            aten._native_batch_norm_legit.no_stats: normalization.batch_norm,
+            aten._native_batch_norm_legit_functional.default: normalization.batch_norm_functional,
+            aten.native_batch_norm_backward.default: normalization.native_batch_norm_backward,
+            aten.native_group_norm.default: normalization.native_group_norm,
+            aten.native_group_norm_backward.default: normalization.native_group_norm_backward,
+            aten.native_layer_norm.default: normalization.native_layer_norm,
+            aten.native_layer_norm_backward.default: normalization.native_layer_norm_backward,
+            aten.native_dropout_backward.default: dropout.native_dropout_backward,
             aten.threshold_backward.default: activations.threshold_backward,
             aten.hardtanh_backward.default: activations.hardtanh_backward,
             aten.silu_backward.default: activations.silu_backward,

@@ -10,17 +10,14 @@ are below 2**31; the counter scheme is that of Salmon et al., "Parallel random n
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from types import FunctionType
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from wire.errors import UnsupportedLayerError
+aten = torch.ops.aten
 
 WORD = 0xFFFFFFFF
 MULTIPLIERS = (0x21F0AAAD, 0x735A2D97)
@@ -61,10 +58,11 @@ def _mix(word: Tensor) -> Tensor:
     return word
 
 
-class CounterDropout(TorchFunctionMode):
-    """While active, every dropout of a forward draws its mask from `seed` and `step`.
+class CounterDropout(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While active, everything that drops values draws its mask from `seed` and `step`.
 
-    Layers are numbered in the order of their calls, so one instance serves one forward.
+    It works below autograd and torch's composite layers, so attention's and channel dropout are seen too.
+    Draws are numbered in the order of the forward, so one instance serves one forward.
 
     Args:
         seed: int64 [].
@@ -72,116 +70,44 @@ class CounterDropout(TorchFunctionMode):
     """
 
     def __init__(self, seed: Tensor, step: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._seed = seed
         self._step = step
         self._layers = 0
 
-    def __torch_function__(
+    def __torch_dispatch__(
         self,
-        func: Callable[..., Any],
+        func: Any,
         types: Sequence[type],
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
-        if func in _ELEMENT_DROPOUTS:
-            return self._drop(*args, **kwargs)
-        if func in _CHANNEL_DROPOUTS:
-            return self._drop_channels(*args, **kwargs)
-        if func is functional.scaled_dot_product_attention:
-            return self._attention(*args, **kwargs)
-        if func is functional.multi_head_attention_forward:
-            return self._reopened(func)(*args, **kwargs)
-        if func in _REFUSED:
-            name = func.__name__
-            hint = "use nn.Dropout"
-            raise UnsupportedLayerError(
-                f"{name} has no training graph", hint=hint, layer=name, substitute=hint
-            )
-        return func(*args, **kwargs)
+        if func is aten.native_dropout.default:
+            return self._native_dropout(*args)
+        if func is aten.bernoulli_.float:
+            return args[0].copy_(self._keep(args[0], 1 - _probability(*args, **(kwargs or {}))))
+        if func is aten.bernoulli.p:
+            return self._keep(args[0], 1 - _probability(*args, **(kwargs or {}))).to(args[0].dtype)
+        return func(*args, **(kwargs or {}))
 
-    def _drop(
-        self,
-        x: Tensor,
-        p: float = 0.5,
-        training: bool = True,
-        inplace: bool = False,
-        train: bool | None = None,
-    ) -> Tensor:
-        return self._masked(x, x, p, training if train is None else train)
+    def _native_dropout(self, x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
+        if train is False or p == 0:
+            return x.clone(), torch.ones_like(x, dtype=torch.bool)
+        keep = self._keep(x, p)
+        scale = 0.0 if p == 1 else 1 / (1 - p)
+        return x * keep.to(x.dtype) * scale, keep
 
-    def _drop_channels(
-        self,
-        x: Tensor,
-        p: float = 0.5,
-        training: bool = True,
-        inplace: bool = False,
-        train: bool | None = None,
-    ) -> Tensor:
-        channels = x.detach().flatten(2)[..., :1].reshape(x.shape[0], x.shape[1], *[1] * (x.dim() - 2))
-        return self._masked(x, channels, p, training if train is None else train)
-
-    def _masked(self, x: Tensor, like: Tensor, p: float, training: bool) -> Tensor:
-        if not training or p == 0:
-            return x
-        if p >= 1:
-            return x * 0.0
-        bits = counter_bits(like.detach(), self._seed, self._step, self._layers)
+    def _keep(self, like: Tensor, drop_probability: float) -> Tensor:
+        bits = counter_bits(like, self._seed, self._step, self._layers)
         self._layers += 1
-        keep: Tensor = (bits >= math.floor(p * 2**32)).to(x.dtype)
-        return x * (keep * (1 / (1 - p)))
-
-    def _attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        if dropout_p == 0 or enable_gqa:
-            return functional.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
-        scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-        if is_causal:
-            attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            scores = torch.where(attn_mask, scores, -math.inf)
-        elif attn_mask is not None:
-            scores = scores + attn_mask
-        return self._masked(torch.softmax(scores, -1), scores, dropout_p, True) @ value
-
-    def _reopened(self, func: Callable[..., Any]) -> Callable[..., Any]:
-        # torch leaves the mode while it runs one of its own functions, so a dropout inside would not be seen.
-        if not isinstance(func, FunctionType):
-            return func
-        own = {
-            "has_torch_function": lambda _: False,
-            "dropout": self._drop,
-            "scaled_dot_product_attention": self._attention,
-        }
-        copy = FunctionType(func.__code__, func.__globals__ | own, func.__name__, func.__defaults__)
-        copy.__kwdefaults__ = func.__kwdefaults__
-        return copy
+        keep: Tensor = bits >= round(drop_probability * (WORD + 1))
+        return keep
 
 
-_ELEMENT_DROPOUTS = (functional.dropout, torch.dropout)
-_CHANNEL_DROPOUTS = (
-    functional.dropout1d,
-    functional.dropout2d,
-    functional.dropout3d,
-    torch.feature_dropout,
-)
-_REFUSED = (
-    functional.alpha_dropout,
-    functional.feature_alpha_dropout,
-    torch.alpha_dropout,
-    torch.feature_alpha_dropout,
-    functional.rrelu,
-    functional.gumbel_softmax,
-)
+def _probability(_: Tensor, p: float = 0.5, generator: object = None) -> float:
+    return p
+
+
+def native_dropout_backward(grad: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Replacement of `aten.native_dropout_backward`."""
+    return grad * mask.to(grad.dtype) * scale

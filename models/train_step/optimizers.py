@@ -22,7 +22,7 @@ ADAM_BETA1 = 0.9
 ADAM_BETA2 = 0.999
 ADAM_EPSILON = 1e-8
 
-Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,10 @@ class Optimizer:
 
     Attributes:
         name: "sgd" or "adam".
-        update: `(params [P], state [S], gradient [P], lr [], momentum []) -> (params [P], state [S])`.
+        update: `(params [P], state [S], gradient [P], lr [], momentum [], active []) -> (params [P], state
+            [S])`; `active` is 1, or 0 for a batch of nothing but padding, whose gradient is 0 and whose step
+            must change nothing. It works on scalars, because a `Where` over P values costs as much as the
+            update.
         state_size: S for a given P.
     """
 
@@ -53,26 +56,33 @@ def optimizer_named(name: str) -> Optimizer:
 
 
 def _sgd(
-    params: Tensor, state: Tensor, gradient: Tensor, lr: Tensor, momentum: Tensor
+    params: Tensor, state: Tensor, gradient: Tensor, lr: Tensor, momentum: Tensor, active: Tensor
 ) -> tuple[Tensor, Tensor]:
-    velocity = momentum * state + gradient
-    return params - lr * velocity, velocity
+    velocity = _decay(momentum, active) * state + gradient
+    return params - (lr * active) * velocity, velocity
 
 
 def _adam(
-    params: Tensor, state: Tensor, gradient: Tensor, lr: Tensor, momentum: Tensor
+    params: Tensor, state: Tensor, gradient: Tensor, lr: Tensor, momentum: Tensor, active: Tensor
 ) -> tuple[Tensor, Tensor]:
     size = params.shape[0]
     first, second, count = torch.split(state, [size, size, 1])
-    count = count + 1
-    first = ADAM_BETA1 * first + (1 - ADAM_BETA1) * gradient
-    second = ADAM_BETA2 * second + (1 - ADAM_BETA2) * (gradient * gradient)
+    count = count + active
+    first = _decay(ADAM_BETA1, active) * first + (1 - ADAM_BETA1) * gradient
+    second = _decay(ADAM_BETA2, active) * second + (1 - ADAM_BETA2) * (gradient * gradient)
     # In float64: 1 - 0.999**t in float32 is off by 6e-5 of itself in the first steps.
-    steps = count.double()
+    # At least 1: a first batch of padding must not divide 0 by 0.
+    steps = torch.clamp(count, min=1).double()
     correction1 = (1 - torch.exp(steps * math.log(ADAM_BETA1))).float()
     correction2 = (1 - torch.exp(steps * math.log(ADAM_BETA2))).float()
     denominator = torch.sqrt(second) / torch.sqrt(correction2) + ADAM_EPSILON
-    return params - (lr / correction1) * (first / denominator), torch.cat([first, second, count])
+    moved = params - (lr * active / correction1) * (first / denominator)
+    return moved, torch.cat([first, second, count])
+
+
+def _decay(factor: Tensor | float, active: Tensor) -> Tensor:
+    """The factor where a step is taken, 1 where it is not."""
+    return factor * active + (1 - active)
 
 
 OPTIMIZERS: Mapping[str, Optimizer] = MappingProxyType(

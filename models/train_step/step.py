@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value
+from torch.func import functional_call
 
 from models.flat import buffer_slots, buffers_of, join_flat, param_slots, params_of, split_flat
 from models.task import Task
@@ -62,28 +62,26 @@ def build_step(module: nn.Module, task: Task, optimizer: Optimizer) -> Step:
         step_index: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         total = weights.sum()
-        is_empty = total <= 0
-        shares = weights / torch.where(is_empty, torch.ones_like(total), total)
+        active = (total > 0).to(torch.float32)
+        shares = weights / (total + (1 - active))
 
-        def loss_of(trainable: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
-            running = {name: value.clone() for name, value in split_flat(buffers, statistics).items()}
-            state = {**trainable, **running, **{name: value.clone() for name, value in constants.items()}}
-            with CounterDropout(seed, step_index):
-                outputs = functional_call(module, state, (x,))
-            loss = (task.sample_losses(outputs, x, y) * shares).sum()
-            return loss, (outputs, running)
-
-        gradients, (loss, (outputs, running)) = grad_and_value(loss_of, has_aux=True)(
-            split_flat(params, slots)
-        )
-        gradient = join_flat(gradients, slots) + weight_decay * params + mu * (params - anchor)
-        new_params, new_state = optimizer.update(params, opt_state, gradient, lr, momentum)
+        leaf = params.detach().requires_grad_()
+        # The forward updates statistics in place: it gets copies, which are read back below.
+        running = {name: value.clone() for name, value in split_flat(buffers, statistics).items()}
+        fixed = {name: value.clone() for name, value in constants.items()}
+        with CounterDropout(seed, step_index):
+            outputs = functional_call(module, {**split_flat(leaf, slots), **running, **fixed}, (x,))
+        loss = (task.sample_losses(outputs, x, y) * shares).sum()
+        gradient = torch.autograd.grad(loss, leaf)[0]
+        gradient = gradient + (active * weight_decay) * params + (active * mu) * (params - anchor)
+        loss, outputs = loss.detach(), outputs.detach()
+        new_params, new_state = optimizer.update(params, opt_state, gradient, lr, momentum, active)
         metric = (task.sample_metrics(outputs, x, y) * shares).sum()
         new_buffers = join_flat(running, statistics) if statistics else buffers.clone()
         return (
-            torch.where(is_empty, params, new_params),
-            torch.where(is_empty, opt_state, new_state),
-            torch.where(is_empty, buffers, new_buffers),
+            new_params,
+            new_state,
+            torch.where(active > 0, new_buffers, buffers),
             loss,
             metric,
         )

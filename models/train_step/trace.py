@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.train_step.decompositions import decomposition_table
+from models.train_step.simplify import constant_size, simplify
 from models.train_step.step import PER_SAMPLE_INPUTS, STEP_INPUTS, Step
 from wire.errors import ModelError, UnsupportedLayerError
 
@@ -68,8 +69,11 @@ def trace_step(step: Step, example: Sequence[Tensor]) -> fx.GraphModule:
     try:
         with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
             warnings.simplefilter("ignore")
+            # Twice, because functionalize, like all of torch.func, loses symbolic sizes in composite
+            # operators.
+            joint = _tolerate_strides(make_fx(step, tracing_mode="symbolic")(*fakes))
             graph = make_fx(
-                functionalize(step, remove="mutations"),
+                functionalize(joint, remove="mutations"),
                 tracing_mode="symbolic",
                 decomposition_table=decomposition_table(),
             )(*fakes)
@@ -78,7 +82,7 @@ def trace_step(step: Step, example: Sequence[Tensor]) -> fx.GraphModule:
             "the forward depends on the values of its input",
             hint="no .item(), no `if` over a tensor in forward",
         ) from error
-    _drop_dead_nodes(graph)
+    simplify(graph)
     _check_batch_is_symbolic(graph)
     _check_deterministic(graph)
     return graph
@@ -92,29 +96,19 @@ def _fake(mode: FakeTensorMode, name: str, value: Tensor) -> Tensor:
     return fake
 
 
-def _drop_dead_nodes(graph: fx.GraphModule) -> None:
-    _infer_symbolic_sizes(graph)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-
-
-def _infer_symbolic_sizes(graph: fx.GraphModule) -> None:
-    """Say -1 where a view has one symbolic size: the graph then need not compute shapes at run time."""
+def _tolerate_strides(graph: fx.GraphModule) -> fx.GraphModule:
+    """Views become reshapes: our decompositions give the values of the operators they replace, not their strides."""
     for node in graph.graph.nodes:
         if node.target is torch.ops.aten.view.default:
-            sizes = [_constant_size(size) for size in node.meta["val"].shape]
-            if sizes.count(None) == 1:
-                node.args = (node.args[0], [-1 if size is None else size for size in sizes])
-
-
-def _constant_size(size: int | torch.SymInt) -> int | None:
-    return size if isinstance(size, int) else size.node.maybe_as_int()
+            node.target = torch.ops.aten.reshape.default
+    graph.recompile()
+    return graph
 
 
 def _check_batch_is_symbolic(graph: fx.GraphModule) -> None:
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     x = placeholders[STEP_INPUTS.index("x")]
-    batch = _constant_size(x.meta["val"].shape[0])
+    batch = constant_size(x.meta["val"].shape[0])
     if batch is not None:
         raise ModelError(
             f"the forward works for a batch of {batch} only",

@@ -54,7 +54,18 @@ class ZooModel:
     input_shape: tuple[int, ...]
 
 
-_ENTRIES = (ZooEntry("watch_cnn1d", "smartwatch", "gestures from a smartwatch, three 1D convolutions"),)
+_ENTRIES = (
+    ZooEntry("watch_cnn1d", "smartwatch", "gestures from a smartwatch, three 1D convolutions"),
+    ZooEntry("tiny_transformer", "smartwatch", "gestures from a smartwatch, a transformer over patches"),
+    ZooEntry(
+        "watch_autoencoder", "smartwatch", "anomaly score of a smartwatch window, learns without labels"
+    ),
+    ZooEntry("fashion_cnn", "fashion-mnist", "clothes in 28 × 28 pixels, two convolutions"),
+    ZooEntry(
+        "fashion_mobile", "fashion-mnist", "clothes in 28 × 28 pixels, depthwise separable convolutions"
+    ),
+    ZooEntry("digits_mlp", "digits", "digits in 8 × 8 pixels, three linear layers"),
+)
 
 ZOO: Mapping[str, ZooEntry] = MappingProxyType({entry.name: entry for entry in _ENTRIES})
 
