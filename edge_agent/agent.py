@@ -9,11 +9,12 @@ Source: docs/architecture.md.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import queue
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -21,20 +22,22 @@ from edge_agent import events as on
 from edge_agent.device_state import State, wake_at
 from edge_agent.feedback import Answered, RecentWindows, belongs_to_validation
 from edge_agent.heads import Heads
+from edge_agent.hearing import PROBATION_STARTS_FACT, event_of, job_ended
 from edge_agent.identity import Identity
-from edge_agent.install import Checked, Installer
+from edge_agent.install import Installer
 from edge_agent.orders import Orders, ReplayWindows
 from edge_agent.outbox import Outbox
 from edge_agent.outgoing import Outgoing
+from edge_agent.parts import Parts
 from edge_agent.ports import Engine, Floats, JobResult, Moment, SelfTest, Worker
 from edge_agent.release_source import ReleaseSource
 from edge_agent.samples import SampleStore
 from edge_agent.sequence import Sequence
 from edge_agent.serving import Answer, Serving
 from edge_agent.settings import EdgeSettings
-from edge_agent.shell import Parts, Shell
+from edge_agent.shell import Shell
 from edge_agent.slots import SlotContents, SlotStore
-from edge_agent.speaker import BlobChunk, DownBody, Speaker
+from edge_agent.speaker import BlobChunk, Speaker
 from edge_agent.state import step
 from edge_agent.status import status_of, write_status
 from edge_agent.storage import Database
@@ -42,14 +45,11 @@ from edge_agent.time_floor import FlooredClock
 from process.clock import Clock
 from process.logs import get_logger
 from wire.errors import EnvelopeError, ModelError, ShoalError
-from wire.messages import Announcement, Evaluation, Invitation, Order, Receipt
 from wire.transport import Connected, Disconnected, Packet, Published, Received, Transport, TransportEvent
 
 _log = get_logger("edge_agent")
 
-PROBATION_STARTS_FACT = "probation_starts"
 _IDLE_SECONDS = 30.0
-_NO_UPDATE = bytes(16)
 
 # What changes something that a person looks at; the rest is written with the next sweep.
 _SHOWN = (on.Started, on.Connected, on.Disconnected, on.ReleaseInstalled, on.RolledBack, on.JobDone, on.Tick)
@@ -103,7 +103,7 @@ class Agent:
         self._recent = RecentWindows(
             max_windows=settings.inference.recent_windows, max_bytes=settings.inference.recent_bytes
         )
-        self._answers = 0
+        self._answers = itertools.count(1)
         self.rejected_total = 0
         self._floored = clock if isinstance(clock, FlooredClock) else FlooredClock(clock, database)
         windows, sequence = ReplayWindows(database), Sequence(database)
@@ -166,8 +166,7 @@ class Agent:
             ModelError: there is no model yet, or none could answer.
         """
         if not sample_id:
-            self._answers += 1
-            sample_id = f"{self.parts.boot_id[:4].hex()}-{self._answers}"
+            sample_id = f"{self.parts.boot_id[:4].hex()}-{next(self._answers)}"
         answer = self.parts.serving.infer(x, sample_id)
         self._recent.keep(sample_id, Answered(np.asarray(x, np.float32), answer.label))
         return answer
@@ -235,6 +234,9 @@ class Agent:
         """
         self.parts.started_at = self.parts.clock.monotonic()
         contents = self._load_current()
+        interrupted = tuple(
+            (order.order_id, order.run, order.round_number) for order in self.parts.orders.unanswered()
+        )
         pending = tuple((row.update_id, row.deadline) for row in self.parts.outbox.pending(limit=4096))
         self._step(
             on.Started(
@@ -242,6 +244,7 @@ class Agent:
                 graphs_sha256=bytes.fromhex(contents.graphs_sha256) if contents else b"",
                 on_probation=self.parts.slots.on_probation,
                 pending=pending,
+                interrupted=interrupted,
             )
         )
         _log.info(
@@ -280,7 +283,7 @@ class Agent:
                 if not event.accepted:
                     self._complain("publish", event.reason)
             case JobResult():
-                self._step(self._job_ended(event))
+                self._step(self._end_of(event))
             case _:
                 self._step(event)
         self.parts.outgoing.pump()
@@ -315,7 +318,6 @@ class Agent:
             try:
                 if event is not None:
                     self.handle(event)
-                self.pump()
                 self.tick()
             except Exception:  # noqa: BLE001  the outermost loop of the process: it logs and goes on
                 _log.exception("event_failed", event=type(event).__name__)
@@ -353,7 +355,7 @@ class Agent:
                 self._take_chunk(chunk)
                 return
             with self.parts.database.transaction():
-                event = self._event_of(self.parts.speaker.hear(packet))
+                event = event_of(self.parts.speaker.hear(packet), self.parts)
                 if event is not None:
                     self._step(event)
         except EnvelopeError as error:
@@ -364,74 +366,18 @@ class Agent:
         except ShoalError as error:
             self._complain(packet.topic, type(error).__name__)
 
+    def _end_of(self, result: JobResult) -> on.Event:
+        try:
+            return job_ended(result, self.parts, self._floored)
+        except ShoalError as error:
+            return on.JobFailed(result.kind, result.key, str(error))
+
     def _take_chunk(self, chunk: BlobChunk) -> None:
         is_new, is_complete = self.parts.heads.add(chunk.sha256, chunk.index, chunk.piece)
         if is_complete:
             self._step(on.HeadReady(chunk.sha256))
         elif is_new:
             self._step(on.ChunkArrived(chunk.sha256))
-
-    def _event_of(self, body: DownBody) -> on.Event | None:
-        match body:
-            case Invitation():
-                return on.InvitationArrived(body)
-            case Order():
-                seen = self.parts.orders.find(body.order_id)
-                update_id = (seen.update_id or b"") if seen is not None else b""
-                return on.OrderArrived(body, self._refusal(body), update_id)
-            case Receipt():
-                return self._receipt(body)
-            case Announcement():
-                return on.AnnouncementArrived(body.release_version)
-
-    def _refusal(self, order: Order) -> str:
-        """Why this device cannot do an order, or empty."""
-        training, counts = self._settings.training, self.parts.samples.counts()
-        model = self.parts.serving.current
-        needs_labels = model is None or model.task.kind == "classification"
-        if order.kind == "evaluate":
-            return "" if counts["val" if needs_labels else "samples"] else "no samples to evaluate on"
-        if not training.enabled:
-            return "training is switched off on this device"
-        there = counts["train" if needs_labels else "samples"]
-        return "" if there >= training.min_samples else "no labelled samples"
-
-    def _receipt(self, body: Receipt) -> on.ReceiptArrived | None:
-        """A receipt counts only for the very bytes that were sent."""
-        row = self.parts.outbox.find_transfer(body.transfer)
-        if row is None or body.update_id not in (row.update_id, _NO_UPDATE):
-            return None
-        return on.ReceiptArrived(row.update_id, body.verdict, body.transfer, body.reason, body.missing)
-
-    def _job_ended(self, result: JobResult) -> on.Event:
-        if result.error:
-            _log.warning("job_failed", job=result.kind, reason=result.error)
-            return on.JobFailed(result.kind, result.key, result.error)
-        value: Any = result.value
-        if isinstance(value, Checked):
-            return self._checked(value)
-        if isinstance(value, Evaluation):
-            return on.JobDone(result.key, value)
-        update, feedback = value
-        if feedback is not None:
-            self._shell.keep_feedback(update.run, feedback)
-        return on.JobDone(result.key, update)
-
-    def _checked(self, checked: Checked) -> on.Event:
-        self.parts.speaker.trust(checked.keys)
-        self.parts.received_bytes_total += checked.fetched_bytes
-        serving = self.parts.serving
-        if checked.installed is None:
-            model = serving.current
-            return on.ReleaseInstalled(
-                model.release_version if model else 0, model.graphs_sha256 if model else b""
-            )
-        contents, model = checked.installed
-        self._floored.raise_to(contents.release.created)
-        self.parts.database.set_fact(PROBATION_STARTS_FACT, 0)
-        serving.swap(model, serving.current)
-        _log.info("release_installed", version=model.release_version, variant=model.variant)
-        return on.ReleaseInstalled(model.release_version, model.graphs_sha256)
 
     def _load_current(self) -> SlotContents | None:
         """Loads the current slot; a release on probation that did not survive two starts goes back first."""

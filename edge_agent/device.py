@@ -15,7 +15,6 @@ from typing import Any
 
 from edge_agent import identity as identity_files
 from edge_agent.agent import Agent
-from edge_agent.child import end_children
 from edge_agent.identity import Identity
 from edge_agent.lazy_engine import LazyEngine
 from edge_agent.lock import lock_state
@@ -82,10 +81,6 @@ def open_agent(folder: Path, settings: EdgeSettings) -> Agent:
         contents = slots.current()
         return contents.graphs_sha256 if contents is not None else ""
 
-    def close() -> None:
-        end_children()
-        os.close(lock)
-
     return Agent(
         settings,
         identity,
@@ -109,5 +104,5 @@ def open_agent(folder: Path, settings: EdgeSettings) -> Agent:
         ),
         engine=LazyEngine(),
         status_file=folder / STATUS_NAME,
-        on_close=close,
+        on_close=lambda: os.close(lock),
     )

@@ -18,12 +18,14 @@ class Started:
         graphs_sha256: of the current slot; empty without a model.
         on_probation: the current slot was new when the agent went down.
         pending: (update_id, deadline in unix seconds) of every update without a receipt.
+        interrupted: (order_id, run, round_number) of orders that were accepted and did not come to an update.
     """
 
     release_version: int
     graphs_sha256: bytes
     on_probation: bool
     pending: tuple[tuple[bytes, float], ...]
+    interrupted: tuple[tuple[bytes, str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

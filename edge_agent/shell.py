@@ -9,26 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from edge_agent import actions as do
 from edge_agent import events as on
-from edge_agent.heads import Heads
-from edge_agent.identity import Identity
-from edge_agent.install import Installer
 from edge_agent.jobs import Assignment, Samples, do_evaluate, do_train
-from edge_agent.orders import Orders
-from edge_agent.outbox import Outbox
-from edge_agent.outgoing import Outgoing
-from edge_agent.ports import Engine, JobResult, Worker
-from edge_agent.samples import SampleStore
-from edge_agent.serving import Serving
-from edge_agent.settings import EdgeSettings
-from edge_agent.slots import SlotStore
-from edge_agent.speaker import Speaker
-from edge_agent.storage import Database
-from process.clock import Clock
+from edge_agent.parts import Parts
+from edge_agent.ports import JobResult
 from process.logs import get_logger
 from wire.codec import ErrorFeedback
 from wire.errors import ModelError, ShoalError, StorageError
@@ -51,35 +38,6 @@ _log = get_logger("edge_agent")
 AGENT_VERSION = "0.1.0"
 WIRE_VERSIONS = (1, 1)
 FEEDBACK_FACT = "error_feedback"
-
-
-@dataclass(slots=True)
-class Parts:
-    """Everything that an agent is made of. `boot_id` names this life of the process."""
-
-    settings: EdgeSettings
-    identity: Identity
-    clock: Clock
-    database: Database
-    slots: SlotStore
-    engine: Engine
-    worker: Worker
-    installer: Installer
-    serving: Serving
-    speaker: Speaker
-    outgoing: Outgoing
-    outbox: Outbox
-    orders: Orders
-    samples: SampleStore
-    heads: Heads
-    boot_id: bytes
-    max_packet_bytes: int = 131_072
-    received_bytes_total: int = 0
-    feedback_correct: int = 0
-    feedback_total: int = 0
-    started_at: float = 0.0
-    stopping: bool = False
-    sealed_to: dict[bytes, bytes] = field(default_factory=dict)
 
 
 class Shell:
@@ -246,31 +204,31 @@ class Shell:
             return None
         return ErrorFeedback.from_bytes(residual, params_size)
 
-    def keep_feedback(self, run: str, feedback: ErrorFeedback) -> None:
-        """Stores what a biased codec left out; call it in the transaction that stores the update."""
-        self._parts.database.set_fact(FEEDBACK_FACT, run.encode() + b"\0" + feedback.to_bytes())
-
     # --- the outbox -------------------------------------------------------------------------------------
 
     def _store(self, action: do.StoreUpdate) -> None:
         parts, body = self._parts, action.body
+        left_over = parts.left_over.pop(body.update_id, None)
         try:
-            parts.outbox.put(
-                body.update_id,
-                body.order_id,
-                body.run,
-                body.round_number,
-                "up" if isinstance(body, Update) else "ev",
-                encode_body(body),
-                parts.clock.now(),
-                action.deadline,
-            )
+            with parts.database.transaction():
+                parts.outbox.put(
+                    body.update_id,
+                    body.order_id,
+                    body.run,
+                    body.round_number,
+                    "up" if isinstance(body, Update) else "ev",
+                    encode_body(body),
+                    parts.clock.now(),
+                    action.deadline,
+                )
+                if left_over is not None:
+                    named = body.run.encode() + b"\0" + left_over.to_bytes()
+                    parts.database.set_fact(FEEDBACK_FACT, named)
         except StorageError as error:
             _log.error("update_not_stored", run=body.run, round=body.round_number, reason=str(error))
             self._post(on.UpdateLost(body.update_id))
-            self._say_join(
-                do.PublishJoin(body.order_id, body.run, body.round_number, False, str(error)[:512])
-            )
+            reason = str(error)[:512]
+            self._say_join(do.PublishJoin(body.order_id, body.run, body.round_number, False, reason))
 
     def _send(self, action: do.SendUpdate) -> None:
         parts = self._parts

@@ -76,7 +76,13 @@ def _started(state: State, event: on.Started, now: Moment) -> Outcome:
         report_at=after(state, now, timing.report_every, timing.report_every),
         sweep_at=now.elapsed + timing.sweep_every,
     )
-    return state, []
+    # What an order needs (its head, its configuration) did not survive; the cloud need not wait for its
+    # deadline.
+    declines = [
+        do.PublishJoin(order_id, run, number, accepted=False, reason="the agent was restarted")
+        for order_id, run, number in event.interrupted
+    ]
+    return state, list[do.Action](declines)
 
 
 def _connected(state: State, event: on.Connected, now: Moment) -> Outcome:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from edge_agent.device_state import State
-    from edge_agent.shell import Parts
+    from edge_agent.parts import Parts
 
 STATUS_NAME: Final = "status.json"
 MAX_STATUS_BYTES: Final = 2**20

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from edge_agent.child import end_children
 from edge_agent.ports import JobKind, JobResult
 from wire.errors import ShoalError
 
@@ -49,6 +50,7 @@ class ThreadWorker:
     def stop(self) -> None:
         if self._thread is not None:
             self._jobs.put(None)
+            end_children()
             self._thread.join(timeout=_STOP_SECONDS)
             self._thread = None
 

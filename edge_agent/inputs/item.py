@@ -15,7 +15,7 @@ import numpy as np
 
 from edge_agent.ports import Floats
 from edge_agent.serving import Answer
-from wire.errors import DataError, ShoalError
+from wire.errors import DataError, ShoalError, StorageError
 
 MAX_LINE_BYTES: Final = 16 * 2**20
 MAX_ID_CHARS: Final = 200
@@ -98,19 +98,24 @@ def answer_item(agent: Answering, item: Item) -> dict[str, Any]:
     """Lets an agent handle one item and gives the answer as plain values.
 
     Returns:
-        `id`, `label`, `name`, `score`, `scores`, `release` for a window; `id`, `accepted` for a label alone.
+        `id`, `label`, `name`, `score`, `scores`, `release` for a window, and `kept` (false) where its label
+        could not be stored: a full disk costs no answer; `id`, `accepted` for a label alone.
 
     Raises:
         DataError: a window or label that does not fit the model.
         ModelError: there is no model, or it failed.
-        StorageError: a labelled window could not be kept.
+        StorageError: a label for a window of before could not be stored.
     """
     if item.window is None:
         return {"id": item.id, "accepted": agent.feedback(item.id, item.label or 0)}
     answer = agent.infer(item.window, sample_id=item.id)
+    kept = True
     if item.label is not None:
-        agent.observe(item.window, item.label, item.split)
-    return {
+        try:
+            agent.observe(item.window, item.label, item.split)
+        except StorageError:
+            kept = False
+    plain: dict[str, Any] = {
         "id": answer.sample_id,
         "label": answer.label,
         "name": answer.name,
@@ -118,6 +123,7 @@ def answer_item(agent: Answering, item: Item) -> dict[str, Any]:
         "scores": [round(float(score), 6) for score in answer.scores],
         "release": answer.release_version,
     }
+    return plain if kept else {**plain, "kept": False}
 
 
 def answer_error(error: ShoalError, name: str = "") -> dict[str, Any]:

@@ -457,6 +457,29 @@ def test_update_survives_a_restart_and_is_trained_once(lab: Lab) -> None:
     assert again.parts.outbox.depth() == 0
 
 
+def test_agent_that_dies_in_training_says_so_when_it_is_back(lab: Lab) -> None:
+    database, slots = open_database(MEMORY, clock=lab.time), MemorySlots(lab.shared)
+    agent = lab.agent(database=database, slots=slots)
+    lab.run(2)
+    feed(agent, lab.bundle)
+    lab.cloud.invite(lab.cloud.head_of(lab.bundle.checkpoint().params))
+    lab.cloud.broadcast()
+    lab.settle()
+    order = lab.cloud.order("dev-1")
+    lab.settle()
+    assert agent.state.phase == "training"
+    lab.agents.clear()
+    lab.broker.cut("dev-1", for_seconds=1e9)
+    lab.agent(database=database, slots=slots)
+    lab.run(5)
+    assert decline_reason(lab) == "the agent was restarted"
+    lab.cloud.send_order("dev-1", order)
+    lab.run(1)
+    lab.cloud.broadcast()
+    lab.run(3)
+    assert only_update(lab).order_id == order.order_id
+
+
 def test_release_that_does_not_survive_two_starts_on_probation_goes_back(lab: Lab) -> None:
     database, slots = open_database(MEMORY, clock=lab.time), MemorySlots(lab.shared)
     lab.agent(database=database, slots=slots)

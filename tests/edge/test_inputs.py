@@ -21,7 +21,7 @@ from edge_agent.inputs.topic import TopicInput, parse_topic_url
 from edge_agent.ports import Floats
 from edge_agent.serving import Answer
 from tests.edge.lab import VirtualTime
-from wire.errors import ConfigurationError, DataError
+from wire.errors import ConfigurationError, DataError, StorageError
 from wire.transport import Packet
 from wire.transport.memory import MemoryBroker, MemoryTransport
 
@@ -93,6 +93,23 @@ def test_labelled_window_is_answered_and_learned_from() -> None:
     agent, answers = run_lines(line(window=WINDOW, label=3))
     assert len(answers) == 1
     assert agent.observed == [([1.0, 2.0, 3.0, 0.0, 0.0, 0.5], 3, None)]
+
+
+class FullDisk(Ledger):
+    def observe(self, x: Floats, label: int | None = None, split: str | None = None) -> int:
+        raise StorageError("database: disk is full", full=True)
+
+
+def test_full_disk_costs_the_sample_but_not_the_answer() -> None:
+    answers: list[dict[str, Any]] = []
+    LineInput(io.BytesIO(line(window=WINDOW, label=3, id="w")), answers.append).run(FullDisk(), never)
+    assert (answers[0]["label"], answers[0]["kept"]) == (0, False)
+
+
+def test_labelled_window_may_name_its_split() -> None:
+    agent, answers = run_lines(line(window=WINDOW, label=1, split="val") + line(window=WINDOW, split="val"))
+    assert [split for _, _, split in agent.observed] == ["val"]
+    assert "split" in answers[1]["error"]
 
 
 def test_label_alone_corrects_an_answer() -> None:

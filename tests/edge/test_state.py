@@ -265,6 +265,13 @@ def test_pending_updates_of_the_last_life_are_sent_after_a_restart() -> None:
     assert state.uploads[0].give_up_at == pytest.approx(130.0)
 
 
+def test_orders_that_a_restart_interrupted_are_declined() -> None:
+    event = on.Started(1, GRAPHS, False, (), interrupted=((b"o" * 16, "r", 4),))
+    state, actions = step(State(), event, NOW)
+    assert actions[0] == do.PublishJoin(b"o" * 16, "r", 4, False, "the agent was restarted")
+    assert not state.tasks
+
+
 def test_announcement_of_another_release_is_checked_and_of_this_one_not() -> None:
     state, _ = run(started(), on.AnnouncementArrived(1))
     assert state.check_at > 1000

@@ -1,0 +1,99 @@
+"""From what a device hears to what its state machine understands: verified bodies and ended jobs become
+events.
+
+Laws of the file: it publishes nothing and starts nothing; what it reads to judge an order (samples, order
+book, outbox) it does not change. A release that was installed in the worker begins to serve here, between two
+requests.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from edge_agent import events as on
+from edge_agent.install import Checked
+from edge_agent.parts import Parts
+from edge_agent.ports import JobResult
+from edge_agent.speaker import DownBody
+from edge_agent.time_floor import FlooredClock
+from process.logs import get_logger
+from wire.messages import Announcement, Evaluation, Invitation, Order, Receipt
+
+_log = get_logger("edge_agent")
+
+PROBATION_STARTS_FACT: Final = "probation_starts"
+_UNKNOWN_UPDATE: Final = bytes(16)
+
+
+def event_of(body: DownBody, parts: Parts) -> on.Event | None:
+    """What a message downward means to this device; None when it means nothing."""
+    match body:
+        case Invitation():
+            return on.InvitationArrived(body)
+        case Order():
+            seen = parts.orders.find(body.order_id)
+            update_id = (seen.update_id or b"") if seen is not None else b""
+            return on.OrderArrived(body, refusal_of(body, parts), update_id)
+        case Receipt():
+            return _receipt(body, parts)
+        case Announcement():
+            return on.AnnouncementArrived(body.release_version)
+
+
+def refusal_of(order: Order, parts: Parts) -> str:
+    """Why this device cannot do an order, or empty."""
+    training, counts = parts.settings.training, parts.samples.counts()
+    model = parts.serving.current
+    needs_labels = model is None or model.task.kind == "classification"
+    if order.kind == "evaluate":
+        return "" if counts["val" if needs_labels else "samples"] else "no samples to evaluate on"
+    if not training.enabled:
+        return "training is switched off on this device"
+    there = counts["train" if needs_labels else "samples"]
+    return "" if there >= training.min_samples else "no labelled samples"
+
+
+def _receipt(body: Receipt, parts: Parts) -> on.ReceiptArrived | None:
+    """A receipt counts only for the very bytes that were sent."""
+    row = parts.outbox.find_transfer(body.transfer)
+    if row is None or body.update_id not in (row.update_id, _UNKNOWN_UPDATE):
+        return None
+    return on.ReceiptArrived(row.update_id, body.verdict, body.transfer, body.reason, body.missing)
+
+
+def job_ended(result: JobResult, parts: Parts, clock: FlooredClock) -> on.Event:
+    """What the end of a job means.
+
+    Raises:
+        TrustError: (peer) a release check brought keys that cannot be used.
+        StorageError: the time floor cannot be stored.
+    """
+    if result.error:
+        _log.warning("job_failed", job=result.kind, reason=result.error)
+        return on.JobFailed(result.kind, result.key, result.error)
+    value: Any = result.value
+    if isinstance(value, Checked):
+        return _checked(value, parts, clock)
+    if isinstance(value, Evaluation):
+        return on.JobDone(result.key, value)
+    update, left_over = value
+    if left_over is not None:
+        parts.left_over[update.update_id] = left_over
+    return on.JobDone(result.key, update)
+
+
+def _checked(checked: Checked, parts: Parts, clock: FlooredClock) -> on.Event:
+    parts.speaker.trust(checked.keys)
+    parts.received_bytes_total += checked.fetched_bytes
+    serving = parts.serving
+    if checked.installed is None:
+        current = serving.current
+        return on.ReleaseInstalled(
+            current.release_version if current else 0, current.graphs_sha256 if current else b""
+        )
+    contents, model = checked.installed
+    serving.swap(model, serving.current)
+    _log.info("release_installed", version=model.release_version, variant=model.variant)
+    clock.raise_to(contents.release.created)
+    parts.database.set_fact(PROBATION_STARTS_FACT, 0)
+    return on.ReleaseInstalled(model.release_version, model.graphs_sha256)
