@@ -46,14 +46,17 @@ class Sender:
         self.pump()
 
     def send_bulk(self, packet: Packet) -> None:
-        """Queues a chunk; one that waits already is not queued again."""
+        """Queues a chunk, which goes out with the next `pump`; one that waits already is not queued again.
+
+        It is not published at once, because the invitation that names it is sent next and must arrive before it: a
+        device drops a chunk that nothing named, and would ask for it seconds later.
+        """
         if packet.topic in self._bulk:
             return
         if len(self._bulk) >= BULK_PACKETS:
             self.dropped_total += 1
             return
         self._bulk[packet.topic] = packet
-        self.pump()
 
     def pump(self) -> None:
         """Hands packets to the transport until it is full; call it again after a `Published` or `Connected`."""
