@@ -87,6 +87,19 @@ class UpdateRow:
     received_at: float = 0.0
 
 
+# ---- statements that every reply needs ---------------------------------------------------------------------
+# Made once: composing one with SQLAlchemy takes longer than SQLite takes to execute it.
+
+_UPDATE_COLUMNS = [column for column in updates.c if column.name != "body"]
+_INSERT_UPDATE = sa.insert(updates)
+_LOAD_UPDATE = sa.select(*_UPDATE_COLUMNS).where(updates.c.update_id == sa.bindparam("of_update"))
+_SET_ORDER_STATE = sa.update(orders).where(orders.c.order_id == sa.bindparam("of_order"))
+_WINDOW = (windows.c.device == sa.bindparam("of_device")) & (windows.c.type == sa.bindparam("of_type"))
+_LOAD_WINDOW = sa.select(windows).where(_WINDOW)
+_MOVE_WINDOW = sa.update(windows).where(_WINDOW)
+_INSERT_WINDOW = sa.insert(windows)
+
+
 # ---- runs --------------------------------------------------------------------------------------------------
 
 
@@ -253,8 +266,8 @@ def set_order_state(
     connection: Connection, order_id: bytes, state: str, now: float, reason: str = ""
 ) -> None:
     """`accepted`, `declined` or `answered`."""
-    values = {"state": state, "reason": reason, "ended": now}
-    connection.execute(sa.update(orders).where(orders.c.order_id == order_id.hex()).values(**values))
+    values = {"state": state, "reason": reason, "ended": now, "of_order": order_id.hex()}
+    connection.execute(_SET_ORDER_STATE, values)
 
 
 def expire_orders(connection: Connection, run: str, round_number: int, kind: str, now: float) -> None:
@@ -268,34 +281,31 @@ def expire_orders(connection: Connection, run: str, round_number: int, kind: str
 
 
 def insert_update(connection: Connection, run: str, row: UpdateRow) -> None:
-    connection.execute(
-        sa.insert(updates).values(
-            update_id=row.update_id.hex(),
-            order_id=row.order_id.hex(),
-            run=run,
-            round=row.round_number,
-            device=row.device,
-            kind=row.kind,
-            num_examples=row.num_examples,
-            codec=row.codec,
-            metrics=dict(row.metrics),
-            body=row.body or None,
-            artefact_key=row.artefact_key or None,
-            body_sha256=row.body_sha256.hex(),
-            transfer_sha256=row.transfer_sha256.hex(),
-            size_bytes=row.size_bytes,
-            state=row.state,
-            reason=row.reason,
-            received_at=row.received_at,
-        )
-    )
+    values = {
+        "update_id": row.update_id.hex(),
+        "order_id": row.order_id.hex(),
+        "run": run,
+        "round": row.round_number,
+        "device": row.device,
+        "kind": row.kind,
+        "num_examples": row.num_examples,
+        "codec": row.codec,
+        "metrics": dict(row.metrics),
+        "body": row.body or None,
+        "artefact_key": row.artefact_key or None,
+        "body_sha256": row.body_sha256.hex(),
+        "transfer_sha256": row.transfer_sha256.hex(),
+        "size_bytes": row.size_bytes,
+        "state": row.state,
+        "reason": row.reason,
+        "received_at": row.received_at,
+    }
+    connection.execute(_INSERT_UPDATE, values)
 
 
 def load_update(connection: Connection, update_id: bytes) -> UpdateRow | None:
     """One reply by its id, without its bytes."""
-    columns = [column for column in updates.c if column.name != "body"]
-    found = connection.execute(sa.select(*columns).where(updates.c.update_id == update_id.hex()))
-    row = found.one_or_none()
+    row = connection.execute(_LOAD_UPDATE, {"of_update": update_id.hex()}).one_or_none()
     return None if row is None else _update(row, b"")
 
 
@@ -303,9 +313,10 @@ def load_updates(
     connection: Connection, run: str, round_number: int, kind: str, state: str = "stored"
 ) -> list[UpdateRow]:
     """Replies of one collection in the canonical order of their ids, without their bytes."""
-    columns = [column for column in updates.c if column.name != "body"]
     where = (updates.c.run == run) & (updates.c.round == round_number) & (updates.c.kind == kind)
-    query = sa.select(*columns).where(where & (updates.c.state == state)).order_by(updates.c.update_id)
+    query = (
+        sa.select(*_UPDATE_COLUMNS).where(where & (updates.c.state == state)).order_by(updates.c.update_id)
+    )
     return [_update(row, b"") for row in connection.execute(query)]
 
 
@@ -363,8 +374,7 @@ def _update(row: Any, body: bytes) -> UpdateRow:
 
 def load_window(connection: Connection, device: str, kind: str) -> Window:
     """What was seen from a device of one message type; an empty window for the first message."""
-    where = (windows.c.device == device) & (windows.c.type == kind)
-    row = connection.execute(sa.select(windows).where(where)).one_or_none()
+    row = connection.execute(_LOAD_WINDOW, {"of_device": device, "of_type": kind}).one_or_none()
     if row is None:
         return Window()
     signed = row.bitmap - 2 * _SIGN if row.bitmap >= _SIGN else row.bitmap
@@ -374,6 +384,5 @@ def load_window(connection: Connection, device: str, kind: str) -> Window:
 def save_window(connection: Connection, device: str, kind: str, window: Window) -> None:
     """Moves the window, in the transaction that stores the message it let in."""
     values = {"epoch": window.epoch, "highest": window.highest, "bitmap": window.bitmap}
-    where = (windows.c.device == device) & (windows.c.type == kind)
-    if not connection.execute(sa.update(windows).where(where).values(**values)).rowcount:
-        connection.execute(sa.insert(windows).values(device=device, type=kind, **values))
+    if not connection.execute(_MOVE_WINDOW, {**values, "of_device": device, "of_type": kind}).rowcount:
+        connection.execute(_INSERT_WINDOW, {**values, "device": device, "type": kind})
