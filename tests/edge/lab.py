@@ -37,6 +37,7 @@ from wire import envelope
 from wire.blobs import make_ref
 from wire.checkpoint import Checkpoint
 from wire.chunks import Reassembly
+from wire.errors import EnvelopeError
 from wire.header import Header
 from wire.messages import (
     BODIES,
@@ -56,7 +57,8 @@ from wire.messages import (
 )
 from wire.primitives import SigningKey, sha256
 from wire.topics import Topics
-from wire.transport import Packet, Received, TransportEvent
+from wire.transport import Packet, Received, Transport, TransportEvent
+from wire.transport.faulty import FaultPlan, FaultyTransport
 from wire.transport.memory import MemoryBroker, MemoryTransport
 
 TENANT, FLEET = "acme", "watches"
@@ -254,7 +256,7 @@ class Cloud:
                     message, signers=self.devices, recipients=recipients, expect=expect,
                     now=self.time.now(), limit_bytes=LIMIT,
                 )  # fmt: skip
-        except envelope.EnvelopeError as error:
+        except EnvelopeError as error:
             self.refused.append(str(error.facts["reason"]))
             return
         body = decode_body(opened.body, BODIES[opened.header.type])
@@ -309,14 +311,19 @@ class Lab:
         slots: SlotStore | None = None,
         selftest: SelfTest | None = None,
         source: Callable[[str], bytes | None] | None = None,
+        plan: FaultPlan | None = None,
+        seed: int = 0,
         start: bool = True,
     ) -> Agent:
         identity = self.identity(device)
         fetcher = MemoryFetcher(source or self.cloud.repository.read)
+        transport: Transport = MemoryTransport(self.broker, device)
+        if plan is not None:
+            transport = FaultyTransport(MemoryTransport(self.broker, device), plan, random.Random(seed))
         agent = Agent(
             settings or EdgeSettings(),
             identity,
-            transport=MemoryTransport(self.broker, device),
+            transport=transport,
             releases=TufReleases(self.folder / device / "tuf", identity, fetcher, self.time),
             clock=self.time,
             worker=InlineWorker(self.time.later, self._cost),
