@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code (`process/exits.py`)."""
-    return run_cli(lambda: _dispatch(sys.argv[1:] if arguments is None else list(arguments)))
+    return run_cli(lambda: _dispatch(sys.argv[1:] if arguments is None else list(arguments)), extra="fleet")
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from wire.errors import ShoalError
+from wire.errors import MissingExtraError, ShoalError
 
 EXIT_FAULT = 70
 EXIT_INTERRUPTED = 130
@@ -35,10 +35,16 @@ EXIT_CODES: dict[int, str] = {
 }
 
 
-def run_cli(main: Callable[[], int | None]) -> int:
+_OURS = {"wire", "process", "edge_agent", "models", "cloud_server", "fleet"}
+
+
+def run_cli(main: Callable[[], int | None], *, extra: str = "") -> int:
     """Runs a command and returns its exit code; None from `main` is 0.
 
     `SystemExit`, which argparse raises after it has printed its own message, passes through.
+
+    Args:
+        extra: of the distribution, that brings what the command imports beyond the base install.
     """
     try:
         code = main()
@@ -53,6 +59,10 @@ def run_cli(main: Callable[[], int | None]) -> int:
         _discard_stdout()
         return EXIT_BROKEN_PIPE
     except Exception as error:  # noqa: BLE001 — the outermost frame of the process
+        missing = _missing_extra(error, extra)
+        if missing is not None:
+            print_error(missing)
+            return missing.exit_code
         _say(traceback.format_exc().rstrip())
         _say(f"error: a fault in this program: {type(error).__name__}: {error}")
         _say("hint: please report it with the lines above")
@@ -65,6 +75,16 @@ def print_error(error: ShoalError) -> None:
     _say(f"error: {_one_line(str(error))}")
     if error.hint:
         _say(f"hint: {_one_line(error.hint)}")
+
+
+def _missing_extra(error: Exception, extra: str) -> MissingExtraError | None:
+    """What to say when a package of an extra is not there; None for any other fault."""
+    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if not extra or not package or package in _OURS:
+        return None
+    return MissingExtraError(
+        f"{package} is not installed", hint=f"pip install 'shoal[{extra}]'", package=package
+    )
 
 
 def _discard_stdout() -> None:

@@ -31,7 +31,7 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code (`process/exits.py`)."""
-    return run_cli(lambda: _dispatch(sys.argv[1:] if arguments is None else list(arguments)))
+    return run_cli(lambda: _dispatch(sys.argv[1:] if arguments is None else list(arguments)), extra="cloud")
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -52,6 +52,23 @@ def test_fault_in_the_program_shows_a_trace_and_is_70(capsys: pytest.CaptureFixt
     assert "error: a fault in this program: ValueError: oops" in captured
 
 
+def absent(name: str) -> int:
+    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def test_package_of_an_absent_extra_names_the_extra(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(lambda: absent("sqlalchemy.orm"), extra="cloud") == 2
+    assert capsys.readouterr().err == "error: sqlalchemy is not installed\nhint: pip install 'shoal[cloud]'\n"
+
+
+@pytest.mark.parametrize(("name", "extra"), [("sqlalchemy", ""), ("wire.nothing", "cloud")])
+def test_module_that_no_extra_brings_is_a_fault(
+    name: str, extra: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli(lambda: absent(name), extra=extra) == 70
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_exit_of_the_argument_parser_passes_through() -> None:
     with pytest.raises(SystemExit):
         raising(SystemExit(2))
