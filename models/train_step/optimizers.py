@@ -21,6 +21,10 @@ from wire.errors import ConfigurationError
 ADAM_BETA1 = 0.9
 ADAM_BETA2 = 0.999
 ADAM_EPSILON = 1e-8
+# torch's exporter takes `x + 1e-8` for `x + 0` and leaves it out; a gradient of exactly 0 (a bias before a
+# norm) would then divide 0 by 0. Numerator and denominator are scaled, which costs nothing: it goes into
+# scalars.
+_ADAM_SCALE = 1e4
 
 Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -75,8 +79,8 @@ def _adam(
     steps = torch.clamp(count, min=1).double()
     correction1 = (1 - torch.exp(steps * math.log(ADAM_BETA1))).float()
     correction2 = (1 - torch.exp(steps * math.log(ADAM_BETA2))).float()
-    denominator = torch.sqrt(second) / torch.sqrt(correction2) + ADAM_EPSILON
-    moved = params - (lr * active / correction1) * (first / denominator)
+    denominator = torch.sqrt(second) / (torch.sqrt(correction2) / _ADAM_SCALE) + ADAM_EPSILON * _ADAM_SCALE
+    moved = params - (lr * active * _ADAM_SCALE / correction1) * (first / denominator)
     return moved, torch.cat([first, second, count])
 
 
