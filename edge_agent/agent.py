@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import queue
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -99,6 +100,8 @@ class Agent:
         self._status_file = status_file
         self._on_close = on_close
         self._inbox: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
         self._complained: set[tuple[str, str]] = set()
         self._recent = RecentWindows(
             max_windows=settings.inference.recent_windows, max_bytes=settings.inference.recent_bytes
@@ -137,8 +140,11 @@ class Agent:
         self._shell = Shell(self.parts, self._post)
 
     @classmethod
-    def from_folder(cls, folder: Path, settings: EdgeSettings | None = None) -> Agent:
-        """The agent of an enrolled device, with its real adapters; call `start` and `run_forever` next.
+    def from_folder(cls, folder: str | Path, settings: EdgeSettings | None = None) -> Agent:
+        """The agent of an enrolled device, with its real adapters.
+
+        Use it as a context manager, which runs it in the background; or call `start`, `run_forever` and
+        `stop`.
 
         Args:
             folder: the state folder, as `shoal-edge enroll` made it.
@@ -150,7 +156,24 @@ class Agent:
         """
         from edge_agent.device import open_agent
 
-        return open_agent(folder, settings or EdgeSettings())
+        return open_agent(Path(folder), settings or EdgeSettings())
+
+    def __enter__(self) -> Agent:
+        """Starts the agent and its loop on a thread of its own."""
+        self.start()
+        self._thread = threading.Thread(
+            target=self.run_forever, args=(self._ended.is_set,), name="shoal-agent", daemon=True
+        )
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the loop and stops the agent."""
+        self._ended.set()
+        self.wake()
+        if self._thread is not None:
+            self._thread.join()
+        self.stop()
 
     # --- answers and samples: any thread ------------------------------------------------------------------
 

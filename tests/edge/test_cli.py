@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_agent import Agent
 from edge_agent.cli import main
 from edge_agent.status import read_status
 from tests.edge.aggregator import Aggregator
@@ -150,6 +151,17 @@ def test_files_are_answered_once_with_their_names(enrolled: Path, tmp_path: Path
     output, talk = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 0, talk
     assert [json.loads(line)["id"] for line in output.splitlines()] == ["w.npy#0", "w.npy#1", "w.npy#2"]
+
+
+def test_agent_runs_inside_of_a_program(enrolled: Path) -> None:
+    with Agent.from_folder(str(enrolled)) as agent:
+        assert agent.wait_for_model(DEADLINE_SECONDS)
+        assert agent.input_shape == (12,)
+        answer = agent.infer(np.array(WINDOW, np.float32))
+        assert agent.feedback(answer.sample_id, 1)
+    status = read_status(enrolled)
+    assert status is not None
+    assert (status["status"], status["samples"]["labelled"]) == ("stopped", 1)
 
 
 def test_check_finds_what_is_missing_and_says_what_to_do(
