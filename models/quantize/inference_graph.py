@@ -31,6 +31,8 @@ BATCH = "batch"
 _BATCH_SIZES = (1, 5)
 # float32 against float32 through other kernels; a wrong graph is off by far more.
 _RELATIVE_TOLERANCE = 1e-3
+# onnxscript's rewriter compares constants with this absolute tolerance.
+_LOST_TERM = 1e-8
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +115,23 @@ def _export(
         ) from error
     if program is None or len(program.model_proto.graph.output) != 1:
         raise ModelError("the module must return one tensor")
+    _refuse_lost_terms(program)
     return _without_unused_inputs(to_canonical(program.model_proto))
+
+
+def _refuse_lost_terms(program: torch.onnx.ONNXProgram) -> None:
+    """The exporter leaves `+ 1e-8` out as if it were 0, which no comparison on random inputs shows."""
+    nodes = [] if program.exported_program is None else program.exported_program.graph.nodes
+    for node in nodes:
+        if getattr(node.target, "overloadpacket", None) not in (torch.ops.aten.add, torch.ops.aten.sub):
+            continue
+        for term in node.args:
+            if isinstance(term, float) and 0.0 < abs(term) <= _LOST_TERM:
+                raise ModelError(
+                    f"the module adds {term:g}, which torch's exporter leaves out of the graph",
+                    hint="use 1e-6 or more, or torch.clamp",
+                    term=term,
+                )
 
 
 @contextlib.contextmanager

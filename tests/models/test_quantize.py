@@ -340,6 +340,23 @@ class Plain(nn.Module):
         return x * self.scale
 
 
+class Guarded(nn.Module):
+    """Adds an epsilon that the exporter would drop: zeros then divide zero by zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.layer(x / (x.abs().sum(1, keepdim=True) + 1e-8))
+        return answer
+
+
+def test_epsilon_that_the_exporter_drops_is_refused() -> None:
+    with pytest.raises(ModelError, match="adds 1e-08"):
+        quantize(Guarded().eval(), (4,), "logits", draw((4,), 10))
+
+
 @pytest.mark.parametrize("make_module", [Random, Branching, Plain])
 def test_module_that_cannot_be_quantized_is_a_model_error(make_module: Callable[[], nn.Module]) -> None:
     with pytest.raises(ModelError):
