@@ -20,32 +20,25 @@ from typing import Literal
 import numpy as np
 
 from edge_agent import events as on
+from edge_agent.complaints import Complaints
 from edge_agent.device_state import State, wake_at
 from edge_agent.feedback import Answered, RecentWindows, belongs_to_validation
-from edge_agent.heads import Heads
-from edge_agent.hearing import PROBATION_STARTS_FACT, event_of, job_ended
+from edge_agent.hearing import event_of, job_ended
 from edge_agent.identity import Identity
-from edge_agent.install import Installer
-from edge_agent.orders import Orders, ReplayWindows
-from edge_agent.outbox import Outbox
-from edge_agent.outgoing import Outgoing
-from edge_agent.parts import Parts
+from edge_agent.parts import assemble
 from edge_agent.ports import Engine, Floats, JobResult, Moment, SelfTest, Worker
 from edge_agent.release_source import ReleaseSource
-from edge_agent.samples import SampleStore
-from edge_agent.sequence import Sequence
-from edge_agent.serving import Answer, Serving
+from edge_agent.serving import Answer
 from edge_agent.settings import EdgeSettings
 from edge_agent.shell import Shell
-from edge_agent.slots import SlotContents, SlotStore
-from edge_agent.speaker import BlobChunk, Speaker
+from edge_agent.slots import SlotStore
+from edge_agent.speaker import BlobChunk
 from edge_agent.state import step
 from edge_agent.status import status_of, write_status
 from edge_agent.storage import Database
-from edge_agent.time_floor import FlooredClock
 from process.clock import Clock
 from process.logs import get_logger
-from wire.errors import EnvelopeError, ModelError, ShoalError
+from wire.errors import EnvelopeError, ShoalError
 from wire.transport import Connected, Disconnected, Packet, Published, Received, Transport, TransportEvent
 
 _log = get_logger("edge_agent")
@@ -102,39 +95,24 @@ class Agent:
         self._inbox: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
-        self._complained: set[tuple[str, str]] = set()
+        self._complaints = Complaints()
         self._recent = RecentWindows(
             max_windows=settings.inference.recent_windows, max_bytes=settings.inference.recent_bytes
         )
         self._answers = itertools.count(1)
-        self.rejected_total = 0
-        self._floored = clock if isinstance(clock, FlooredClock) else FlooredClock(clock, database)
-        windows, sequence = ReplayWindows(database), Sequence(database)
-        storage = settings.storage
-        self.parts = Parts(
-            settings=settings,
-            identity=identity,
-            clock=self._floored,
+        self.parts = assemble(
+            settings,
+            identity,
+            transport=transport,
+            releases=releases,
+            clock=clock,
+            worker=worker,
+            rng=rng,
             database=database,
             slots=slots,
+            selftest=selftest,
             engine=engine,
-            worker=worker,
-            installer=Installer(
-                releases, slots, selftest, engine, database, variant=settings.inference.variant
-            ),
-            serving=Serving(clock, lambda version, reason: self._post(on.ServedBadly(version, reason))),
-            speaker=Speaker(identity, sequence=sequence, windows=windows, clock=self._floored),
-            outgoing=Outgoing(transport),
-            outbox=Outbox(database, max_bytes=storage.outbox_bytes),
-            orders=Orders(database),
-            samples=SampleStore(
-                database,
-                max_bytes=storage.sample_bytes,
-                retention_seconds=storage.retention_days * 86_400.0,
-                precision=storage.precision,
-            ),
-            heads=Heads(settings.training.max_head_bytes),
-            boot_id=rng.randbytes(16),
+            served_badly=lambda version, reason: self._post(on.ServedBadly(version, reason)),
         )
         self.state = State(timing=settings.timing(), salt=rng.getrandbits(32))
         self._shell = Shell(self.parts, self._post)
@@ -174,6 +152,11 @@ class Agent:
         if self._thread is not None:
             self._thread.join()
         self.stop()
+
+    @property
+    def rejected_total(self) -> int:
+        """Messages that were dropped, and publications that the broker refused."""
+        return self._complaints.total
 
     # --- answers and samples: any thread ------------------------------------------------------------------
 
@@ -256,7 +239,7 @@ class Agent:
             StorageError: the state folder cannot be used.
         """
         self.parts.started_at = self.parts.clock.monotonic()
-        contents = self._load_current()
+        contents = self._shell.load_current()
         interrupted = tuple(
             (order.order_id, order.run, order.round_number) for order in self.parts.orders.unanswered()
         )
@@ -304,7 +287,7 @@ class Agent:
                 self._step(on.Disconnected())
             case Published():
                 if not event.accepted:
-                    self._complain("publish", event.reason)
+                    self._complaints.add("publish", event.reason)
             case JobResult():
                 self._step(self._end_of(event))
             case _:
@@ -383,15 +366,15 @@ class Agent:
                     self._step(event)
         except EnvelopeError as error:
             reason = str(error.facts.get("reason", ""))
-            self._complain(packet.topic, reason)
+            self._complaints.add(packet.topic, reason)
             if reason == "signer":
                 self._step(on.KeysUnknown())
         except ShoalError as error:
-            self._complain(packet.topic, type(error).__name__)
+            self._complaints.add(packet.topic, type(error).__name__)
 
     def _end_of(self, result: JobResult) -> on.Event:
         try:
-            return job_ended(result, self.parts, self._floored)
+            return job_ended(result, self.parts)
         except ShoalError as error:
             return on.JobFailed(result.kind, result.key, str(error))
 
@@ -401,32 +384,3 @@ class Agent:
             self._step(on.HeadReady(chunk.sha256))
         elif is_new:
             self._step(on.ChunkArrived(chunk.sha256))
-
-    def _load_current(self) -> SlotContents | None:
-        """Loads the current slot; a release on probation that did not survive two starts goes back first."""
-        parts = self.parts
-        if parts.slots.on_probation:
-            starts = int(parts.database.fact(PROBATION_STARTS_FACT) or 0) + 1
-            parts.database.set_fact(PROBATION_STARTS_FACT, starts)
-            if starts > 1:
-                _log.warning("release_rolled_back", reason="it did not survive its watch window")
-                parts.slots.roll_back()
-        for _ in range(3):
-            contents = parts.slots.current()
-            if contents is None:
-                return None
-            try:
-                parts.serving.swap(parts.installer.load(contents), None)
-                return contents
-            except ModelError as error:
-                _log.error("release_does_not_load", version=contents.version, reason=str(error))
-                parts.slots.roll_back()
-        return None
-
-    def _complain(self, where: str, reason: str) -> None:
-        """Counts what was dropped; logs it once for each sender and reason."""
-        self.rejected_total += 1
-        kind = where if where == "publish" else "/".join(where.split("/")[:5])
-        if (kind, reason) not in self._complained and len(self._complained) < 256:
-            self._complained.add((kind, reason))
-            _log.warning("message_dropped", topic=kind, reason=reason)

@@ -12,16 +12,14 @@ from typing import Any, Final
 
 from edge_agent import events as on
 from edge_agent.install import Checked
-from edge_agent.parts import Parts
+from edge_agent.parts import PROBATION_STARTS_FACT, Parts
 from edge_agent.ports import JobResult
 from edge_agent.speaker import DownBody
-from edge_agent.time_floor import FlooredClock
 from process.logs import get_logger
 from wire.messages import Announcement, Evaluation, Invitation, Order, Receipt
 
 _log = get_logger("edge_agent")
 
-PROBATION_STARTS_FACT: Final = "probation_starts"
 _UNKNOWN_UPDATE: Final = bytes(16)
 
 
@@ -61,7 +59,7 @@ def _receipt(body: Receipt, parts: Parts) -> on.ReceiptArrived | None:
     return on.ReceiptArrived(row.update_id, body.verdict, body.transfer, body.reason, body.missing)
 
 
-def job_ended(result: JobResult, parts: Parts, clock: FlooredClock) -> on.Event:
+def job_ended(result: JobResult, parts: Parts) -> on.Event:
     """What the end of a job means.
 
     Raises:
@@ -73,7 +71,7 @@ def job_ended(result: JobResult, parts: Parts, clock: FlooredClock) -> on.Event:
         return on.JobFailed(result.kind, result.key, result.error)
     value: Any = result.value
     if isinstance(value, Checked):
-        return _checked(value, parts, clock)
+        return _checked(value, parts)
     if isinstance(value, Evaluation):
         return on.JobDone(result.key, value)
     update, left_over = value
@@ -82,7 +80,7 @@ def job_ended(result: JobResult, parts: Parts, clock: FlooredClock) -> on.Event:
     return on.JobDone(result.key, update)
 
 
-def _checked(checked: Checked, parts: Parts, clock: FlooredClock) -> on.Event:
+def _checked(checked: Checked, parts: Parts) -> on.Event:
     parts.speaker.trust(checked.keys)
     parts.received_bytes_total += checked.fetched_bytes
     serving = parts.serving
@@ -94,6 +92,6 @@ def _checked(checked: Checked, parts: Parts, clock: FlooredClock) -> on.Event:
     contents, model = checked.installed
     serving.swap(model, serving.current)
     _log.info("release_installed", version=model.release_version, variant=model.variant)
-    clock.raise_to(contents.release.created)
+    parts.clock.raise_to(contents.release.created)
     parts.database.set_fact(PROBATION_STARTS_FACT, 0)
     return on.ReleaseInstalled(model.release_version, model.graphs_sha256)

@@ -1,24 +1,33 @@
-"""What an agent is made of: the parts that its shell, its ears and its status share. No behaviour."""
+"""What an agent is made of, and how it is joined: what its shell, its ears and its status share."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 from edge_agent.heads import Heads
 from edge_agent.identity import Identity
 from edge_agent.install import Installer
-from edge_agent.orders import Orders
+from edge_agent.orders import Orders, ReplayWindows
 from edge_agent.outbox import Outbox
 from edge_agent.outgoing import Outgoing
-from edge_agent.ports import Engine, Worker
+from edge_agent.ports import Engine, SelfTest, Worker
+from edge_agent.release_source import ReleaseSource
 from edge_agent.samples import SampleStore
+from edge_agent.sequence import Sequence
 from edge_agent.serving import Serving
 from edge_agent.settings import EdgeSettings
 from edge_agent.slots import SlotStore
 from edge_agent.speaker import Speaker
 from edge_agent.storage import Database
+from edge_agent.time_floor import FlooredClock
 from process.clock import Clock
 from wire.codec import ErrorFeedback
+from wire.transport import Transport
+
+PROBATION_STARTS_FACT: Final = "probation_starts"
 
 
 @dataclass(slots=True)
@@ -33,7 +42,7 @@ class Parts:
 
     settings: EdgeSettings
     identity: Identity
-    clock: Clock
+    clock: FlooredClock
     database: Database
     slots: SlotStore
     engine: Engine
@@ -55,3 +64,48 @@ class Parts:
     stopping: bool = False
     sealed_to: dict[bytes, bytes] = field(default_factory=dict)
     left_over: dict[bytes, ErrorFeedback] = field(default_factory=dict)
+
+
+def assemble(
+    settings: EdgeSettings,
+    identity: Identity,
+    *,
+    transport: Transport,
+    releases: ReleaseSource,
+    clock: Clock,
+    worker: Worker,
+    rng: random.Random,
+    database: Database,
+    slots: SlotStore,
+    selftest: SelfTest,
+    engine: Engine,
+    served_badly: Callable[[int, str], None],
+) -> Parts:
+    """Joins the parts of one agent; the arguments are those of `Agent` and `Serving`."""
+    floored = clock if isinstance(clock, FlooredClock) else FlooredClock(clock, database)
+    storage = settings.storage
+    return Parts(
+        settings=settings,
+        identity=identity,
+        clock=floored,
+        database=database,
+        slots=slots,
+        engine=engine,
+        worker=worker,
+        installer=Installer(releases, slots, selftest, engine, database, variant=settings.inference.variant),
+        serving=Serving(floored, served_badly),
+        speaker=Speaker(
+            identity, sequence=Sequence(database), windows=ReplayWindows(database), clock=floored
+        ),
+        outgoing=Outgoing(transport),
+        outbox=Outbox(database, max_bytes=storage.outbox_bytes),
+        orders=Orders(database),
+        samples=SampleStore(
+            database,
+            max_bytes=storage.sample_bytes,
+            retention_seconds=storage.retention_days * 86_400.0,
+            precision=storage.precision,
+        ),
+        heads=Heads(settings.training.max_head_bytes),
+        boot_id=rng.randbytes(16),
+    )

@@ -14,8 +14,9 @@ from typing import Any
 from edge_agent import actions as do
 from edge_agent import events as on
 from edge_agent.jobs import Assignment, Samples, do_evaluate, do_train
-from edge_agent.parts import Parts
+from edge_agent.parts import PROBATION_STARTS_FACT, Parts
 from edge_agent.ports import JobResult
+from edge_agent.release_files import SlotContents
 from process.logs import get_logger
 from wire.codec import ErrorFeedback
 from wire.errors import ModelError, ShoalError, StorageError
@@ -38,6 +39,7 @@ _log = get_logger("edge_agent")
 AGENT_VERSION = "0.1.0"
 WIRE_VERSIONS = (1, 1)
 FEEDBACK_FACT = "error_feedback"
+_SLOTS = 3
 
 
 class Shell:
@@ -272,6 +274,31 @@ class Shell:
         self._parts.samples.expire(now)
 
     # --- releases ---------------------------------------------------------------------------------------
+
+    def load_current(self) -> SlotContents | None:
+        """Serves the current slot; a release on probation that did not survive two starts goes back first.
+
+        Returns:
+            What serves, or None without a release that loads.
+        """
+        parts = self._parts
+        if parts.slots.on_probation:
+            starts = int(parts.database.fact(PROBATION_STARTS_FACT) or 0) + 1
+            parts.database.set_fact(PROBATION_STARTS_FACT, starts)
+            if starts > 1:
+                _log.warning("release_rolled_back", reason="it did not survive its watch window")
+                parts.slots.roll_back()
+        for _ in range(_SLOTS):
+            contents = parts.slots.current()
+            if contents is None:
+                return None
+            try:
+                parts.serving.swap(parts.installer.load(contents), None)
+                return contents
+            except ModelError as error:
+                _log.error("release_does_not_load", version=contents.version, reason=str(error))
+                parts.slots.roll_back()
+        return None
 
     def _confirm(self) -> None:
         parts = self._parts
