@@ -18,13 +18,13 @@ from cloud_server.downlink import Downlink
 from cloud_server.flower.driver import StrategyDriver
 from cloud_server.flower.strategies import build_strategy
 from cloud_server.keys import CloudKeys
+from cloud_server.refine.refinement import Refinery
 from cloud_server.registry import Registry
 from cloud_server.release.gate import GatePolicy
 from cloud_server.release.publish import DEFAULT_RING, Publisher
 from cloud_server.release.releaser import CalibratingFinisher, GatedReleaser, Holdout
 from cloud_server.release.tuf_repository import TufExpiry, TufRepository
 from cloud_server.rounds.plan import RunPlan, RunPorts
-from cloud_server.rounds.runner import RoundRunner
 from cloud_server.rounds.state import RoundPolicy
 from cloud_server.sender import Sender
 from models.bundle import Bundle
@@ -46,7 +46,6 @@ class RunConfig:
     """
 
     run: str = "main"
-    seed: int = 0
     strategy: str = "FedAvg"
     strategy_parameters: Mapping[str, Any] = field(default_factory=dict)
     policy: RoundPolicy = field(default_factory=RoundPolicy)
@@ -150,13 +149,19 @@ def assemble(
     return Assembled(aggregator, downlink, sender)
 
 
-def make_runner(
-    base: Base, downlink: Downlink, bundle: Bundle, config: RunConfig, holdout: Holdout | None
-) -> RoundRunner:
-    """The runner of a run; its owner calls `resume` and hands it to `Aggregator.begin`.
+def make_run_parts(
+    base: Base,
+    downlink: Downlink,
+    bundle: Bundle,
+    config: RunConfig,
+    holdout: Holdout | None,
+    refinery: Refinery | None = None,
+) -> tuple[RunPlan, RunPorts]:
+    """What a runner is made of.
 
     Args:
         holdout: the operator's own labelled data, which the gate measures a candidate on.
+        refinery: trains an aggregate on the operator's data before it becomes the head.
 
     Raises:
         ConfigurationError: (operator) a strategy, parameter or device that does not exist.
@@ -186,7 +191,7 @@ def make_runner(
         nodes=base.registry,
         outbox=downlink,
         strategy=strategy,
-        finisher=CalibratingFinisher(maker),
+        finisher=CalibratingFinisher(maker, refinery),
         releaser=releaser,
         clock=base.clock,
     )
@@ -197,4 +202,4 @@ def make_runner(
         train=config.train,
         max_head_change=config.max_head_change,
     )
-    return RoundRunner(plan, ports)
+    return plan, ports

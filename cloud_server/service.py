@@ -20,20 +20,16 @@ from types import FrameType
 from typing import Protocol
 
 from cloud_server.aggregator import Aggregator
-from cloud_server.assembly import Base, RunConfig, assemble, make_runner
-from cloud_server.db.releases import load_models
+from cloud_server.assembly import Base, assemble
 from cloud_server.db.rounds import load_run
 from cloud_server.deployment import Deployment
 from cloud_server.enrolment.ca import ensure_client_files
-from cloud_server.holdout import load_holdout
 from cloud_server.https import HttpsFront
 from cloud_server.registry import AGGREGATOR_NAME
-from cloud_server.release.gate import GatePolicy
 from cloud_server.rounds.runner import RoundRunner
-from cloud_server.rounds.state import RoundPolicy
-from models.bundle import Bundle
+from cloud_server.run_setup import chosen_bundle, open_run
 from process.logs import get_logger
-from wire.errors import BrokerError, ConfigurationError
+from wire.errors import BrokerError
 from wire.transport import Transport, TransportEvent
 from wire.transport.broker import BrokerTls, RunningBroker, start_broker
 from wire.transport.mqtt import MqttTransport
@@ -75,6 +71,7 @@ def run(
     """Serves until `stop` is set, or until SIGTERM or SIGINT when this is the main thread.
 
     Args:
+        serverapp: `module:app` of a stock Flower ServerApp that drives the rounds; over the settings' own.
         on_ready: called once, when every port is open.
 
     Raises:
@@ -96,18 +93,21 @@ def run(
             "service_ready", public_port=ready.public_port, device_port=ready.device_port, broker=broker_port
         )
         on_ready(ready)
-        _Loop(deployment, base, transport, stop).run()
+        _Loop(deployment, base, transport, stop, serverapp).run()
     return 0
 
 
 class _Loop:
     """The event loop: events from the transport's queue, ticks in between, and a model that may come later."""
 
-    def __init__(self, deployment: Deployment, base: Base, transport: Transport, stop: StopSignal) -> None:
+    def __init__(
+        self, deployment: Deployment, base: Base, transport: Transport, stop: StopSignal, serverapp: str
+    ) -> None:
         self._deployment = deployment
         self._base = base
         self._stop = stop
-        self._events: queue.Queue[TransportEvent] = queue.Queue(QUEUED_EVENTS)
+        # None only wakes the loop.
+        self._events: queue.Queue[TransportEvent | None] = queue.Queue(QUEUED_EVENTS)
         self._dropped = 0
         settings = deployment.settings
         self._assembled = assemble(
@@ -121,6 +121,8 @@ class _Loop:
         self._announced = b""
         self._runner: RoundRunner | None = None
         self._is_paused = False
+        self._serverapp = serverapp
+        self._stop_app: Callable[[], None] = lambda: None
 
     def run(self) -> None:
         aggregator = self._assembled.aggregator
@@ -133,19 +135,22 @@ class _Loop:
                 self._take(aggregator, wait)
                 wake = aggregator.tick()
         finally:
+            self._stop_app()
             aggregator.stop()
             _log.info("service_stopped", dropped_events=self._dropped)
 
     def _take(self, aggregator: Aggregator, wait: float) -> None:
         """Handles what is there, at most so much that ticks keep coming."""
         try:
-            aggregator.handle(self._events.get(timeout=wait) if wait > 0 else self._events.get_nowait())
+            event = self._events.get(timeout=wait) if wait > 0 else self._events.get_nowait()
             for _ in range(EVENTS_PER_TICK):
-                aggregator.handle(self._events.get_nowait())
+                if event is not None:
+                    aggregator.handle(event)
+                event = self._events.get_nowait()
         except queue.Empty:
             return
 
-    def _enqueue(self, event: TransportEvent) -> None:
+    def _enqueue(self, event: TransportEvent | None) -> None:
         try:
             self._events.put_nowait(event)
         except queue.Full:
@@ -180,54 +185,31 @@ class _Loop:
 
     def _look_for_model(self) -> None:
         """Begins the run once a model is imported (`shoal-cloud model import` works while the service runs)."""
-        bundle = _chosen_bundle(self._deployment)
+        bundle = chosen_bundle(self._deployment)
         if bundle is None:
             return
         publisher = self._base.publisher
-        config = run_config(self._deployment)
-        if publisher.current_version(config.ring) == 0:
-            publisher.publish(publisher.propose_bundle(bundle).version, config.ring)
-        downlink = self._assembled.downlink
-        runner = make_runner(self._base, downlink, bundle, config, load_holdout(self._deployment))
+        settings = self._deployment.settings
+        ring, name = settings.enrolment.ring, settings.run.name
+        if publisher.current_version(ring) == 0:
+            publisher.publish(publisher.propose_bundle(bundle).version, ring)
+        runner, self._stop_app = open_run(
+            self._deployment,
+            self._base,
+            self._assembled.downlink,
+            bundle,
+            serverapp=self._serverapp or settings.run.serverapp,
+            wake=lambda: self._enqueue(None),
+        )
         with self._base.database.read() as connection:
-            is_new = load_run(connection, config.run) is None
-        runner.resume(bundle.checkpoint(), config.seed)
-        if is_new and self._deployment.settings.run.paused:
+            is_new = load_run(connection, name) is None
+        runner.resume(bundle.checkpoint(), settings.run.seed or secrets.randbelow(2**63 - 1) + 1)
+        if is_new and settings.run.paused:
             runner.set_paused(True)
             self._is_paused = True
         self._runner = runner
         self._assembled.aggregator.begin(runner)
-        _log.info("run_begun", run=config.run, model=bundle.manifest.model, strategy=config.strategy)
-
-
-def run_config(deployment: Deployment) -> RunConfig:
-    """The run that the settings describe."""
-    settings, run = deployment.settings, deployment.settings.run
-    return RunConfig(
-        run=run.name,
-        seed=run.seed or secrets.randbelow(2**63 - 1) + 1,
-        strategy=run.strategy,
-        strategy_parameters=run.parameters,
-        policy=RoundPolicy(
-            quorum=run.quorum,
-            goal=run.goal,
-            rounds=run.rounds,
-            round_seconds=run.deadline_seconds,
-            evaluate_seconds=run.evaluate_seconds,
-            evaluate_every=run.evaluate_every,
-            pause_seconds=run.pause_seconds,
-        ),
-        train=settings.train.config(),
-        gate=GatePolicy(
-            min_gain=settings.gate.min_gain,
-            max_operator_drop=settings.gate.max_operator_drop,
-            max_bytes=settings.gate.max_bytes,
-            min_examples=settings.gate.min_examples,
-        ),
-        ring=settings.enrolment.ring,
-        fold_device=settings.compute.device,
-        max_head_change=run.max_head_change,
-    )
+        _log.info("run_begun", run=name, model=bundle.manifest.model, strategy=settings.run.strategy)
 
 
 def _open_base(deployment: Deployment) -> Base:
@@ -301,25 +283,6 @@ def _transport(deployment: Deployment, host: str, port: int) -> Transport:
         tls.minimum_version = ssl.TLSVersion.TLSv1_3
         tls.load_cert_chain(certificate, key)
     return MqttTransport(AGGREGATOR_NAME, host, port, tls=tls, inflight_window=64, queue_packets=4096)
-
-
-def _chosen_bundle(deployment: Deployment) -> Bundle | None:
-    """The model of the settings, or the newest import; None while nothing is imported.
-
-    Raises:
-        ConfigurationError: (operator) the settings name a model that was never imported.
-    """
-    with deployment.database.read() as connection:
-        rows = load_models(connection)
-    wanted = deployment.settings.run.model
-    if wanted:
-        rows = [row for row in rows if wanted in (row.name, row.graphs_sha256)]
-        if not rows:
-            raise ConfigurationError(
-                f"the model {wanted!r} of settings.toml was never imported",
-                hint="shoal-cloud model import BUNDLE, or change run.model",
-            )
-    return Bundle.open(deployment.folder.bundle(rows[-1].graphs_sha256)) if rows else None
 
 
 def _stopped_by_signals() -> threading.Event:

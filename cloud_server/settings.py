@@ -188,6 +188,31 @@ class GateSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = ""
 
 
+class RefineSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[refine]`: a little training on the operator's own data after every fold."""
+
+    epochs: Annotated[
+        int, _option("Passes over the operator's data; 0 for no refinement.", ge=0, le=1000)
+    ] = 0
+    data: Annotated[
+        str, _option("Samples: an .npz with x and y, relative to the state folder.", max_length=1024)
+    ] = "refine.npz"
+    model: Annotated[
+        str,
+        _option(
+            "module:function that makes the torch module; empty for the zoo model of the run's name.",
+            max_length=256,
+        ),
+    ] = ""
+    batch_size: Annotated[int, _option("Samples per step.", ge=1, le=65_536)] = 64
+    learning_rate: Annotated[float, _option("Learning rate of SGD.", gt=0.0, le=10.0)] = 0.01
+    momentum: Annotated[float, _option("Momentum of SGD.", ge=0.0, lt=1.0)] = 0.9
+    max_change: Annotated[
+        float, _option("Largest L2 norm of the change of all parameters.", gt=0.0, le=1e9)
+    ] = 1.0
+    mixed: Annotated[bool, _option("bf16 mixed precision.")] = True
+
+
 class ComputeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[compute]`"""
 
@@ -218,6 +243,7 @@ class CloudSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     run: RunSettings = field(default_factory=RunSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     gate: GateSettings = field(default_factory=GateSettings)
+    refine: RefineSettings = field(default_factory=RefineSettings)
     compute: ComputeSettings = field(default_factory=ComputeSettings)
     log: LogSettings = field(default_factory=LogSettings)
 

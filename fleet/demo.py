@@ -77,12 +77,12 @@ DATASETS: dict[str, Dataset] = {
     "smartwatch": Dataset(
         "watch_cnn1d",
         lambda seed: smartwatch.federation(),
-        TrainSettings(epochs=2, batch_size=16, learning_rate=0.02, momentum=0.9),
+        TrainSettings(epochs=2, batch_size=16, learning_rate=0.02, momentum=0.9, clipping_norm=2.0),
     ),
     "fashion-mnist": Dataset(
         "fashion_cnn",
         lambda seed: fashion_mnist.federation(devices=20, alpha=0.3, seed=seed),
-        TrainSettings(epochs=1, batch_size=32, learning_rate=0.05, momentum=0.9),
+        TrainSettings(epochs=1, batch_size=32, learning_rate=0.02, momentum=0.9, clipping_norm=2.0),
     ),
 }
 

@@ -74,7 +74,9 @@ class Scenario(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     data: DataScenario = field(default_factory=DataScenario)
     run: RunScenario = field(default_factory=RunScenario)
     train: TrainSettings = field(
-        default_factory=lambda: TrainSettings(epochs=2, batch_size=16, learning_rate=0.02, momentum=0.9)
+        default_factory=lambda: TrainSettings(
+            epochs=2, batch_size=16, learning_rate=0.02, momentum=0.9, clipping_norm=2.0
+        )
     )
     faults: FaultScenario = field(default_factory=FaultScenario)
 

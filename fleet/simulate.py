@@ -41,7 +41,7 @@ def simulate(scenario: Scenario, *, devices: int, rounds: int, seed: int) -> Fle
         simulation = Simulation(
             federation,
             bundle,
-            run_config(scenario, devices=devices, rounds=rounds, seed=seed),
+            run_config(scenario, devices=devices, rounds=rounds),
             seed=seed,
             settings=_agent_settings(),
             cost=job_cost(scenario.faults, seed),
@@ -55,12 +55,11 @@ def simulate(scenario: Scenario, *, devices: int, rounds: int, seed: int) -> Fle
             simulation.close()
 
 
-def run_config(scenario: Scenario, *, devices: int, rounds: int, seed: int) -> RunConfig:
+def run_config(scenario: Scenario, *, devices: int, rounds: int) -> RunConfig:
     """The run of a scenario for a fleet of so many devices."""
     run = scenario.run
     return RunConfig(
         run=RUN,
-        seed=seed,
         strategy=run.strategy,
         strategy_parameters=run.parameters,
         policy=RoundPolicy(

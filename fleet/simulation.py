@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cloud_server.artefacts import Artefacts
-from cloud_server.assembly import Assembled, Base, RunConfig, assemble, make_runner, open_base
+from cloud_server.assembly import Assembled, Base, RunConfig, assemble, make_run_parts, open_base
 from cloud_server.db.engine import open_database
 from cloud_server.keys import CloudKeys
 from cloud_server.registry import add_device
@@ -37,6 +37,8 @@ from wire.errors import RoundError
 from wire.transport.memory import MemoryBroker, MemoryTransport
 
 KEPT_SESSIONS = 16
+SETTLE_SECONDS = 180.0
+"""Virtual time after the last round in which devices take up the last release and send what they still owe."""
 
 
 class Simulation:
@@ -103,9 +105,11 @@ class Simulation:
                 seen = moved
                 on_round(moved)
             if not runner.is_finished:
-                self._advance()
-        self.time.advance_to(self.time.now() + 120.0)
-        self._settle()
+                self.time.advance_to(self._next_moment())
+        end = self.time.now() + SETTLE_SECONDS
+        while self.time.now() < end:
+            self._settle()
+            self.time.advance_to(min(self._next_moment(), end))
 
     def close(self) -> None:
         """Ends every agent and frees what they share."""
@@ -149,7 +153,8 @@ class Simulation:
             heapq.heappop(self._wake_heap)
         return None
 
-    def _advance(self) -> None:
+    def _next_moment(self) -> float:
+        """When something is planned next, by anybody."""
         moments = [self._next_tick]
         planned = self.time.next_due()
         if planned is not None:
@@ -164,7 +169,7 @@ class Simulation:
         moment = min(moments)
         if moment == float("inf"):
             raise RoundError("the simulated fleet stands still")
-        self.time.advance_to(max(moment, self.time.now() + 1e-3))
+        return max(moment, self.time.now() + 1e-3)
 
     # ---- setting up --------------------------------------------------------------------------------------------
 
@@ -189,8 +194,9 @@ class Simulation:
     def _make_runner(self, config: RunConfig) -> RoundRunner:
         operator = self.federation.operator
         holdout = Holdout(operator.val_x, operator.val_y)
-        runner = make_runner(self.base, self.cloud.downlink, self.bundle, config, holdout)
-        runner.resume(self.bundle.checkpoint(), config.seed)
+        plan, ports = make_run_parts(self.base, self.cloud.downlink, self.bundle, config, holdout)
+        runner = RoundRunner(plan, ports)
+        runner.resume(self.bundle.checkpoint(), self._seed)
         return runner
 
     def _share(self, settings: EdgeSettings) -> Shared:

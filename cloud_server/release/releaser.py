@@ -1,7 +1,7 @@
 """From a round's head to a release or a hold: quantize, measure, ask the gate, publish, announce.
 
 Laws of the file: what is judged is what would be served (the int8 file with fresh ranges); the candidate and the
-release that devices serve are compared on the same windows of the same devices in the same evaluation (`served_…` metrics),
+release that devices serve are compared on the same windows of the same devices in one evaluation (`served_…` metrics),
 and on the same held-out data of the operator; asked again for a round (after a crash), it gives the first answer.
 """
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloud_server.db.releases import HELD, RELEASED, ReleaseRow
+from cloud_server.refine.refinement import Refinery
 from cloud_server.release.gate import GatePolicy, Judged, judge
 from cloud_server.release.publish import Publisher
 from cloud_server.rounds.ports import Candidate, Decision, Vector
@@ -40,13 +41,18 @@ class Holdout:
 
 
 class CalibratingFinisher:
-    """Gives an aggregate the activation ranges that go with its parameters."""
+    """Makes an aggregate a head: refined on the operator's data where that is wanted, with fresh activation ranges."""
 
-    def __init__(self, maker: CandidateMaker) -> None:
+    def __init__(self, maker: CandidateMaker, refinery: Refinery | None = None) -> None:
         self._maker = maker
+        self._refinery = refinery
 
     def finish(self, params: Vector, buffers: Vector, base: Checkpoint, seed: int) -> Checkpoint:
         """See `cloud_server.rounds.ports.Finisher`."""
+        if self._refinery is not None:
+            refined = self._refinery.refine(params, buffers, seed)
+            _log.info("head_refined", change=refined.change, was_cut=refined.was_cut)
+            params = refined.params
         return self._maker.make(params, buffers).checkpoint
 
 

@@ -26,7 +26,7 @@ STORMY = Scenario(
 def play(bundle: Bundle, scenario: Scenario, *, rounds: int, seed: int = 5) -> tuple[Simulation, str]:
     """Plays a scenario to its end; returns the simulation, closed, and its report's text."""
     federation = virtual_federation(DEVICES, scenario.data, seed=seed)
-    config = run_config(scenario, devices=DEVICES, rounds=rounds, seed=seed)
+    config = run_config(scenario, devices=DEVICES, rounds=rounds)
     simulation = Simulation(federation, bundle, config, seed=seed, cost=job_cost(scenario.faults, seed))
     plan_cuts(simulation, scenario.faults, seed)
     simulation.run()
@@ -80,7 +80,7 @@ def test_simulation_serves_the_last_release_on_every_device(watch_bundle: Bundle
 
 def test_simulation_without_a_number_of_rounds_is_refused(watch_bundle: Bundle) -> None:
     federation = virtual_federation(1, DataScenario(), seed=1)
-    config = run_config(QUIET, devices=1, rounds=1, seed=1)
+    config = run_config(QUIET, devices=1, rounds=1)
     with pytest.raises(RoundError, match="number of rounds"):
         Simulation(federation, watch_bundle, replace(config, policy=replace(config.policy, rounds=0)), seed=1)
 
