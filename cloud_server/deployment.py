@@ -31,6 +31,9 @@ from wire.errors import ConfigurationError, StorageError
 if TYPE_CHECKING:
     from models.bundle import Bundle
 
+ANY_ADDRESS = ("0.0.0.0", "::")
+"""Listen everywhere, and are nowhere to connect to."""
+
 
 class Deployment:
     """One aggregator. Every part is opened once, when it is first asked for; `close` closes what was opened.
@@ -149,14 +152,24 @@ class Deployment:
             public_port: where the service really listens; 0 for the port of the settings.
 
         Raises:
-            ConfigurationError: (operator) the settings leave the port open.
+            ConfigurationError: (operator) the settings leave the port open, or name no host.
         """
+        if self.advertised in ANY_ADDRESS:
+            raise ConfigurationError(
+                f"devices cannot connect to {self.advertised}",
+                hint="set listen.advertise in settings.toml to the name or address that they use",
+            )
         port = public_port or self.settings.listen.public_port
         if port == 0:
             raise ConfigurationError(
                 "a token needs a fixed port", hint="set listen.public_port in settings.toml"
             )
-        return Door(self._url(port), self.settings.listen.tls_name, self.authority.fingerprint)
+        return Door(_url("https", self.advertised, port), self.settings.listen.tls_name, self.authority.fingerprint)
+
+    def broker_url(self, host: str, port: int) -> str:
+        """Where devices find the broker; one that listens everywhere has the aggregator's own name."""
+        scheme = "mqtts" if self.settings.broker.tls else "mqtt"
+        return _url(scheme, self.advertised if host in ANY_ADDRESS else host, port)
 
     def welcome(self, *, device_port: int, broker_url: str) -> Welcome:
         """What a device is told when it is let in."""
@@ -164,7 +177,7 @@ class Deployment:
             tenant=self.settings.tenant,
             fleet=self.settings.fleet,
             tls_name=self.settings.listen.tls_name,
-            device_url=self._url(device_port),
+            device_url=_url("https", self.advertised, device_port),
             broker_url=broker_url,
             ring=self.settings.enrolment.ring,
             max_examples=self.settings.enrolment.max_examples,
@@ -182,10 +195,6 @@ class Deployment:
         """The CA certificate (PEM), for a broker that takes a path."""
         return CertificateAuthority.certificate_path(self.folder.authority)
 
-    def _url(self, port: int) -> str:
-        host = self.advertised
-        return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
-
     # ---- models ----
 
     def keep_bundle(self, bundle: Bundle) -> Path:
@@ -201,6 +210,10 @@ class Deployment:
         except OSError as error:
             raise StorageError(f"the bundle cannot be kept in {target}: {error.strerror}") from error
         return target
+
+
+def _url(scheme: str, host: str, port: int) -> str:
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def initialise(root: Path, settings: CloudSettings, *, clock: Clock | None = None) -> Deployment:

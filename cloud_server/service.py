@@ -83,10 +83,8 @@ def run(
         stack.callback(deployment.close)
         base = _open_base(deployment)
         broker_host, broker_port = stack.enter_context(_broker(deployment))
-        scheme = "mqtts" if deployment.settings.broker.tls else "mqtt"
-        front = stack.enter_context(
-            HttpsFront(deployment, broker_url=f"{scheme}://{broker_host}:{broker_port}")
-        )
+        broker_url = deployment.broker_url(broker_host, broker_port)
+        front = stack.enter_context(HttpsFront(deployment, broker_url=broker_url))
         ready = Running(front.public_port, front.device_port, broker_host, broker_port)
         transport = _transport(deployment, broker_host, broker_port)
         _log.info(

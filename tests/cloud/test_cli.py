@@ -144,6 +144,17 @@ def test_device_add_prints_a_token_and_nothing_else(made: Run) -> None:
     assert "shoal-edge enroll" in printed.err
 
 
+def test_server_that_listens_everywhere_needs_a_name_for_devices(shoal: Run, tmp_path: Path) -> None:
+    assert shoal("init", "--host", "0.0.0.0").code == 0
+    refused = shoal("device", "add", "watch-1")
+    assert refused.code == 2
+    assert "listen.advertise" in refused.err
+    with Deployment.open(state_folder(tmp_path), {"SHOAL_LISTEN_ADVERTISE": "cloud.example"}) as deployment:
+        assert deployment.door().url == "https://cloud.example:8443"
+        assert deployment.broker_url("0.0.0.0", 1883) == "mqtt://cloud.example:1883"
+        assert deployment.broker_url("10.0.0.7", 1883) == "mqtt://10.0.0.7:1883"
+
+
 def test_device_add_of_many_tokens_as_json_or_in_a_file(made: Run, tmp_path: Path) -> None:
     printed = made("device", "add", "--count", "3", "--url", "https://cloud.example:443", "--json")
     tokens = [EnrolmentToken.parse(entry["token"]) for entry in printed.json]
