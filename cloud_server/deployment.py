@@ -164,7 +164,9 @@ class Deployment:
             raise ConfigurationError(
                 "a token needs a fixed port", hint="set listen.public_port in settings.toml"
             )
-        return Door(_url("https", self.advertised, port), self.settings.listen.tls_name, self.authority.fingerprint)
+        return Door(
+            _url("https", self.advertised, port), self.settings.listen.tls_name, self.authority.fingerprint
+        )
 
     def broker_url(self, host: str, port: int) -> str:
         """Where devices find the broker; one that listens everywhere has the aggregator's own name."""
