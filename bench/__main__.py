@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench.table import Row, render
 
-ALL = ("sealing", "folding", "train_step", "memory", "flower")
+ALL = ("sealing", "folding", "train_step", "gpu", "memory", "flower")
 
 
 def main() -> int:
