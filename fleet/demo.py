@@ -150,8 +150,8 @@ def _cloud_settings(plan: DemoPlan, dataset: Dataset, devices: int) -> CloudSett
             paused=True,
         ),
         train=dataset.train,
-        # The operator's people are not in the fleet: their windows guard against collapse, the devices' decide.
-        gate=GateSettings(max_operator_drop=0.5, holdout=HOLDOUT),
+        # A point is worth a release. The operator's people are not in the fleet: their windows guard against collapse.
+        gate=GateSettings(min_gain=0.01, max_operator_drop=0.5, holdout=HOLDOUT),
     )
 
 

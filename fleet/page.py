@@ -22,7 +22,7 @@ h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
 .card b{display:block;font-size:1.4rem}table{border-collapse:collapse;width:100%;font-size:13px}
 td,th{padding:.25rem .5rem;text-align:right;border-bottom:1px solid #e5eaf0}
 td:first-child,th:first-child{text-align:left}
-tr.held td{background:#fff6e5}svg{max-width:100%;height:auto}
+tr.held td{background:#fff6e5}svg{width:100%;height:auto}
 """
 
 
@@ -160,8 +160,9 @@ def _accuracy_picture(report: FleetReport) -> str:
     for row in report.hold_backs:
         axes.axvline(row.number, color="#e0a030", linewidth=0.8, alpha=0.6)
     axes.set(xlabel="round (vertical lines: held back)", ylabel="accuracy", ylim=(0, 1))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside upper right", ncols=2)
     return _svg(figure)
 
 
@@ -176,7 +177,7 @@ def _device_picture(report: FleetReport) -> str:
     axes.bar([p + 0.2 for p in places], [row.accuracy_last for row in shown], 0.4, label="last release")
     axes.set_xticks(list(places), [row.device for row in shown], rotation=60, ha="right", fontsize=7)
     axes.set(ylabel="accuracy", ylim=(0, 1))
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside upper right", ncols=2)
     return _svg(figure)
 
 
