@@ -1,0 +1,113 @@
+"""The parts of docs/reference.md that follow from the code. `python -m tests.docs.reference_tables` writes them anew.
+
+A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import msgspec
+
+import cloud_server.cli
+import edge_agent.cli
+import fleet.cli
+from cloud_server.settings import CloudSettings
+from edge_agent.settings import EdgeSettings
+from fleet.scenario import Scenario
+from process.exits import EXIT_CODES
+from process.options import Option, options
+from wire import errors
+
+REFERENCE = Path(__file__).resolve().parent.parent.parent / "docs" / "reference.md"
+_PART = re.compile(r"(<!-- generated: (?P<name>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def written(text: str) -> str:
+    """The document with every generated part as it should be."""
+    return _PART.sub(lambda part: f"{part[1]}{PARTS[part['name']]()}\n{part[3]}", text)
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def settings_table(cls: type[msgspec.Struct], *, has_variables: bool = True) -> str:
+    def row(option: Option) -> list[str]:
+        cells = [f"`{option.key}`", option.type_name, f"`{option.default}`", option.description]
+        return [*cells, f"`{option.variable}`"] if has_variables else cells
+
+    head = ["key", "type", "default", "meaning", *(["variable"] if has_variables else [])]
+    return table(head, map(row, options(cls)))
+
+
+def exit_codes() -> str:
+    return table(("code", "meaning"), ([str(code), meaning] for code, meaning in EXIT_CODES.items()))
+
+
+def error_tree() -> str:
+    """The tree as the module's docstring draws it."""
+    drawn = (errors.__doc__ or "").split("\n\n")[1]
+    return f"```text\n{drawn}\n```"
+
+
+def shown_help(main: Callable[[list[str]], int], path: list[str]) -> str:
+    out = io.StringIO()
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "110"
+    try:
+        with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+            main([*path, "--help"])
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+    return out.getvalue().rstrip()
+
+
+def subcommands(text: str) -> list[str]:
+    """The commands that a help text lists."""
+    _, _, listed = text.partition("positional arguments:")
+    if not re.match(r"\s+(COMMAND|ACTION)\n", listed):
+        return []
+    return re.findall(r"^ {4}([a-z]+)\b", listed.partition("\n\n")[0], re.MULTILINE)
+
+
+def helps(command: str, main: Callable[[list[str]], int]) -> str:
+    """The help of a command and of all below it, the deepest only."""
+    texts = []
+
+    def visit(path: list[str]) -> None:
+        text = shown_help(main, path)
+        below = subcommands(text)
+        if not below:
+            texts.append(f"### `{' '.join([command, *path])}`\n\n```text\n{text}\n```")
+        for name in below:
+            visit([*path, name])
+
+    visit([])
+    return "\n\n".join(texts)
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "shoal-edge": lambda: helps("shoal-edge", edge_agent.cli.main),
+    "shoal-cloud": lambda: helps("shoal-cloud", cloud_server.cli.main),
+    "shoal-fleet": lambda: helps("shoal-fleet", fleet.cli.main),
+    "settings of the device": lambda: settings_table(EdgeSettings),
+    "settings of the aggregator": lambda: settings_table(CloudSettings),
+    "options of a scenario": lambda: settings_table(Scenario, has_variables=False),
+    "exit codes": exit_codes,
+    "errors": error_tree,
+}
+
+
+if __name__ == "__main__":
+    REFERENCE.write_text(written(REFERENCE.read_text(encoding="utf-8")), encoding="utf-8")
