@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._decomp import core_aten_decompositions, get_decompositions
 
 from models.train_step import activations, convolution, dropout, normalization, pooling
@@ -44,6 +45,7 @@ def decomposition_table() -> Table:
             aten.convolution_backward.default: convolution.convolution_backward,
             aten.max_pool2d_with_indices.default: pooling.max_pool2d_with_indices,
             aten.max_pool2d_with_indices_backward.default: pooling.max_pool2d_with_indices_backward,
+            aten._adaptive_avg_pool2d_backward.default: pooling.adaptive_avg_pool2d_backward,
             aten.avg_pool2d_backward.default: pooling.avg_pool2d_backward,
             aten._native_batch_norm_legit.no_stats: normalization.batch_norm,
             aten._native_batch_norm_legit_functional.default: normalization.batch_norm_functional,
@@ -56,6 +58,14 @@ def decomposition_table() -> Table:
             aten.threshold_backward.default: activations.threshold_backward,
             aten.hardtanh_backward.default: activations.hardtanh_backward,
             aten.silu_backward.default: activations.silu_backward,
+            aten.empty_permuted.default: _empty,
         }
     )
     return table
+
+
+def _empty(
+    size: Sequence[int], _: Sequence[int], *, dtype: torch.dtype | None = None, **_kwargs: Any
+) -> Tensor:
+    """ONNX has no memory without values; what is allocated this way is overwritten in place."""
+    return torch.zeros(size, dtype=dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -94,10 +95,11 @@ def _unsupported(error: BaseException) -> UnsupportedLayerError:
     while root.__cause__ is not None:
         root = root.__cause__
     reason = str(root).splitlines()[0]
+    named = re.search(r"op='([^']+)'", reason)
     return UnsupportedLayerError(
-        f"the train step cannot be written in ONNX: {reason}",
-        hint="replace the layer that uses this operator; docs list the supported layers",
-        layer=reason,
+        f"ONNX cannot express {named[1]}" if named else f"the train step cannot be written in ONNX: {reason}",
+        hint="replace what uses it in forward; models.train_step.SUPPORTED_LAYERS lists what is known to work",
+        layer=named[1] if named else reason,
         substitute="",
     )
 

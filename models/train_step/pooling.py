@@ -132,5 +132,20 @@ def avg_pool2d_backward(
     return spread.reshape(x.shape)
 
 
+def adaptive_avg_pool2d_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """Replacement of `aten._adaptive_avg_pool2d_backward`: averaging is linear along each axis, a constant matrix."""
+    rows = _averaging(x.shape[2], grad.shape[2])
+    columns = _averaging(x.shape[3], grad.shape[3])
+    return rows.t() @ grad @ columns
+
+
+def _averaging(size: int, out: int) -> Tensor:
+    """From `size` values to `out` averages, `[out, size]`, with torch's overlapping bins."""
+    bins = [(i * size // out, -(-(i + 1) * size // out)) for i in range(out)]
+    return torch.tensor(
+        [[1 / (end - start) if start <= at < end else 0.0 for at in range(size)] for start, end in bins]
+    )
+
+
 def _pair(values: Sequence[int]) -> list[int]:
     return [values[0], values[-1]]

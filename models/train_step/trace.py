@@ -82,6 +82,12 @@ def trace_step(step: Step, example: Sequence[Tensor]) -> fx.GraphModule:
             "the forward depends on the values of its input",
             hint="no .item(), no `if` over a tensor in forward",
         ) from error
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"the forward cannot be traced: {reason}",
+            hint="write it in torch operators on its input and parameters, without Python side effects",
+        ) from error
     simplify(graph)
     _check_batch_is_symbolic(graph)
     _check_deterministic(graph)
