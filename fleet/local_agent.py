@@ -1,8 +1,8 @@
 """One real agent as a child process of this machine: its token, its stream of windows, its answers.
 
-Laws of the file: the agent gets what any agent gets (a token, a settings file, lines of JSON on standard input) and is
-judged by what any agent shows (lines of JSON on standard output, its status file); windows come at a fixed rate
-whatever the agent is doing, and every one of them must be answered.
+Laws of the file: the agent gets what any agent gets (a token, settings, labelled files, lines of JSON) and is judged by what any agent
+shows (lines of JSON, its status file); windows come at a fixed rate whatever the agent is doing, and every one of them
+must be answered.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+import numpy as np
 
 from models.data.federation import Split
 from wire.errors import RoundError
@@ -31,9 +33,9 @@ class LocalAgent:
 
     Args:
         state: its state folder, which it enrols into with `token` at its first start.
-        split: its data: labelled training and validation windows first, then its later windows, unlabelled, again
-            and again.
-        rate_hz: windows a second once the labelled ones are in.
+        split: its data: labelled training and validation windows from files, and its later windows, unlabelled, again
+            and again on standard input.
+        rate_hz: unlabelled windows a second.
     """
 
     def __init__(
@@ -49,11 +51,15 @@ class LocalAgent:
         self._stopping = threading.Event()
         self._labelled_answers = 0
         state.mkdir(parents=True, exist_ok=True)
+        doors = [*self._write_labelled(state.with_suffix(".data")), "-"]
         self.log_file = state.with_suffix(".log")
         environment = {**os.environ, "SHOAL_ENROLL_TOKEN": token, "OMP_NUM_THREADS": "1"}
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(
-                [*_COMMAND, "run", "--state", str(state), "--settings", str(settings), "--input", "-"],
+                [
+                    *(*_COMMAND, "run", "--state", str(state), "--settings", str(settings)),
+                    *(f"--input={door}" for door in doors),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -138,34 +144,28 @@ class LocalAgent:
         if stream is None:
             return
         try:
-            for line in self._labelled_lines():
-                self._send(stream, line)
             due = time.monotonic()
             for line in self._live_lines():
                 due += self._interval
                 if self._stopping.wait(max(0.0, due - time.monotonic())):
                     break
-                self._send(stream, line)
+                stream.write(line)
+                stream.flush()
+                self.sent += 1
         except (BrokenPipeError, ValueError):
             return  # the agent ended; `check` says so
 
-    def _send(self, stream: IO[bytes], line: bytes) -> None:
-        stream.write(line)
-        stream.flush()
-        self.sent += 1
-
-    def _labelled_lines(self) -> Iterator[bytes]:
+    def _write_labelled(self, folder: Path) -> list[Path]:
+        """The labelled windows as files, as a user would have them; returns the doors for them."""
+        folder.mkdir(exist_ok=True)
         split = self._split
-        parts = (("train", split.train_x, split.train_y), ("val", split.val_x, split.val_y))
-        for name, x, y in parts:
-            for number, (window, label) in enumerate(zip(x, y, strict=True)):
-                item = {
-                    "window": window.tolist(),
-                    "label": int(label),
-                    "split": name,
-                    "id": f"{name}-{number}",
-                }
-                yield json.dumps(item).encode() + b"\n"
+        doors = []
+        for name, x, y in (("train", split.train_x, split.train_y), ("val", split.val_x, split.val_y)):
+            doors.append(folder / f"windows.{name}.npy")
+            np.save(doors[-1], x)
+            np.save(folder / f"windows.{name}.labels.npy", y)
+        self.sent = len(split.train_x) + len(split.val_x)
+        return doors
 
     def _live_lines(self) -> Iterator[bytes]:
         lines = [json.dumps({"window": window.tolist()})[:-1].encode() for window in self._split.test_x]

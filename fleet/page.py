@@ -141,6 +141,7 @@ def _swap_table(report: FleetReport) -> str:
 
 def _accuracy_picture(report: FleetReport) -> str:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots()
@@ -160,7 +161,7 @@ def _accuracy_picture(report: FleetReport) -> str:
     for row in report.hold_backs:
         axes.axvline(row.number, color="#e0a030", linewidth=0.8, alpha=0.6)
     axes.set(xlabel="round (vertical lines: held back)", ylabel="accuracy", ylim=(0, 1))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside upper right", ncols=2)
     return _svg(figure)

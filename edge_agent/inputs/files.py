@@ -1,6 +1,7 @@
 """Windows in `.npy` and `.csv` files: one file, or a folder in which files keep appearing.
 
     x.npy              float [*input_shape], or [N, *input_shape]; labels beside it in x.labels.npy, int [N]
+    x.val.npy          the same, kept for evaluation where labelled; x.train.npy for training
     x.csv              one window a row, flattened; a header row may name the columns `label` and `id`
 
 Laws of the file: no pickle; sizes are checked before anything is read; a file is taken when it has stopped
@@ -20,7 +21,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
-from edge_agent.inputs.item import Answering, Answers, Item, answer_error, answer_item
+from edge_agent.inputs.item import Answering, Answers, Item, Split, answer_error, answer_item
 from process.logs import get_logger
 from wire.errors import ConfigurationError, DataError, ShoalError
 
@@ -179,9 +180,20 @@ def _read_npy(path: Path, input_shape: tuple[int, ...]) -> Iterator[Item]:
             hint=f"save them as float32 [N, {', '.join(map(str, input_shape))}]",
         )
     labels = _labels_beside(path, len(windows))
+    split = None if labels is None else _split_of(path)
     for row, window in enumerate(windows):
         label = None if labels is None else int(labels[row])
-        yield Item(np.array(window, dtype=np.float32), label, f"{path.name}#{row}")
+        yield Item(np.array(window, dtype=np.float32), label, f"{path.name}#{row}", split)
+
+
+def _split_of(path: Path) -> Split | None:
+    """What the file's name says that its labelled windows are for; None leaves it to the settings."""
+    match Path(path.stem).suffix:
+        case ".train":
+            return "train"
+        case ".val":
+            return "val"
+    return None
 
 
 def _labels_beside(path: Path, count: int) -> np.ndarray[Any, Any] | None:
