@@ -10,16 +10,19 @@ from pathlib import Path
 
 from bench.table import Row, render
 
-ALL = ("sealing", "folding", "train_step", "gpu", "memory", "flower")
+ALL = ("sealing", "folding", "train_step", "gpu", "memory", "flower", "learning")
+BY_NAME = ("learning_fashion",)
 
 
 def main() -> int:
     """Runs the benchmarks that are named, or all."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ALL)} (default: all)")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(ALL)} (default: these), {', '.join(BY_NAME)}"
+    )
     parser.add_argument("--out", type=Path, default=Path("build/bench"), help="folder for bench.json")
     arguments = parser.parse_args()
-    unknown = sorted(set(arguments.names) - set(ALL))
+    unknown = sorted(set(arguments.names) - {*ALL, *BY_NAME})
     if unknown:
         parser.error(f"no benchmark is called {unknown[0]!r}; there are {', '.join(ALL)}")
     rows: list[Row] = []

@@ -42,6 +42,10 @@ from process.options import render_toml
 from process.progress import Progress
 from wire.errors import ConfigurationError, RoundError
 
+MIN_GAIN = 0.01
+"""A point on the devices' own windows is worth a release."""
+MAX_OPERATOR_DROP = 0.5
+"""The operator's people are not in the fleet: their windows only guard against collapse."""
 _POLL_SECONDS = 0.25
 _SETTLE_SECONDS = 20.0
 
@@ -150,8 +154,7 @@ def _cloud_settings(plan: DemoPlan, dataset: Dataset, devices: int) -> CloudSett
             paused=True,
         ),
         train=dataset.train,
-        # A point is worth a release. The operator's people are not in the fleet: their windows guard against collapse.
-        gate=GateSettings(min_gain=0.01, max_operator_drop=0.5, holdout=HOLDOUT),
+        gate=GateSettings(min_gain=MIN_GAIN, max_operator_drop=MAX_OPERATOR_DROP, holdout=HOLDOUT),
     )
 
 

@@ -1,8 +1,8 @@
 """One real agent as a child process of this machine: its token, its stream of windows, its answers.
 
-Laws of the file: the agent gets what any agent gets (a token, settings, labelled files, lines of JSON) and is judged by what any agent
-shows (lines of JSON, its status file); windows come at a fixed rate whatever the agent is doing, and every one of them
-must be answered.
+Laws of the file: the agent gets what any agent gets (a token, settings, labelled files, lines of JSON) and is judged
+by what any agent shows (lines of JSON, its status file); windows come at a fixed rate whatever the agent is doing, and
+every one of them must be answered.
 """
 
 from __future__ import annotations
