@@ -1,4 +1,4 @@
-"""The parts of docs/reference.md that follow from the code. `python -m tests.docs.reference_tables` writes them anew.
+"""The parts of the documents that follow from the code. `python -m tests.docs.reference_tables` writes them anew.
 
 A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
 """
@@ -24,7 +24,9 @@ from process.exits import EXIT_CODES
 from process.options import Option, options
 from wire import errors
 
-REFERENCE = Path(__file__).resolve().parent.parent.parent / "docs" / "reference.md"
+DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
+REFERENCE = DOCS / "reference.md"
+OWN_MODEL = DOCS / "how-to" / "your-own-model.md"
 _PART = re.compile(r"(<!-- generated: (?P<name>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -97,6 +99,25 @@ def helps(command: str, main: Callable[[list[str]], int]) -> str:
     return "\n\n".join(texts)
 
 
+def layer_name(layer: type) -> str:
+    return f"`nn.{layer.__name__}`"
+
+
+def supported_layers() -> str:
+    from models.train_step.support import SUPPORTED_LAYERS
+
+    return ", ".join(
+        sorted(layer_name(layer) for layer in SUPPORTED_LAYERS if not layer.__name__.startswith("NonDyn"))
+    )
+
+
+def substitutes() -> str:
+    from models.train_step.support import SUBSTITUTES
+
+    rows = sorted([layer_name(layer), instead] for layer, instead in SUBSTITUTES.items())
+    return table(("instead of", "write"), rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "shoal-edge": lambda: helps("shoal-edge", edge_agent.cli.main),
     "shoal-cloud": lambda: helps("shoal-cloud", cloud_server.cli.main),
@@ -106,8 +127,12 @@ PARTS: dict[str, Callable[[], str]] = {
     "options of a scenario": lambda: settings_table(Scenario, has_variables=False),
     "exit codes": exit_codes,
     "errors": error_tree,
+    "supported layers": supported_layers,
+    "substitutes": substitutes,
 }
+PLACES = {name: OWN_MODEL if name in ("supported layers", "substitutes") else REFERENCE for name in PARTS}
 
 
 if __name__ == "__main__":
-    REFERENCE.write_text(written(REFERENCE.read_text(encoding="utf-8")), encoding="utf-8")
+    for document in set(PLACES.values()):
+        document.write_text(written(document.read_text(encoding="utf-8")), encoding="utf-8")

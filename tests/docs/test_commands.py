@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -212,3 +213,16 @@ def test_commands_run(document: Path, tmp_path: Path) -> None:
     (folder / "docs").symlink_to(ROOT / "docs")
     code, output = run_script(script_of(list(steps(document)), document), folder)
     assert code == 0, f"{named(document)} ended with {code}:\n{output[-6000:]}"
+
+
+def test_strategies_of_the_documents_can_be_made() -> None:
+    """`init` does not look at them: a run does, once a model is there."""
+    from cloud_server.flower.strategies import build_strategy
+
+    named_ones = 0
+    for step in steps(ROOT / "docs" / "how-to" / "strategies.md"):
+        if step.value.endswith(".toml"):
+            run = tomllib.loads(step.text)["run"]
+            build_strategy(run["strategy"], run["parameters"])
+            named_ones += 1
+    assert named_ones >= 2
