@@ -29,15 +29,22 @@ HOLDOUT = "holdout.npz"
 
 
 class LocalCloud:
-    """A running `shoal-cloud run` and its state folder. A context manager: leaving it ends the process."""
+    """A running `shoal-cloud run` and its state folder. A context manager: leaving it ends the process.
 
-    def __init__(self, root: Path, settings: CloudSettings, federation: Federation) -> None:
+    Args:
+        started_in: the service's working folder, where a `--serverapp` is looked for.
+    """
+
+    def __init__(
+        self, root: Path, settings: CloudSettings, federation: Federation, *, started_in: Path | None = None
+    ) -> None:
         self.root = root
         self.settings = settings
         self.log_file = root.with_suffix(".log")
         self.deployment: Deployment = initialise(root, settings)
         operator = federation.operator
         np.savez(root / HOLDOUT, x=operator.val_x, y=operator.val_y)
+        self._started_in = started_in
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -48,7 +55,8 @@ class LocalCloud:
         """
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                [*_COMMAND, "run", "--state", str(self.root)],
+                [*_COMMAND, "run", "--state", str(self.root.absolute())],
+                cwd=self._started_in,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -118,10 +118,10 @@ class ExchangeDesk(Desk):
         done = sum(each.state == "done" for each in rounds)
         return RoundState(round_number=done, moved=sum(bool(each.head_sha256) for each in rounds))
 
-    def poll(self, phase: Phase) -> ev.Event | None:
-        """Takes what the app asks for."""
+    def poll(self, phase: Phase, *, is_paused: bool) -> ev.Event | None:
+        """Takes what the app asks for; while the run is paused, the app waits."""
         self._board.set_node_ids(sorted(self._devices_by_node()))
-        while phase is Phase.IDLE and (exchange := self._board.next()) is not None:
+        while phase is Phase.IDLE and not is_paused and (exchange := self._board.next()) is not None:
             try:
                 event = self._open(exchange)
             except (RoundError, ModelError) as error:

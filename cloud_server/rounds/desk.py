@@ -77,7 +77,7 @@ class Desk(ABC):
         """Does one action; returns what it answers to the machine, if it answers."""
         return self._performers[type(action)](action)
 
-    def poll(self, phase: Phase) -> ev.Event | None:
+    def poll(self, phase: Phase, *, is_paused: bool) -> ev.Event | None:
         """What came from elsewhere than the fleet since the last turn."""
         return None
 

@@ -175,7 +175,7 @@ class RoundRunner:
         return self._next_tick
 
     def _poll(self) -> bool:
-        event = self._desk.poll(self._state.phase)
+        event = self._desk.poll(self._state.phase, is_paused=self._state.is_paused)
         if event is not None:
             self._queue.append(event)
         return event is not None

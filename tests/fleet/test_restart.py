@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -24,9 +22,9 @@ from fleet.local_cloud import LocalCloud, free_port
 from models.bundle import Bundle
 from models.data import smartwatch
 from process.options import render_toml
+from tests.fleet.waiting import wait_for
 
 DEVICES = ("person-05-left", "person-05-right", "person-06-left")
-LIMIT_SECONDS = 120.0
 RUN = "restart"
 
 
@@ -47,14 +45,6 @@ def settings() -> CloudSettings:
         train=TrainSettings(epochs=1, batch_size=16, learning_rate=0.02),
         gate=GateSettings(max_operator_drop=1.0),
     )
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    """Polls; the limit is only there so that a broken build ends."""
-    until = time.monotonic() + LIMIT_SECONDS
-    while not condition():
-        assert time.monotonic() < until, f"waited too long for {what}"
-        time.sleep(0.05)
 
 
 def stored(cloud: LocalCloud) -> int:
