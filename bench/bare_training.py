@@ -1,4 +1,4 @@
-"""`python -m bench.bare_training FOLDER`: the train step of a bundle with Python, numpy and onnxruntime alone.
+"""`python bench/bare_training.py FOLDER ROUNDS`: the train step of a bundle with Python, numpy and onnxruntime alone.
 
 What an agent's memory while it trains is compared with. Prints the peak RSS of this process as JSON. Law of the file:
 nothing of ours is imported, and the session is opened as the agent opens it.
@@ -20,8 +20,13 @@ import onnxruntime
 STEPS_PER_RUN = 64
 
 
-def train(graph: bytes, feeds: dict[str, Any], rounds: int) -> None:
-    """Runs every step of the plan in `feeds` (`index` int64 [K, B], `weights` float32 [K, B]), `rounds` times."""
+def train(graph: bytes, feeds: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """Runs every step of the plan in `feeds` (`index` int64 [K, B], `weights` float32 [K, B]), `rounds` times.
+
+    Returns:
+        What was fed last, with the parameters that came out; every round begins from those of `feeds`.
+    """
+    state: dict[str, Any] = {}
     for _ in range(rounds):
         session = _open(graph)
         inputs = {node.name for node in session.get_inputs()}
@@ -33,6 +38,7 @@ def train(graph: bytes, feeds: dict[str, Any], rounds: int) -> None:
             answers = dict(zip(outputs, session.run(outputs, state), strict=True))
             carried = {name.removesuffix("_out"): value for name, value in answers.items()}
             state |= {name: value for name, value in carried.items() if name in inputs}
+    return state
 
 
 def _open(graph: bytes) -> onnxruntime.InferenceSession:

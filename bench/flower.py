@@ -94,11 +94,12 @@ def compare(nodes: Sequence[int], size_names: Sequence[str], rounds: int) -> lis
             for size in sizes:
                 place = folder / f"shoal-{count}-{size.params}"
                 ours = _shoal_cost(place, count, size, bundles[size], rounds)
-                rows += _rows(count, size, rounds, flower[size], ours)
+                rows += compare_costs(count, size, rounds, flower[size], ours)
     return rows
 
 
-def _rows(count: int, size: Size, rounds: int, flower: Cost, ours: Cost) -> list[Row]:
+def compare_costs(count: int, size: Size, rounds: int, flower: Cost, ours: Cost) -> list[Row]:
+    """The rows of one size and number of nodes."""
     what = f"{size.name}, {count} nodes"
     time_goal, cpu_goal = _GOALS.get((size.name, count), ("", ""))
     float32_bytes = _BYTES_PER_VALUE * size.params

@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from bench import bare_training
 from bench.flower_deployment import FlowerDeployment
 from bench.processes import family, forget_peak, peak_mib, proportional_mib, resident_mib
 from bench.shoal_fleet import ShoalFleet
@@ -31,7 +33,9 @@ from models.bundle import Bundle
 from models.data import smartwatch
 from models.data.federation import Federation
 from models.zoo import load
+from wire.checkpoint import Checkpoint
 from wire.manifest import TRAIN_SGD
+from wire.messages import TrainConfig
 
 MODEL = "watch_cnn1d"
 ROUNDS = 3
@@ -193,31 +197,43 @@ def _idle_mib(process_id: int) -> float:
 # ---- what it is compared with ----------------------------------------------------------------------------------
 
 
+def feeds_of(
+    checkpoint: Checkpoint,
+    opt_state_size: int,
+    x: NDArray[np.float32],
+    y: NDArray[np.int64],
+    config: TrainConfig,
+    seed: int,
+) -> dict[str, Any]:
+    """Every input of a train step graph for the steps that an agent would take."""
+    plan = plan_batches(len(x), config, seed)
+    return {
+        "params": checkpoint.params,
+        "opt_state": np.zeros(opt_state_size, np.float32),
+        "buffers": checkpoint.buffers,
+        "x": x,
+        "y": y,
+        "index": plan.index,
+        "weights": plan.weights,
+        "lr": np.array(config.learning_rate, np.float32),
+        "momentum": np.array(config.momentum, np.float32),
+        "weight_decay": np.array(config.weight_decay, np.float32),
+        "mu": np.array(config.proximal_mu, np.float32),
+        "anchor": checkpoint.params,
+        "seed": np.array(seed, np.int64),
+    }
+
+
 def _bare_peak_mib(federation: Federation, bundle: Bundle, folder: Path) -> float:
     """Python, numpy and onnxruntime on the same graph, samples and plan as the agent's rounds that only train."""
     split = next(iter(federation.devices.values()))
-    plan = plan_batches(len(split.train_x), _TRAIN.config(), seed=1)
-    checkpoint = bundle.checkpoint()
-    feeds: dict[str, Any] = {
-        "params": checkpoint.params,
-        "opt_state": np.zeros(bundle.manifest.opt_state_sizes.sgd, np.float32),
-        "buffers": checkpoint.buffers,
-        "x": split.train_x,
-        "y": split.train_y,
-        "index": plan.index,
-        "weights": plan.weights,
-        "lr": np.float32(_TRAIN.learning_rate),
-        "momentum": np.float32(_TRAIN.momentum),
-        "weight_decay": np.float32(_TRAIN.weight_decay),
-        "mu": np.float32(_TRAIN.proximal_mu),
-        "anchor": checkpoint.params,
-        "seed": np.int64(1),
-    }
+    state_size = bundle.manifest.opt_state_sizes.sgd
+    feeds = feeds_of(bundle.checkpoint(), state_size, split.train_x, split.train_y, _TRAIN.config(), seed=1)
     place = folder / "bare"
     place.mkdir()
     np.savez(place / "feeds.npz", **feeds)
     (place / "train.onnx").write_bytes(bundle.read(TRAIN_SGD))
-    command = [sys.executable, "-m", "bench.bare_training", str(place), str(ROUNDS - 1)]
+    command = [sys.executable, bare_training.__file__, str(place), str(ROUNDS - 1)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
     return float(json.loads(done.stdout)["peak_kib"]) / 1024
 

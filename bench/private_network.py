@@ -24,6 +24,7 @@ from bench.table import Row
 _SHARED_NOTE = "; common loopback, others' bytes included"
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
 _REQUEST = struct.Struct("16sH14x")
+_ROOT = Path(__file__).parents[1]
 _UNSHARE = ("unshare", "--map-root-user", "--net")
 
 
@@ -42,7 +43,7 @@ def in_private_network(module: str, function: str, arguments: list[Any]) -> list
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as folder:
         answer = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "bench.private_network", module, function, json.dumps(arguments)]
-        subprocess.run([*_UNSHARE, *command, str(answer)], check=True)
+        subprocess.run([*_UNSHARE, *command, str(answer)], check=True, cwd=_ROOT)
         return [Row(**plain) for plain in json.loads(answer.read_bytes())]
 
 
