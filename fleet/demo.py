@@ -40,12 +40,14 @@ from models.data.federation import Federation
 from models.first_bundle import make_first_bundle
 from process.options import render_toml
 from process.progress import Progress
-from wire.errors import ConfigurationError, RoundError
+from wire.errors import ConfigurationError, RoundError, StorageError
 
 MIN_GAIN = 0.01
 """A point on the devices' own windows is worth a release."""
 MAX_OPERATOR_DROP = 0.5
 """The operator's people are not in the fleet: their windows only guard against collapse."""
+MARKER = ".shoal-demo"
+"""Says that a folder may be emptied by the next demo."""
 _POLL_SECONDS = 0.25
 _SETTLE_SECONDS = 20.0
 
@@ -129,11 +131,15 @@ def run_demo(plan: DemoPlan, out: Path) -> FleetReport:
 
 
 def _make_empty(out: Path) -> None:
-    """Empties a folder that a demo made; refuses another one."""
-    if out.exists() and any(out.iterdir()) and not (out / "cloud").exists() and not (out / "bundle").exists():
+    """Empties a folder that a demo made, by its marker; refuses any other that is not empty."""
+    if out.exists() and any(out.iterdir()) and not (out / MARKER).is_file():
         raise ConfigurationError(f"{out} is not empty and not a demo's", hint="name a new folder with --out")
     shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    try:
+        out.mkdir(parents=True)
+        (out / MARKER).touch()
+    except OSError as error:
+        raise StorageError(f"{out} cannot be made: {error.strerror}") from error
 
 
 def _cloud_settings(plan: DemoPlan, dataset: Dataset, devices: int) -> CloudSettings:

@@ -1,0 +1,45 @@
+"""Wrong commands, files and settings at the door of `shoal-fleet`: one clear error, a hint, nothing half-written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fleet.cli import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["demo", "--dataset", "nothing", "--out", "{tmp}/new"], 2, "smartwatch, fashion-mnist"),
+        (["demo", "--out", "{tmp}"], 2, "not empty and not a demo's"),
+        (["simulate", "--scenario", "{tmp}/absent.toml"], 2, "absent.toml"),
+        (["simulate", "--scenario", "{tmp}/unknown.toml"], 2, "did you mean 'strategy'?"),
+        (["simulate", "--scenario", "{tmp}/bounds.toml"], 2, "slow_share"),
+    ],
+)
+def test_command_with_a_wrong_input_says_what_and_where(
+    arguments: list[str], code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "unknown.toml").write_text('[run]\nstrateggy = "FedAvg"\n')
+    (tmp_path / "bounds.toml").write_text("[faults]\nslow_share = 7.0\n")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert main([argument.format(tmp=tmp_path) for argument in arguments]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "error:" in captured.err
+    assert words in captured.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["demo", "--rounds", "0"], ["simulate", "--devices", "-3"], ["fly"]]
+)
+def test_command_that_cannot_be_parsed_exits_with_two(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: shoal-fleet" in capsys.readouterr().err
