@@ -77,22 +77,22 @@ class Bundle:
         Raises:
             BundleError: the folder is taken, or the files are not those that manifest and release name.
         """
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".bundle-", dir=folder.parent) as scratch:
-            staged = Path(scratch, "bundle")
-            staged.mkdir()
-            (staged / names.MANIFEST).write_bytes(manifest.to_bytes())
-            (staged / names.RELEASE).write_bytes(release.to_bytes())
-            (staged / names.CARD).write_text(card, encoding="utf-8")
-            for name, data in files.items():
-                (staged / name).write_bytes(data)
-            cls.open(staged)
-            try:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".bundle-", dir=folder.parent) as scratch:
+                staged = Path(scratch, "bundle")
+                staged.mkdir()
+                (staged / names.MANIFEST).write_bytes(manifest.to_bytes())
+                (staged / names.RELEASE).write_bytes(release.to_bytes())
+                (staged / names.CARD).write_text(card, encoding="utf-8")
+                for name, data in files.items():
+                    (staged / name).write_bytes(data)
+                cls.open(staged)
                 os.rename(staged, folder)
-            except OSError as error:
-                raise BundleError(
-                    f"{folder} cannot be written: {error.strerror}", hint="name a folder that does not exist"
-                ) from error
+        except OSError as error:
+            raise BundleError(
+                f"{folder} cannot be written: {error.strerror}", hint="name a folder that does not exist"
+            ) from error
         return cls.open(folder)
 
     def read(self, name: str) -> bytes:

@@ -8,7 +8,9 @@ bundle on one machine.
 
 from __future__ import annotations
 
+import re
 import sys
+import traceback
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,20 +20,22 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.build import build_bundle
 from models.bundle import Bundle
 from models.card import CardNotes
 from models.pretrain import pretrain
 from models.task import Task, TaskKind
+from models.train_step.support import check_supported
 from models.zoo import load
-from wire.errors import ConfigurationError, DataError
+from wire.errors import BundleError, ConfigurationError, DataError, ModelError
 
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
 HELD_OUT_SHARE = 0.2
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,11 +55,16 @@ def read_samples(path: Path, kind: TaskKind) -> Samples:
     """
     hint = "np.savez(path, x=samples, y=labels)"
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        arrays = np.load(path, allow_pickle=False)
+        if not isinstance(arrays, np.lib.npyio.NpzFile):
+            raise DataError(f"{path} holds one array without a name, wanted x and y", hint=hint)
+        with arrays:
             x = arrays["x"]
             y = arrays["y"] if kind == "classification" else np.zeros(len(x), np.int64)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read as samples: {error}", hint=hint) from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}", hint=hint) from error
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is not an .npz file of x and y: {error.args[0]}", hint=hint) from error
     if x.ndim < 2 or len(x) < 2 or x.dtype.kind not in "fiu" or not np.isfinite(x).all():
         raise DataError(f"{path}: x {x.shape} {x.dtype} is not finite numbers [N, …], N from 2 up", hint=hint)
     if y.shape != (len(x),) or y.dtype.kind not in "iu" or y.min() < 0:
@@ -83,22 +92,81 @@ def load_maker(source: str, folder: Path) -> Callable[[], nn.Module]:
         sys.path.append(place)
     try:
         module = import_module(module_name)
-    except (ImportError, SyntaxError, ValueError) as error:
+    except Exception as error:  # a user's module may raise anything when it is run
         raise ConfigurationError(
-            f"{module_name!r} cannot be imported: {error}",
+            f"{module_name!r} cannot be imported: {_said(error)}",
             hint=f"it is looked for last in {place}; a package named like one of Shoal's is never found",
         ) from error
     maker = getattr(module, function, None)
     if not callable(maker):
-        raise ConfigurationError(f"{module_name} ({module.__file__}) has no function {function!r}")
+        raise ConfigurationError(
+            f"{module_name} ({module.__file__}) has no function {function!r}",
+            hint="a package of yours that is named like one of Shoal's is never found",
+        )
+    return _checked_maker(source, maker)
 
+
+def _checked_maker(source: str, maker: Callable[[], object]) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        made = maker()
+        try:
+            made = maker()
+        except Exception as error:  # a user's function may raise anything
+            raise ConfigurationError(
+                f"{source} failed: {_said(error)}", hint="it is called without arguments"
+            ) from error
         if not isinstance(made, nn.Module):
             raise ConfigurationError(f"{source} gave a {type(made).__name__}, not a torch.nn.Module")
         return made
 
     return make
+
+
+def check_answers(module: nn.Module, task: Task, x: Floats) -> None:
+    """Runs the module once, before anybody waits for its training.
+
+    Args:
+        x: float32 [N, …], one or more samples.
+
+    Raises:
+        UnsupportedLayerError: a layer cannot be trained on a device; names it and the substitute.
+        ModelError: the module does not take such samples, or does not answer what the task needs.
+    """
+    check_supported(module)
+    samples = torch.from_numpy(x)
+    try:
+        with torch.no_grad():
+            outputs = module(samples)
+    except Exception as error:  # a user's forward may raise anything
+        raise ModelError(
+            f"the module does not take samples {tuple(x.shape[1:])}: {_said(error)}",
+            hint="x of --data is float32 [N, …], N samples in the shape that the module takes",
+        ) from error
+    if not isinstance(outputs, Tensor):
+        raise ModelError(
+            f"the module answers a {type(outputs).__name__}, not one tensor", hint="return the logits alone"
+        )
+    task.check_outputs(outputs, samples)
+
+
+def check_name(name: str) -> None:
+    """Looks at a model's name before anything is built under it.
+
+    Raises:
+        ConfigurationError: (operator) it cannot be a model's name.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigurationError(
+            f"{name!r} cannot be a model's name", hint="use A-Z a-z 0-9 _ - (1 to 64), with --name"
+        )
+
+
+def _said(error: Exception) -> str:
+    """What another's code raised, and where, on one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    if isinstance(error, SyntaxError | ImportError):
+        where = ""  # the message has it, or the line is importlib's
+    return f"{type(error).__name__}: {error}{where}"
 
 
 def build_own_model(
@@ -131,12 +199,18 @@ def build_own_model(
         raise DataError(
             f"label {int(samples.y.max())} is beyond the {task.classes} labels", hint="name all labels"
         )
+    if len(set(labels)) != len(labels):
+        raise DataError("two classes have the same label", hint="name each class once")
+    check_name(name)
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise BundleError(f"{out_dir} is taken", hint="name a folder that does not exist")
     order = np.random.default_rng(seed).permutation(len(samples.x))
     held_out = max(1, int(len(order) * HELD_OUT_SHARE))
     test, train = order[:held_out], order[held_out:]
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     module = make_model()
+    check_answers(module, task, samples.x[train[:2]])
     if epochs:
         pretrain(module, task, samples.x[train], samples.y[train], epochs=epochs, seed=seed)
     return build_bundle(
