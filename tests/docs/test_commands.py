@@ -32,6 +32,8 @@ LIMIT_SECONDS = 900
 # What a reader does once, by himself, before anything else: here the tests' own environment takes its place.
 SET_UP = re.compile(r"^(?:make \w[\w-]*|\. \.venv/bin/activate)\b.*$", re.MULTILINE)
 
+INIT = re.compile(r"^shoal-cloud init\b[^#\n]*", re.MULTILINE)
+
 PRELUDE = r"""
 set -eEuo pipefail
 trap 'echo "failed: $STEP: $BASH_COMMAND" >&2' ERR
@@ -146,6 +148,12 @@ def free_ports(count: int) -> list[str]:
     return ports
 
 
+def with_ports(init: re.Match[str]) -> str:
+    """The default ports of an aggregator, said aloud, so that `script_of` can put free ones in their place."""
+    broker = "" if "--settings" in init[0] else " --broker-port 1883"
+    return f"{init[0].rstrip()} --public-port 8443 --device-port 8444{broker} "
+
+
 def script_of(todo: list[Step], document: Path) -> str:
     """One shell script of all steps of a document."""
     lines = [PRELUDE]
@@ -162,7 +170,7 @@ def script_of(todo: list[Step], document: Path) -> str:
         elif step.kind == "wait-for-port":
             lines.append(f"wait_for '(exec 3<>/dev/tcp/127.0.0.1/{step.value})'")
         else:
-            lines.append(SET_UP.sub(":", step.text))
+            lines.append(INIT.sub(with_ports, SET_UP.sub(":", step.text)))
     text = "\n".join(lines)
     for port, free in zip(PORTS, free_ports(len(PORTS)), strict=True):
         text = re.sub(rf"\b{port}\b", free, text)
