@@ -19,6 +19,8 @@ from wire.codec import decode
 from wire.errors import PeerError
 from wire.messages import Evaluation, Update
 
+_TILE = 32_768
+
 
 class Refusal(StrEnum):
     """Why a reply was refused: the closed set of reasons that receipts, books and metrics use."""
@@ -130,7 +132,11 @@ def decode_update(update: Update, expected: Expected) -> Screened | Refusal:
 
 def l2_norm(vector: NDArray[np.float32]) -> float:
     """L2 norm of finite float32 [P]; the squares are summed in float64, where none of them overflows."""
-    return math.sqrt(float(np.square(vector, dtype=np.float64).sum()))
+    total = 0.0
+    # Tile by tile, so that the squares stay in the cache.
+    for start in range(0, len(vector), _TILE):
+        total += float(np.square(vector[start : start + _TILE], dtype=np.float64).sum())
+    return math.sqrt(total)
 
 
 def _check_order(reply: Update | Evaluation, device: str, expected: Expected, kind: str) -> Refusal | None:

@@ -184,7 +184,7 @@ def train(
         params, opt_state, buffers = outputs.params, outputs.opt_state, outputs.buffers
         losses.append(outputs.loss)
     loss = np.concatenate(losses)
-    update = (params - head.params).astype(np.float32)
+    update = (params - head.params).astype(np.float32, copy=False)
     if not (np.isfinite(update).all() and np.isfinite(buffers).all() and np.isfinite(loss).all()):
         raise ModelError("training diverged: the update is not finite", steps=len(loss))
     norm = float(np.linalg.norm(update))

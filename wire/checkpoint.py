@@ -121,4 +121,5 @@ class Checkpoint:
 def _array(value: object, item_bytes: int) -> NDArray[np.float32]:
     if not isinstance(value, bytes) or len(value) % item_bytes:
         raise BundleError("checkpoint: an array is not whole float32 values")
-    return np.frombuffer(value, dtype="<f4").astype(np.float32)
+    # A view of the decoded bytes: the checkpoint makes its own copy.
+    return np.frombuffer(value, dtype="<f4").astype(np.float32, copy=False)

@@ -35,7 +35,7 @@ from typing import Final, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from wire.dither import STEPS, dither, step_codes
+from wire.dither import STEPS, dither, dither_blocks, step_codes
 from wire.errors import StorageError, UpdateError
 from wire.messages import CODEC_NAMES, MAX_PARAMS
 
@@ -59,7 +59,7 @@ _PER_BYTE: Final[dict[str, int]] = {"int8": 1, "int4": 2, "int2": 4, "sign": 8, 
 _SEED_BYTES: Final = 8
 # 131,072 values tell well enough how a whole update will compress.
 _SAMPLE_BLOCKS: Final = 512
-# Decoding goes tile by tile, so that its scratch memory stays in the cache.
+# Work goes tile by tile, so that its scratch memory stays in the cache.
 _TILE: Final = 65_536
 _MAX_FLOAT16: Final = 65_504.0
 # The step of four levels that is best for a normal distribution (Max 1960).
@@ -87,9 +87,9 @@ def encode(
         if np.abs(vector).max() > _MAX_FLOAT16:
             raise UpdateError("update is too large for fp16", codec=codec)
         return _join(header, 0, vector.astype("<f2").tobytes())
-    blocks = _in_blocks(vector)
     if codec == "dithered":
-        return _encode_dithered(blocks, header, rng, budget_bits)
+        return _encode_dithered(vector, header, rng, budget_bits)
+    blocks = _in_blocks(vector)
     side, packed = _quantize(blocks, codec, rng)
     return _smaller(header, side, packed[: _packed_bytes(codec, len(vector))].tobytes())
 
@@ -206,7 +206,8 @@ def _packed_bytes(codec: str, size: int) -> int:
 
 def _in_blocks(vector: Float32) -> Float32:
     """float32 [blocks, 256], the last block filled up with zeros."""
-    return np.pad(vector, (0, -len(vector) % BLOCK)).reshape(-1, BLOCK)
+    missing = -len(vector) % BLOCK
+    return (np.pad(vector, (0, missing)) if missing else vector).reshape(-1, BLOCK)
 
 
 def _quantize(blocks: Float32, codec: str, rng: np.random.Generator) -> tuple[bytes, _Bytes]:
@@ -251,21 +252,34 @@ def _float16_scales(scales: Float32) -> tuple[bytes, Float32]:
 
 
 def _encode_dithered(
-    blocks: Float32, header: tuple[int, int], rng: np.random.Generator, budget_bits: float
+    vector: Float32, header: tuple[int, int], rng: np.random.Generator, budget_bits: float
 ) -> bytes:
     seed = int(rng.integers(0, 2**64, dtype=np.uint64))
-    noise = dither(seed, 0, blocks.size).reshape(blocks.shape)
-    stride = -(-len(blocks) // _SAMPLE_BLOCKS)
-    sample = _Dithering(blocks[::stride], noise[::stride])
+    step = _dither_step(vector, seed, budget_bits)
+    codes, packed = [], []
+    for start in range(0, len(vector), _TILE):
+        blocks = _in_blocks(vector[start : start + _TILE])
+        noise = dither(seed, start, blocks.size).reshape(blocks.shape)
+        tile_codes, tile_packed = _Dithering(blocks, noise).quantize(step)
+        codes.append(tile_codes.tobytes())
+        packed.append(tile_packed.tobytes())
+    side = b"".join((seed.to_bytes(_SEED_BYTES, "little"), *codes))
+    return _smaller(header, side, b"".join(packed)[: _packed_bytes("dithered", header[1])])
+
+
+def _dither_step(vector: Float32, seed: int, budget_bits: float) -> float:
+    """The finest of `DITHER_STEPS` that keeps to the budget on a sample of the blocks, or the coarsest."""
+    count = -(-len(vector) // BLOCK)
+    chosen = np.arange(0, count, -(-count // _SAMPLE_BLOCKS))
+    blocks = np.concatenate([_in_blocks(vector[index * BLOCK : (index + 1) * BLOCK]) for index in chosen])
+    sample = _Dithering(blocks, dither_blocks(seed, chosen, BLOCK))
 
     def fits(step: float) -> bool:
         codes, packed = sample.quantize(step)
         return 8 * (len(codes) + len(_deflate(packed.tobytes()))) <= budget_bits * sample.blocks.size
 
     index = bisect_left(DITHER_STEPS, True, key=fits)
-    codes, packed = _Dithering(blocks, noise).quantize(DITHER_STEPS[min(index, len(DITHER_STEPS) - 1)])
-    side = seed.to_bytes(_SEED_BYTES, "little") + codes.tobytes()
-    return _smaller(header, side, packed[: _packed_bytes("dithered", header[1])].tobytes())
+    return DITHER_STEPS[min(index, len(DITHER_STEPS) - 1)]
 
 
 class _Dithering:
@@ -280,8 +294,12 @@ class _Dithering:
         # No value is further than 7 steps from zero, so none is clipped.
         codes = step_codes(np.maximum(np.float32(step) * self._rms, self._largest / 7))
         scales = STEPS[codes][:, None]
-        symbols = np.rint(self.blocks / np.where(scales > 0, scales, 1) + self._noise)
-        pairs = (np.clip(symbols, -7, 7) + 7).astype(np.uint8).reshape(-1, 2)
+        symbols = self.blocks / np.where(scales > 0, scales, 1)
+        symbols += self._noise
+        np.rint(symbols, out=symbols)
+        np.clip(symbols, -7, 7, out=symbols)
+        symbols += 7
+        pairs = symbols.astype(np.uint8).reshape(-1, 2)
         return codes, 15 * pairs[:, 0] + pairs[:, 1]
 
 

@@ -39,7 +39,18 @@ def dither(seed: int, start: int, count: int) -> Float32:
 
     Counted, not drawn, so that it is the same on every machine and can start anywhere.
     """
-    words = np.arange(start // 4 + 1, (start + count + 3) // 4 + 1, dtype=np.uint64)
+    return _noise(seed, np.arange(start // 4 + 1, (start + count + 3) // 4 + 1, dtype=np.uint64))[:count]
+
+
+def dither_blocks(seed: int, blocks: NDArray[np.int64], size: int) -> Float32:
+    """The same noise for single blocks of `size` values (a multiple of 4), float32 [len(blocks), size]."""
+    starts = blocks.astype(np.uint64) * np.uint64(size // 4)
+    words: NDArray[np.uint64] = np.add.outer(starts, np.arange(1, size // 4 + 1, dtype=np.uint64))
+    return _noise(seed, words.reshape(-1)).reshape(-1, size)
+
+
+def _noise(seed: int, words: NDArray[np.uint64]) -> Float32:
+    """Four values for each place in the stream, which is overwritten."""
     words *= np.uint64(0x9E3779B97F4A7C15)
     words += np.uint64(seed)
     words ^= words >> np.uint64(30)
@@ -47,7 +58,7 @@ def dither(seed: int, start: int, count: int) -> Float32:
     words ^= words >> np.uint64(27)
     words *= np.uint64(0x94D049BB133111EB)
     words ^= words >> np.uint64(31)
-    noise = words.astype("<u8", copy=False).view("<u2")[:count].astype(np.float32)
+    noise = words.astype("<u8", copy=False).view("<u2").astype(np.float32)
     noise -= np.float32(32767.5)
     noise *= np.float32(1 / 65536)
     return noise

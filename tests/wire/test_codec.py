@@ -25,7 +25,7 @@ from wire.codec import (
     decode_into,
     encode,
 )
-from wire.dither import STEPS, dither, step_codes
+from wire.dither import STEPS, dither, dither_blocks, step_codes
 from wire.envelope import seal
 from wire.errors import ShoalError, StorageError, UpdateError
 from wire.messages import CODEC_NAMES, Update, encode_body
@@ -359,6 +359,8 @@ def test_noise_is_the_documented_stream_from_any_place() -> None:
     noise = dither(seed, 0, 4000)
     np.testing.assert_allclose(noise, expected, atol=1e-7)
     assert (dither(seed, 1000, 777) == noise[1000:1777]).all()
+    some = np.array([0, 3, 9])
+    assert (dither_blocks(seed, some, 256) == noise[:2560].reshape(-1, 256)[some]).all()
     assert np.abs(noise).max() < 0.5
     assert abs(noise.mean()) < 0.02
 
