@@ -155,8 +155,8 @@ def _type_name(kind: inspect.Type) -> str:
             return "true or false"
         case inspect.IntType() | inspect.FloatType():
             return _bounded("whole number" if isinstance(kind, inspect.IntType) else "number", kind)
-        case inspect.StrType():
-            return "text"
+        case inspect.StrType(pattern=pattern):
+            return f"text like {pattern}" if pattern else "text"
         case inspect.CustomType(cls=cls) if cls is Path:
             return "path"
         case inspect.LiteralType(values=values):

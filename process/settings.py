@@ -71,6 +71,22 @@ def load_settings(
         raise _explain(error, sources, path, cls, prefix) from error
 
 
+def check_settings(settings: Settings, where: str) -> Settings:
+    """Settings that were put together in code (from a command line), held to the bounds of their class.
+
+    Args:
+        where: they come from, for the message.
+
+    Raises:
+        ConfigurationError: (operator) as `load_settings`.
+    """
+    cls = type(settings)
+    try:
+        return msgspec.convert(msgspec.to_builtins(settings), cls)
+    except msgspec.ValidationError as error:
+        raise _explain(error, {}, Path(where), cls, "SHOAL_") from error
+
+
 def read_secret(path: Path, what: str) -> str:
     """Reads a token, password or key that the settings name by its file; the last line end is cut off.
 
@@ -224,7 +240,7 @@ def _explain(
         key = ".".join(part for part in (key, text.split("`")[1]) if part)
     where = f"variable {sources[key]}" if key in sources else (str(path) if path is not None else "settings")
     described = {option.key: option for option in options(cls, prefix)}.get(key)
-    hint = described.description if described is not None else ""
+    hint = f"{described.description} Wanted: {described.type_name}." if described is not None else ""
     if missing and described is not None:
         hint = f"set it in the file, or {described.variable} in the environment. {hint}".strip()
     problem = "is missing" if missing else text[:1].lower() + text[1:].replace("`", "")

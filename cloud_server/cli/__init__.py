@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 from process.exits import run_cli
+from wire.topics import ID
 
 DEFAULT_STATE = "/var/lib/shoal-cloud"
 
@@ -57,6 +58,17 @@ def add_state(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help=f"the aggregator's state folder (SHOAL_STATE, or {DEFAULT_STATE})",
     )
+
+
+def ring_name(text: str) -> str:
+    """A ring's name, for `type=` of an option.
+
+    Raises:
+        argparse.ArgumentTypeError: (operator) it cannot stand in a topic or in the name of an artefact.
+    """
+    if not ID.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be a ring's name: use A-Z a-z 0-9 _ - (1 to 64)")
+    return text
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

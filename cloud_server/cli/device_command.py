@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from wire.primitives import write_private
 
 _COLUMNS = ("device", "label", "status", "presence", "release_version", "last_seen", "ring", "reason")
 MAX_COUNT = 10_000
+_URL = re.compile(r"https://[^/\s@?#]+")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +94,11 @@ def _add(options: argparse.Namespace) -> int:
 def _mint(deployment: Deployment, options: argparse.Namespace) -> list[EnrolmentToken]:
     hours = options.hours if options.hours is not None else deployment.settings.enrolment.token_hours
     if options.url:
+        if not _URL.fullmatch(options.url):
+            raise ConfigurationError(
+                f"--url {options.url} is not an address of enrolment",
+                hint="https://host:port, and nothing after it",
+            )
         listen = deployment.settings.listen
         door = Door(options.url, listen.tls_name, deployment.authority.fingerprint)
     else:

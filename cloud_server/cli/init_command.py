@@ -13,7 +13,7 @@ from cloud_server.cli import add_state
 from cloud_server.cli.output import say
 from cloud_server.deployment import initialise
 from cloud_server.settings import CloudSettings, load_cloud_settings
-from wire.errors import ConfigurationError
+from process.settings import check_settings
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -58,19 +58,12 @@ def _settings(options: argparse.Namespace) -> CloudSettings:
         device_port=options.device_port,
     )
     broker = _changed(base.broker, kind=options.broker, host=options.broker_host, port=options.broker_port)
-    return _changed(base, tenant=options.tenant, fleet=options.fleet, listen=listen, broker=broker)
+    settings = _changed(base, tenant=options.tenant, fleet=options.fleet, listen=listen, broker=broker)
+    return check_settings(settings, "the command line")
 
 
 def _changed(section: S, **given: object) -> S:
-    """The section with what was given on the command line, checked as a file would be.
-
-    Raises:
-        ConfigurationError: (operator) a value that the section does not take.
-    """
-    changes = {name: value for name, value in given.items() if value is not None}
-    try:
-        return msgspec.convert(
-            msgspec.to_builtins(msgspec.structs.replace(section, **changes)), type(section)
-        )
-    except msgspec.ValidationError as error:
-        raise ConfigurationError(f"the options cannot be used: {error}") from error
+    """The section with what was given on the command line."""
+    return msgspec.structs.replace(
+        section, **{key: value for key, value in given.items() if value is not None}
+    )

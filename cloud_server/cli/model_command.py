@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from cloud_server.cli import add_json, add_state
+from cloud_server.cli import add_json, add_state, ring_name
 from cloud_server.cli.output import print_facts, print_json, print_table, say
 from cloud_server.db.releases import ModelRow, load_models
 from cloud_server.deployment import Deployment
@@ -28,7 +28,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     show.set_defaults(handler=_show)
     bring = actions.add_parser("import", help="sign a bundle's graphs and release its parameters")
     bring.add_argument("bundle", type=Path, metavar="BUNDLE", help="the bundle's folder")
-    bring.add_argument("--ring", default=DEFAULT_RING, help=f"ring of its first release ({DEFAULT_RING})")
+    bring.add_argument(
+        "--ring", type=ring_name, default=DEFAULT_RING, help=f"ring of its first release ({DEFAULT_RING})"
+    )
     bring.add_argument("--no-release", action="store_true", help="sign the graphs only")
     bring.set_defaults(handler=_import)
     for command in (listing, show, bring):

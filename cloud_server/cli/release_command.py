@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from cloud_server.cli import add_json, add_state
+from cloud_server.cli import add_json, add_state, ring_name
 from cloud_server.cli.output import print_facts, print_json, print_table, say
 from cloud_server.db.releases import ReleaseRow, load_release, load_releases, load_rollouts
 from cloud_server.deployment import Deployment
@@ -31,7 +31,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     rollback.add_argument("--reason", default="", help="kept in the books")
     rollback.set_defaults(handler=_rollback)
     for command in (promote, rollback):
-        command.add_argument("--ring", default=DEFAULT_RING, help=f"the ring ({DEFAULT_RING})")
+        command.add_argument(
+            "--ring", type=ring_name, default=DEFAULT_RING, help=f"the ring ({DEFAULT_RING})"
+        )
     for command in (listing, show, promote, rollback):
         add_state(command)
         add_json(command)

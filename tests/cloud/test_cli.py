@@ -144,6 +144,33 @@ def test_device_add_prints_a_token_and_nothing_else(made: Run) -> None:
     assert "shoal-edge enroll" in printed.err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--broker", "nats"), "mosquitto"),
+        (("--tenant", "a b"), "A-Za-z0-9_-"),
+        (("--public-port", "99999"), "65535"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_init_with_a_wrong_option_says_what_is_wanted(
+    shoal: Run, tmp_path: Path, words: tuple[str, str], said: str
+) -> None:
+    refused = shoal("init", *words)
+    assert refused.code == 2
+    assert "the command line: " in refused.err
+    assert said in refused.err
+    assert not state_folder(tmp_path).exists()
+
+
+def test_address_or_ring_that_cannot_be_is_refused_before_anything_is_made(made: Run) -> None:
+    refused = made("device", "add", "watch-1", "--url", "foo")
+    assert (refused.code, refused.out) == (2, "")
+    assert "https://host:port" in refused.err
+    assert made("model", "import", "bundle", "--ring", "a b").code == 2
+    assert made("release", "promote", "1", "--ring", "a/b").code == 2
+
+
 def test_server_that_listens_everywhere_needs_a_name_for_devices(shoal: Run, tmp_path: Path) -> None:
     assert shoal("init", "--host", "0.0.0.0").code == 0
     refused = shoal("device", "add", "watch-1")
@@ -261,14 +288,14 @@ def test_model_whose_graphs_do_not_run_is_not_imported(made: Run, tmp_path: Path
     [
         ("no_such_package:make", "good", "cannot be imported"),
         ("models:make_model", "good", "has no function 'make_model'"),
-        ("json:loads", "missing", "cannot be read as samples"),
+        ("json:loads", "missing", "cannot be read"),
         ("broken_module:make", "good", "cannot be imported"),
         ("good_module:make_text", "good", "not a torch.nn.Module"),
         ("good_module:nothing", "good", "has no function 'nothing'"),
         ("unknown_zoo_model", "good", "the zoo has no model"),
         ("good_module:make_text", "nan", "not finite"),
         ("good_module:make_text", "short", "one whole number"),
-        ("good_module:make_text", "pickled", "cannot be read as samples"),
+        ("good_module:make_text", "pickled", "is not an .npz file of x and y"),
     ],
 )
 def test_model_build_of_what_cannot_be_built_says_why(
