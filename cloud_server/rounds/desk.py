@@ -142,8 +142,11 @@ class Desk(ABC):
         self._ports.outbox.send_order(order.device, order_message(self._plan, order, self._train()))
 
     def _invite(self, *, is_open: bool, deadline: float) -> None:
-        if self._published is None:
-            self._published = self._ports.outbox.publish_blob(self.head.to_bytes())
+        published = self._published
+        if published is None:
+            # A closed invitation names the head, but nobody trains on it.
+            published = self._ports.outbox.publish_blob(self.head.to_bytes(), broadcast=is_open)
+            self._published = published if is_open else None
         self._ports.outbox.send_invitation(
             Invitation(
                 run=self._plan.run,
@@ -151,7 +154,7 @@ class Desk(ABC):
                 open=is_open,
                 deadline=deadline,
                 graphs_sha256=self._plan.graphs_sha256,
-                head=self._published,
+                head=published,
                 train=self._train(),
             )
         )

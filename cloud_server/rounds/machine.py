@@ -162,7 +162,8 @@ def _fold_done(state: RoundState, event: FoldDone, now: float, policy: RoundPoli
     if event.reason:
         return _fail(state, event.reason, now, policy)
     moved = state.moved + 1
-    is_evaluated = policy.evaluate_every > 0 and moved % policy.evaluate_every == 0
+    is_last = 0 < policy.rounds <= moved
+    is_evaluated = policy.evaluate_every > 0 and (moved % policy.evaluate_every == 0 or is_last)
     state = replace(state, moved=moved, failures=0, phase=Phase.EVALUATING)
     if is_evaluated:
         return state, (CommitFold(True), SendEvaluateOrders())

@@ -39,8 +39,9 @@ class NodeDirectory(Protocol):
 class Outbox(Protocol):
     """What goes down to devices. The service signs, publishes, and serves what is asked for again."""
 
-    def publish_blob(self, data: bytes) -> BlobRef:
-        """Makes content available in chunks (`bl/`) and returns its reference."""
+    def publish_blob(self, data: bytes, *, broadcast: bool = True) -> BlobRef:
+        """Makes content available in chunks (`bl/`) and returns its reference; without `broadcast` a chunk
+        leaves only when a device asks for it."""
         ...
 
     def send_invitation(self, invitation: Invitation) -> None:

@@ -55,7 +55,8 @@ class RoundPolicy:
         pause_seconds: rest between a round and the next.
         backoff_seconds, backoff_max_seconds: rest after a failed round; doubles with each failure in a row.
         rounds: a run ends when this many rounds moved the head; 0 for never.
-        evaluate_every: evaluate and decide on a release after every this many moved heads; 0 for never.
+        evaluate_every: evaluate and decide on a release after every this many moved heads, and after the last; 0 for
+            never.
 
     Raises:
         ConfigurationError: (operator) a value out of bounds; names it.
