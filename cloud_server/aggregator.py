@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from cloud_server.db.devices import REVOKED
 from cloud_server.downlink import Downlink
 from cloud_server.inbox import Inbox
 from cloud_server.registry import Registry
@@ -65,6 +66,7 @@ class Aggregator:
         self.inbox = Inbox(
             topics=topics,
             signers=registry.signers,
+            is_known=lambda device: registry.status(device) not in ("", REVOKED),
             kem_keys={key.key_id: key for key in kem_keys},
             receiver=self,
             clock=clock,

@@ -15,9 +15,9 @@ from typing import Protocol
 
 from process.clock import Clock
 from process.logs import get_logger
-from wire.chunks import Reassembly, parse
+from wire.chunks import Chunk, Reassembly, parse
 from wire.envelope import Expect, Opened, Signer, open_sealed, open_signed
-from wire.errors import MessageError, PeerError, ReplayError
+from wire.errors import ChunkError, MessageError, PeerError, ReplayError
 from wire.messages import Birth, InferenceReport, Join, Need, Receipt, Telemetry, decode_body
 from wire.primitives import KemPrivateKey
 from wire.replay import Window
@@ -25,6 +25,8 @@ from wire.topics import Topic, Topics
 from wire.transport import Packet
 
 OPEN_SENDERS = 16_384
+ASSEMBLY_BYTES = 1024 * 1024 * 1024
+"""Bytes of updates that are gathered at once, of all devices together."""
 SMALL_MESSAGE_BYTES = 64 * 1024
 _UPDATE_TYPES = frozenset({"up", "ev"})
 _ZERO_ID = bytes(16)
@@ -55,6 +57,7 @@ class Inbox:
 
     Args:
         signers: gives the registry's current key id → signer mapping; revoked devices are not in it.
+        is_known: whether a device is enrolled and not revoked.
         slot_bytes: largest sealed update that a device may send.
 
     Attributes:
@@ -67,6 +70,7 @@ class Inbox:
         *,
         topics: Topics,
         signers: Callable[[], Mapping[bytes, Signer]],
+        is_known: Callable[[str], bool],
         kem_keys: Mapping[bytes, KemPrivateKey],
         receiver: Receiver,
         clock: Clock,
@@ -74,12 +78,14 @@ class Inbox:
     ) -> None:
         self._topics = topics
         self._signers = signers
+        self._is_known = is_known
         self._kem_keys = kem_keys
         self._receiver = receiver
         self._clock = clock
         self._slot_bytes = slot_bytes
         self._windows: OrderedDict[tuple[str, str], Window] = OrderedDict()
         self._reassemblies: OrderedDict[str, Reassembly] = OrderedDict()
+        self._granted_bytes = 0
         self._logged: OrderedDict[tuple[str, str], None] = OrderedDict()
         self.refused_total: Counter[str] = Counter()
         self.received_bytes_total = 0
@@ -137,15 +143,8 @@ class Inbox:
 
     def _on_upload(self, topic: Topic, payload: bytes) -> None:
         chunk = parse(payload)
-        reassembly = self._reassembly(topic.device)
-        message = reassembly.add(chunk)
+        message = self._assemble(topic.device, chunk)
         if message is None:
-            missing = reassembly.missing(chunk.transfer)
-            if missing and chunk.index == chunk.total - 1:
-                receipt = Receipt(
-                    update_id=_ZERO_ID, transfer=chunk.transfer, verdict="missing", missing=missing
-                )
-                self._receiver.on_missing(topic.device, receipt)
             return
         opened = open_sealed(
             message,
@@ -202,12 +201,30 @@ class Inbox:
             while len(self._windows) > 8 * OPEN_SENDERS:
                 self._windows.popitem(last=False)
 
-    def _reassembly(self, device: str) -> Reassembly:
-        known = self._reassemblies.pop(device, None) or Reassembly(self._slot_bytes)
-        self._reassemblies[device] = known
-        while len(self._reassemblies) > OPEN_SENDERS:
-            self._reassemblies.popitem(last=False)
-        return known
+    def _assemble(self, device: str, chunk: Chunk) -> bytes | None:
+        """Adds a chunk to its device's transfers; the whole message when it was the last one missing.
+
+        A topic is no proof of who speaks, so the budget is for all devices together: when it is exceeded, the device
+        that was silent longest gives way, and is asked for what it lacks when it sends again.
+        """
+        if not self._is_known(device):
+            raise ChunkError("chunk of a device that is not enrolled")
+        reassembly = self._reassemblies.pop(device, None) or Reassembly(self._slot_bytes)
+        self._granted_bytes -= reassembly.granted_bytes
+        try:
+            message = reassembly.add(chunk)
+            missing = () if message is not None else reassembly.missing(chunk.transfer)
+        finally:
+            if reassembly.granted_bytes:
+                self._reassemblies[device] = reassembly
+                self._granted_bytes += reassembly.granted_bytes
+        while self._granted_bytes > ASSEMBLY_BYTES and len(self._reassemblies) > 1:
+            _, dropped = self._reassemblies.popitem(last=False)
+            self._granted_bytes -= dropped.granted_bytes
+        if missing and chunk.index == chunk.total - 1:
+            receipt = Receipt(update_id=_ZERO_ID, transfer=chunk.transfer, verdict="missing", missing=missing)
+            self._receiver.on_missing(device, receipt)
+        return message
 
     def _refuse(self, device: str, reason: str, error: PeerError | None) -> None:
         self.refused_total[reason] += 1
