@@ -64,16 +64,18 @@ class Downlink:
 
     # ---- rounds ------------------------------------------------------------------------------------------------
 
-    def publish_blob(self, data: bytes) -> BlobRef:
+    def publish_blob(self, data: bytes, *, broadcast: bool = True) -> BlobRef:
         """Broadcasts content in chunks and keeps it to answer bitmaps; the same content again is sent once."""
         ref, chunks = make_ref(data, self._chunk_bytes)
         if ref.sha256 not in self._blobs:
             self._blobs[ref.sha256] = _Blob(ref, chunks)
             while len(self._blobs) > KEPT_BLOBS:
                 self._blobs.popitem(last=False)
-            for index in range(len(chunks)):
-                self._send_chunk(self._blobs[ref.sha256], index)
         self._blobs.move_to_end(ref.sha256)
+        blob = self._blobs[ref.sha256]
+        for index in range(len(blob.chunks)) if broadcast else ():
+            if index not in blob.sent_at:
+                self._send_chunk(blob, index)
         return ref
 
     def send_invitation(self, invitation: Invitation) -> None:

@@ -341,7 +341,7 @@ class Lab:
     def delete_blob(self, sha256: str) -> None:
         self.blobs.delete_blob(sha256)
 
-    def publish_blob(self, data: bytes) -> BlobRef:
+    def publish_blob(self, data: bytes, *, broadcast: bool = True) -> BlobRef:
         return make_ref(data)[0]
 
     def send_invitation(self, invitation: Invitation) -> None:
