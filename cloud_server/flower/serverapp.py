@@ -56,8 +56,10 @@ def load_server_app(spec: str, folder: Path) -> ServerApp:
             f"the module {error.name} of {spec} is not there",
             hint=f"{folder} was searched after our own path",
         ) from error
-    except (ImportError, SyntaxError, ValueError) as error:
-        raise ConfigurationError(f"the module {module_name} cannot be imported: {error}") from error
+    except Exception as error:  # a user's module may raise anything when it is run
+        raise ConfigurationError(
+            f"the module {module_name} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     app = getattr(module, attribute, None)
     if not isinstance(app, ServerApp):
         raise ConfigurationError(

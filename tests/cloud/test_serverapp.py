@@ -496,12 +496,14 @@ def test_users_package_called_models_does_not_hide_ours(user_folder: Path) -> No
         ("their_app:number", "not a Flower ServerApp"),
         ("broken_app:app", "cannot be imported"),
         ("needy_app:app", "absent_dependency"),
+        ("raising_app:app", "KeyError: 'a'"),
     ],
 )
 def test_load_of_what_is_no_app_is_an_error_with_a_hint(spec: str, said: str, user_folder: Path) -> None:
     (user_folder / "their_app.py").write_text(APP)
     (user_folder / "broken_app.py").write_text("def (")
     (user_folder / "needy_app.py").write_text("import absent_dependency")
+    (user_folder / "raising_app.py").write_text("raise KeyError('a')")
     with pytest.raises(ConfigurationError, match=said):
         load_server_app(spec, user_folder)
 
