@@ -23,6 +23,12 @@ DOCUMENTS = (
         path for path in (ROOT / "docs").rglob("*.md") if path.name not in ("protocol.md", "architecture.md")
     ),
 )
+WITH_LINKS = (
+    *DOCUMENTS,
+    ROOT / "docs" / "architecture.md",
+    ROOT / "docs" / "protocol.md",
+    ROOT / "SECURITY.md",
+)
 _PART = re.compile(
     r"^<!-- (?P<order>file|wait-for|wait-for-port|not here): (?P<value>.*?) -->$"
     r"|^```(?P<language>\w*)\n(?P<text>.*?)^```$",
