@@ -1,10 +1,11 @@
 """BatchNorm in training mode, GroupNorm and LayerNorm: forward and backward in few passes over the values.
 
-Each is `(x - mean) * inverse_std * weight + bias`; only what the mean is taken over differs. A value is
-centred once, for the variance and for the backward, and all that is per row (a channel, or a channel of a
-sample) is worked out on the small tensors of rows first, so that a scale and a shift are left: one pass of
-`affine`. Variances are biased; BatchNorm's running variance is unbiased, as in torch. The public functions
-replace the `aten` operators of their names.
+Each is `(x - mean) * inverse_std * weight + bias`; only what the mean is taken over differs. A value is centred
+once, for the variance and for the backward, and all that is per row (a channel, or a channel of a sample) is
+worked out on the small tensors of rows first, so that a scale and a shift are left: one pass of `affine`.
+GroupNorm and LayerNorm are operators of our own, whose passes are written in ONNX
+(models/train_step/norm_translations.py); BatchNorm is written here in torch's. Variances are biased; BatchNorm's
+running variance is unbiased, as in torch.
 Source: Ioffe and Szegedy, arXiv:1502.03167; Wu and He, arXiv:1803.08494; Ba et al., arXiv:1607.06450.
 """
 
@@ -18,7 +19,10 @@ from torch import Tensor
 
 from wire.errors import UnsupportedLayerError
 
+aten = torch.ops.aten
+
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+EVERYTHING = [True, True, True]
 
 
 @torch.library.custom_op("shoal::affine", mutates_args=())
@@ -32,16 +36,90 @@ def _(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("shoal::group_norm", mutates_args=())
+def group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, channels: int, positions: int, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """GroupNorm of `x [N, channels, …]`: the output, and mean and inverse std `[N, groups]`."""
+    y, mean, inverse = aten.native_group_norm(x, weight, bias, x.shape[0], channels, positions, groups, eps)
+    return y, mean, inverse
+
+
+@group_norm.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, channels: int, positions: int, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[0], groups), x.new_empty(x.shape[0], groups)
+
+
+@torch.library.custom_op("shoal::group_norm_backward", mutates_args=())
+def group_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    channels: int,
+    positions: int,
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, weight and bias."""
+    gradients = aten.native_group_norm_backward(
+        grad, x, mean, inverse, weight, x.shape[0], channels, positions, groups, EVERYTHING
+    )
+    return gradients[0], gradients[1], gradients[2]
+
+
+@group_norm_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    channels: int,
+    positions: int,
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
+@torch.library.custom_op("shoal::layer_norm", mutates_args=())
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm of rows `[R, D]`: the output, and mean and inverse std `[R, 1]`."""
+    y, mean, inverse = aten.native_layer_norm(x, [x.shape[1]], weight, bias, eps)
+    return y, mean, inverse
+
+
+@layer_norm.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[0], 1), x.new_empty(x.shape[0], 1)
+
+
+@torch.library.custom_op("shoal::layer_norm_backward", mutates_args=())
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, weight and bias, for rows `[R, D]`."""
+    gradients = aten.native_layer_norm_backward(
+        grad, x, [x.shape[1]], mean, inverse, weight, torch.zeros_like(weight), EVERYTHING
+    )
+    return gradients[0], gradients[1], gradients[2]
+
+
+@layer_norm_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
 def native_group_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, c: int, hw: int, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output shaped like `x [N, C, …]`, mean and inverse std `[N, groups]`."""
-    centred, mean = _centred(x.reshape(1, -1, (c // groups) * hw))
-    inverse = torch.rsqrt((centred * centred).mean(2) + eps)
-    scale = _by_channel(inverse, weight, groups, c)
-    shift = torch.zeros_like(scale) if bias is None else (torch.zeros_like(scale) + bias)
-    output = affine(centred.reshape(1, -1, hw), scale.reshape(-1), shift.reshape(-1))
-    return output.reshape(x.shape), mean.reshape(-1, groups), inverse.reshape(-1, groups)
+    """Replacement of `aten.native_group_norm`."""
+    y, mean, inverse = group_norm(x, _or(weight, 1.0, c), _or(bias, 0.0, c), c, hw, groups, eps)
+    return y, mean, inverse
 
 
 def native_group_norm_backward(
@@ -56,41 +134,19 @@ def native_group_norm_backward(
     groups: int,
     output_mask: Sequence[bool],
 ) -> Gradients:
-    """Gradients of input, weight and bias."""
-    size = (c // groups) * hw
-    centred, _ = _centred(x.reshape(1, -1, size))
-    rows = grad.reshape(1, -1, hw)
-    sums = rows.sum(2).reshape(-1, c)
-    products = (rows * centred.reshape(1, -1, hw)).sum(2).reshape(-1, c)
-    grad_x = None
-    if output_mask[0]:
-        weighted = sums if weight is None else sums * weight
-        weighted_products = products if weight is None else products * weight
-        mean_grad = weighted.reshape(-1, groups, c // groups).sum(2) / size
-        mean_product = weighted_products.reshape(-1, groups, c // groups).sum(2) / size
-        scale = _by_channel(inverse, weight, groups, c)
-        shift = _by_channel(-inverse * mean_grad, None, groups, c)
-        slope = -(inverse * inverse * inverse) * mean_product
-        direct = affine(rows, scale.reshape(-1), shift.reshape(-1))
-        grad_x = (direct.reshape(1, -1, size) + centred * slope.reshape(1, -1, 1)).reshape(x.shape)
-    grad_weight = (products * _by_channel(inverse, None, groups, c)).sum(0) if output_mask[1] else None
-    grad_bias = sums.sum(0) if output_mask[2] else None
-    return grad_x, grad_weight, grad_bias
+    """Replacement of `aten.native_group_norm_backward`."""
+    gradients = group_norm_backward(grad, x, mean, inverse, _or(weight, 1.0, c), c, hw, groups)
+    return _wanted(gradients, output_mask)
 
 
 def native_layer_norm(
     x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output shaped like `x`, mean and inverse std with the normalized axes kept as 1."""
-    rows = x.reshape(-1, prod(normalized_shape))
-    mean = rows.mean(1, keepdim=True)
-    centred = rows - mean
-    inverse = torch.rsqrt((centred * centred).mean(1, keepdim=True) + eps)
-    output = (centred * inverse).reshape(x.shape)
-    output = output if weight is None else output * weight
-    output = output if bias is None else output + bias
+    """Replacement of `aten.native_layer_norm`."""
+    size = prod(normalized_shape)
+    y, mean, inverse = layer_norm(x.reshape(-1, size), _or(weight, 1.0, size), _or(bias, 0.0, size), eps)
     kept = [*x.shape[: x.dim() - len(normalized_shape)], *[1] * len(normalized_shape)]
-    return output, mean.reshape(kept), inverse.reshape(kept)
+    return y.reshape(x.shape), mean.reshape(kept), inverse.reshape(kept)
 
 
 def native_layer_norm_backward(
@@ -103,21 +159,17 @@ def native_layer_norm_backward(
     bias: Tensor | None,
     output_mask: Sequence[bool],
 ) -> Gradients:
-    """Gradients of input, weight and bias."""
-    size = prod(normalized_shape)
-    normal = (x.reshape(-1, size) - mean.reshape(-1, 1)) * inverse.reshape(-1, 1)
-    rows = grad.reshape(-1, size)
-    products = rows * normal
-    grad_x = None
-    if output_mask[0]:
-        flat_weight = None if weight is None else weight.reshape(-1)
-        weighted = rows if flat_weight is None else rows * flat_weight
-        product_mean = (products if flat_weight is None else products * flat_weight).mean(1, keepdim=True)
-        inner = weighted - weighted.mean(1, keepdim=True) - normal * product_mean
-        grad_x = (inner * inverse.reshape(-1, 1)).reshape(x.shape)
-    grad_weight = products.sum(0).reshape(list(normalized_shape)) if output_mask[1] else None
-    grad_bias = rows.sum(0).reshape(list(normalized_shape)) if output_mask[2] else None
-    return grad_x, grad_weight, grad_bias
+    """Replacement of `aten.native_layer_norm_backward`."""
+    shape, size = list(normalized_shape), prod(normalized_shape)
+    grad_x, grad_weight, grad_bias = layer_norm_backward(
+        grad.reshape(-1, size),
+        x.reshape(-1, size),
+        mean.reshape(-1, 1),
+        inverse.reshape(-1, 1),
+        _or(weight, 1.0, size),
+    )
+    gradients = (grad_x.reshape(x.shape), grad_weight.reshape(shape), grad_bias.reshape(shape))
+    return _wanted(gradients, output_mask)
 
 
 def batch_norm_functional(
@@ -191,9 +243,16 @@ def native_batch_norm_backward(
     return grad_x, grad_weight, sums if output_mask[2] else None
 
 
-def _centred(rows: Tensor) -> tuple[Tensor, Tensor]:
-    mean = rows.mean(2)
-    return rows - mean.unsqueeze(2), mean
+def _or(values: Tensor | None, otherwise: float, size: int) -> Tensor:
+    """The flat values, or a constant where a norm has none."""
+    return torch.full((size,), otherwise) if values is None else values.reshape(-1)
+
+
+def _wanted(gradients: tuple[Tensor, Tensor, Tensor], output_mask: Sequence[bool]) -> Gradients:
+    first, second, third = (
+        gradient if is_wanted else None for gradient, is_wanted in zip(gradients, output_mask, strict=True)
+    )
+    return first, second, third
 
 
 def _channel_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,13 +260,6 @@ def _channel_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = rows.mean([0, 2])
     centred = rows - mean.reshape(1, -1, 1)
     return centred, mean, (centred * centred).mean([0, 2])
-
-
-def _by_channel(per_group: Tensor, weight: Tensor | None, groups: int, channels: int) -> Tensor:
-    """A value for each group of a sample as one for each channel, `[N, C]`, times the channel's weight."""
-    spread = per_group.reshape(-1, groups, 1)
-    factor = torch.ones(groups, channels // groups) if weight is None else weight.reshape(groups, -1)
-    return (spread * factor).reshape(-1, channels)
 
 
 def _count(x: Tensor) -> Tensor:

@@ -14,7 +14,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 import onnx
+import onnx_ir
 import torch
+from onnx_ir.passes import common
+from onnxscript.optimizer import fold_constants
 from torch import Tensor, fx
 
 from models.train_step.step import PER_SAMPLE_INPUTS, STEP_INPUTS, STEP_OUTPUTS
@@ -44,7 +47,7 @@ def step_to_onnx(graph: fx.GraphModule, example: Sequence[Tensor]) -> onnx.Model
                 tuple(example),
                 dynamo=True,
                 verbose=False,
-                optimize=True,
+                optimize=False,
                 input_names=list(STEP_INPUTS),
                 output_names=list(STEP_OUTPUTS),
                 dynamic_shapes=shapes,
@@ -54,7 +57,23 @@ def step_to_onnx(graph: fx.GraphModule, example: Sequence[Tensor]) -> onnx.Model
         raise _unsupported(error) from error
     if program is None:
         raise UnsupportedLayerError("torch's exporter gave no graph", layer="", substitute="")
+    _fold(program.model)
     return strip(program.model_proto)
+
+
+def _fold(model: onnx_ir.Model) -> None:
+    """Compute what is constant and share what is equal: the exporter's own rewriting takes longer than the export."""
+    common.InlinePass()(model)
+    fold_constants(model)
+    for clean in (
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    ):
+        clean(model)
 
 
 def strip(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 from onnxscript import opset18
 
+from models.train_step import norm_translations
 from models.train_step.dropout import MULTIPLIERS, SHIFTS, WORD
 
 # onnxscript types its operators by tensor kind, which no value in a traced function carries.
@@ -22,14 +22,17 @@ op: Any = opset18
 # A power of two keeps threshold * STEEP exact, so the sign of x - threshold decides and nothing else; values
 # closer to the threshold than 1 / STEEP are not met in float32 nets.
 STEEP = 2.0**100
-_ONE = numpy_helper.from_array(np.ones(1, np.float32))
 
 
 def onnx_translations() -> dict[Any, Callable[..., Any]]:
     """ONNX translations of our own operators, for the exporter."""
     return {
         torch.ops.shoal.above.default: above_onnx,
-        torch.ops.shoal.affine.default: affine_onnx,
+        torch.ops.shoal.affine.default: norm_translations.affine_onnx,
+        torch.ops.shoal.group_norm.default: norm_translations.group_norm_onnx,
+        torch.ops.shoal.group_norm_backward.default: norm_translations.group_norm_backward_onnx,
+        torch.ops.shoal.layer_norm.default: norm_translations.layer_norm_onnx,
+        torch.ops.shoal.layer_norm_backward.default: norm_translations.layer_norm_backward_onnx,
         torch.ops.shoal.below.default: below_onnx,
         torch.ops.shoal.counter_bits.default: counter_bits_onnx,
         torch.ops.shoal.max_pool.default: max_pool_onnx,
@@ -45,14 +48,6 @@ def above_onnx(x: Any, threshold: float) -> Any:
 def below_onnx(x: Any, threshold: float) -> Any:
     """The ONNX twin of `below`."""
     return op.HardSigmoid(x, alpha=-STEEP, beta=threshold * STEEP)
-
-
-def affine_onnx(x: Any, scale: Any, shift: Any) -> Any:
-    """The ONNX twin of `affine`: a BatchNormalization of mean 0 and variance 1, in one pass over `x`."""
-    shape = op.Shape(scale)
-    zeros = op.ConstantOfShape(shape)
-    ones = op.ConstantOfShape(shape, value=_ONE)
-    return op.BatchNormalization(x, scale, shift, zeros, ones, epsilon=0.0)
 
 
 def counter_bits_onnx(like: Any, seed: Any, step: Any, layer: int) -> Any:

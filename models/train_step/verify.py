@@ -19,6 +19,7 @@ from torch import nn
 from models import ort
 from models.flat import FloatVector, flatten_buffers, flatten_params
 from models.task import Task
+from models.train_step.optimizers import ADAM_BETA1
 from models.train_step.reference import Batch, EagerStep, Hyper, State, adam_params
 from models.train_step.train_step_export import TrainStepExport
 from wire.errors import ModelError
@@ -33,6 +34,8 @@ TOLERANCE = 1e-3
 # vector.
 SLOT_FLOOR = 1e-3
 HYPER = Hyper(lr=0.02, momentum=0.9, weight_decay=1e-2, mu=0.1)
+# Without the terms that could hide a small gradient.
+PLAIN = Hyper(lr=0.02, momentum=0.9, weight_decay=0.0, mu=0.0)
 
 Differences = dict[str, float]
 Outputs = Mapping[str, npt.NDArray[Any]]
@@ -95,9 +98,10 @@ class _Comparison:
         """A step whose weights are all 0 must change nothing."""
         state = self._start()
         batch = self._batch(batch_size, padding=batch_size)
-        outputs = self._run_graph(state, [batch], self._anchor(), seed=1)
-        for name, before in (("params_out", state.params), ("opt_state_out", state.opt_state)):
-            if not np.array_equal(outputs[name], before) or outputs["loss"][0] != 0:
+        outputs = self._run_graph(state, [batch], HYPER, self._anchor(), seed=1)
+        before = {"params_out": state.params, "opt_state_out": state.opt_state, "buffers_out": state.buffers}
+        for name, value in before.items():
+            if not np.array_equal(outputs[name], value) or outputs["loss"][0] != 0:
                 raise ModelError(
                     f"a batch of nothing but padding changes {name}", output=name, batch_size=batch_size
                 )
@@ -118,10 +122,11 @@ class _Comparison:
 
     def _one_step(self, state: State, batch_size: int, padding: int) -> tuple[Differences, State]:
         batch, anchor, seed = self._batch(batch_size, padding), self._anchor(), self._seed()
-        outputs = self._run_graph(state, [batch], anchor, seed)
-        after, loss, metric = self._eager.run(state, batch, HYPER, anchor, seed, 0)
+        hyper = HYPER if padding else PLAIN
+        outputs = self._run_graph(state, [batch], hyper, anchor, seed)
+        after, loss, metric = self._eager.run(state, batch, hyper, anchor, seed, 0)
         differences = {
-            "opt_state_out": self._of_opt_state(outputs["opt_state_out"], after.opt_state),
+            "opt_state_out": self._of_opt_state(outputs["opt_state_out"], after.opt_state, state.opt_state),
             "params_out": self._of_params(outputs, state, after),
             "buffers_out": _relative(outputs["buffers_out"], after.buffers, self._export.buffer_slots),
             "loss": abs(float(outputs["loss"][0]) - loss) / (abs(loss) + SLOT_FLOOR),
@@ -132,7 +137,7 @@ class _Comparison:
     def _several_steps(self, state: State, batch_size: int) -> tuple[Differences, State]:
         batches = [self._batch(batch_size, padding) for padding in range(STEPS)]
         anchor, seed = self._anchor(), self._seed()
-        outputs = self._run_graph(state, batches, anchor, seed)
+        outputs = self._run_graph(state, batches, HYPER, anchor, seed)
         losses, metrics = [], []
         for step, batch in enumerate(batches):
             state, loss, metric = self._eager.run(state, batch, HYPER, anchor, seed, step)
@@ -144,15 +149,27 @@ class _Comparison:
             "buffers_out": _relative(outputs["buffers_out"], state.buffers, self._export.buffer_slots),
         }
         if self._export.optimizer == "sgd":
-            differences["opt_state_out"] = self._of_opt_state(outputs["opt_state_out"], state.opt_state)
+            nothing = np.zeros_like(state.opt_state)
+            differences["opt_state_out"] = self._of_opt_state(
+                outputs["opt_state_out"], state.opt_state, nothing
+            )
         return differences, state
 
-    def _of_opt_state(self, actual: FloatVector, expected: FloatVector) -> float:
+    def _of_opt_state(self, actual: FloatVector, expected: FloatVector, before: FloatVector) -> float:
         slots, size = self._export.param_slots, self._export.params_size
-        whole = [(start, start + size) for start in range(0, expected.size - size + 1, size)]
-        parts = [_relative(actual[a:b], expected[a:b], slots) for a, b in whole]
-        end = whole[-1][1]
-        return max(*parts, _relative(actual[end:], expected[end:]))
+        if actual.shape != expected.shape:
+            return float("inf")
+        # What was there before is taken off, so that the gradient is compared and not what it was added to.
+        decay = HYPER.momentum if self._export.optimizer == "sgd" else ADAM_BETA1
+        known = decay * before[:size].astype(np.float64)
+        parts = [_relative(actual[:size] - known, expected[:size] - known, slots)]
+        if self._export.optimizer == "adam":
+            second = slice(size, 2 * size)
+            parts += [
+                _relative(actual[second], expected[second], slots),
+                _relative(actual[-1:], expected[-1:]),
+            ]
+        return max(parts)
 
     def _of_params(self, outputs: Outputs, before: State, after: State) -> float:
         if self._export.optimizer == "sgd":
@@ -164,7 +181,9 @@ class _Comparison:
         actual = outputs["params_out"]
         return _relative(actual - before.params, expected - before.params, self._export.param_slots)
 
-    def _run_graph(self, state: State, batches: Sequence[Batch], anchor: FloatVector, seed: int) -> Outputs:
+    def _run_graph(
+        self, state: State, batches: Sequence[Batch], hyper: Hyper, anchor: FloatVector, seed: int
+    ) -> Outputs:
         size = batches[0].y.size
         # Samples lie in another order than they are used in, so that `index` matters.
         order = self._rng.permutation(size * len(batches))
@@ -177,10 +196,10 @@ class _Comparison:
             "y": np.concatenate([batch.y for batch in batches])[order],
             "weights": np.stack([batch.weights for batch in batches]),
             "index": place.reshape(len(batches), size).astype(np.int64),
-            "lr": np.float32(HYPER.lr),
-            "momentum": np.float32(HYPER.momentum),
-            "weight_decay": np.float32(HYPER.weight_decay),
-            "mu": np.float32(HYPER.mu),
+            "lr": np.float32(hyper.lr),
+            "momentum": np.float32(hyper.momentum),
+            "weight_decay": np.float32(hyper.weight_decay),
+            "mu": np.float32(hyper.mu),
             "anchor": anchor,
             "seed": np.int64(seed),
         }
