@@ -67,8 +67,8 @@ class CandidateMaker:
         self._calibration = bundle.calibration()
         self._golden = bundle.golden_inputs()
 
-    def make(self, params: Floats, buffers: Floats) -> Candidate:
-        """Measures ranges on the bundle's calibration windows and fills both templates.
+    def checkpoint(self, params: Floats, buffers: Floats) -> Checkpoint:
+        """The parameters with ranges measured on the bundle's calibration windows; no file is made.
 
         Args:
             params: float32 [P].
@@ -76,10 +76,18 @@ class CandidateMaker:
 
         Raises:
             BundleError: the vectors are not finite or of another model.
+            ModelError: an activation is not finite.
+        """
+        return Checkpoint(params, buffers, self._calibrator.ranges(params, buffers, self._calibration))
+
+    def make(self, params: Floats, buffers: Floats) -> Candidate:
+        """As `checkpoint`, and fills both templates.
+
+        Raises:
+            BundleError: the vectors are not finite or of another model.
             ModelError: an activation or an answer is not finite.
         """
-        ranges = self._calibrator.ranges(params, buffers, self._calibration)
-        checkpoint = Checkpoint(params, buffers, ranges)
+        checkpoint = self.checkpoint(params, buffers)
         int8 = materialize_int8(self._template, self._manifest, checkpoint)
         float32 = materialize_float32(self._float32, self._manifest, checkpoint)
         return Candidate(

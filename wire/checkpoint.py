@@ -49,7 +49,9 @@ class Checkpoint:
             if not isinstance(array, np.ndarray) or array.dtype != np.float32 or array.ndim != axes:
                 raise BundleError(f"checkpoint: {name} is not float32 with {axes} axes", name=name)
             # A private, read-only copy: a frozen value whose arrays change under it would break its own hash.
-            own = np.array(array, dtype="<f4", order="C", copy=True)
+            # What lies over `bytes` cannot change and needs none.
+            is_fixed = isinstance(array.base, bytes) and array.flags.c_contiguous
+            own = array if is_fixed else np.array(array, dtype="<f4", order="C", copy=True)
             if not np.isfinite(own).all():
                 raise BundleError(f"checkpoint: {name} holds a number that is not finite", name=name)
             own.setflags(write=False)
@@ -121,5 +123,4 @@ class Checkpoint:
 def _array(value: object, item_bytes: int) -> NDArray[np.float32]:
     if not isinstance(value, bytes) or len(value) % item_bytes:
         raise BundleError("checkpoint: an array is not whole float32 values")
-    # A view of the decoded bytes: the checkpoint makes its own copy.
     return np.frombuffer(value, dtype="<f4").astype(np.float32, copy=False)

@@ -53,7 +53,7 @@ class CalibratingFinisher:
             refined = self._refinery.refine(params, buffers, seed)
             _log.info("head_refined", change=refined.change, was_cut=refined.was_cut)
             params = refined.params
-        return self._maker.make(params, buffers).checkpoint
+        return self._maker.checkpoint(params, buffers)
 
 
 class GatedReleaser:
