@@ -1,6 +1,6 @@
 """Gestures from a smartwatch: three strided 1D convolutions, a mean over time, one linear layer.
 
-About 26,000 parameters and no norm, so nothing but plain weights travels. Strides take the place of pooling:
+About 24,000 parameters and no norm, so nothing but plain weights travels. Strides take the place of pooling:
 they cost less than they save, and quantize without loss.
 """
 
