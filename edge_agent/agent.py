@@ -38,7 +38,7 @@ from edge_agent.status import status_of, write_status
 from edge_agent.storage import Database
 from process.clock import Clock
 from process.logs import get_logger
-from wire.errors import EnvelopeError, ShoalError
+from wire.errors import DataError, EnvelopeError, ShoalError
 from wire.transport import Connected, Disconnected, Packet, Published, Received, Transport, TransportEvent
 
 _log = get_logger("edge_agent")
@@ -202,6 +202,7 @@ class Agent:
             DataError: not a window that can be kept, or a label that cannot be.
             StorageError: the disk is full.
         """
+        self._check_label(label)
         now = self.parts.clock.now()
         window = np.asarray(x, np.float32)
         if split is None:
@@ -209,6 +210,17 @@ class Agent:
             held_out = belongs_to_validation(f"{now}-{window.ravel()[:8].tobytes().hex()}", share)
             split = "val" if held_out else "train"
         return self.parts.samples.add(window, label, now, split)
+
+    def _check_label(self, label: int | None) -> None:
+        """Before there is a model, nobody knows its classes: then training leaves out what does not fit."""
+        model = self.parts.serving.current
+        if label is None or model is None or model.task.kind != "classification":
+            return
+        if not 0 <= label < model.task.classes:
+            raise DataError(
+                f"label {label} is not one of the model's {model.task.classes} classes",
+                hint=f"labels are class numbers, 0 to {model.task.classes - 1}",
+            )
 
     def feedback(self, sample_id: str, label: int) -> bool:
         """Says what an answered window really was; it becomes a labelled sample.
@@ -220,6 +232,7 @@ class Agent:
             DataError: a label that cannot be.
             StorageError: the disk is full.
         """
+        self._check_label(label)
         answered = self._recent.take(sample_id)
         if answered is None:
             return False
@@ -270,6 +283,7 @@ class Agent:
         last_words = self.parts.speaker.birth(self._shell.birth("offline"))
         self._transport.stop(last_words)
         self.parts.worker.stop()
+        self._shell.note_clean_stop()
         self._write_status("stopped")
         self.parts.database.close()
         self._on_close()

@@ -300,6 +300,14 @@ class Shell:
                 parts.slots.roll_back()
         return None
 
+    def note_clean_stop(self) -> None:
+        """A stop that was asked for is no failure of the release that is being watched."""
+        if self._parts.slots.on_probation:
+            try:
+                self._parts.database.set_fact(PROBATION_STARTS_FACT, 0)
+            except StorageError as error:
+                _log.warning("stop_not_noted", reason=str(error))
+
     def _confirm(self) -> None:
         parts = self._parts
         parts.slots.confirm()

@@ -494,6 +494,29 @@ def test_release_that_does_not_survive_two_starts_on_probation_goes_back(lab: La
         assert agent.infer(np.ones(12, np.float32)).release_version == expected
 
 
+def test_release_on_probation_survives_stops_that_were_asked_for(lab: Lab, tmp_path: Path) -> None:
+    slots = MemorySlots(lab.shared)
+    for start in range(4):
+        agent = lab.agent(database=open_database(tmp_path, clock=lab.time), slots=slots)
+        lab.run(2)
+        assert slots.on_probation
+        assert agent.infer(np.ones(12, np.float32)).release_version == 1, f"start {start}"
+        agent.stop()
+        lab.agents.clear()
+
+
+@pytest.mark.parametrize("label", [-1, 99])
+def test_label_that_the_model_does_not_have_is_refused(lab: Lab, label: int) -> None:
+    agent = lab.agent()
+    lab.run(2)
+    answer = agent.infer(np.ones(12, np.float32))
+    with pytest.raises(DataError, match="not one of the model's"):
+        agent.observe(np.ones(12, np.float32), label)
+    with pytest.raises(DataError, match="not one of the model's"):
+        agent.feedback(answer.sample_id, label)
+    assert agent.feedback(answer.sample_id, 0)
+
+
 def test_full_disk_costs_the_update_but_not_the_answers(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     agent = lab.agent()
     lab.run(2)
