@@ -18,7 +18,7 @@ from cloud_server.sender import Sender
 from process.clock import Clock
 from process.logs import get_logger
 from wire.envelope import Opened
-from wire.errors import PeerError, ShoalError, StorageError
+from wire.errors import ShoalError, StorageError
 from wire.messages import Birth, InferenceReport, Join, Need, Receipt, Telemetry
 from wire.primitives import KemPrivateKey
 from wire.topics import Topics
@@ -72,11 +72,6 @@ class Aggregator:
             clock=clock,
             slot_bytes=slot_bytes,
         )
-
-    @property
-    def has_run(self) -> bool:
-        """Whether a run was begun."""
-        return self._runner is not None
 
     def begin(self, runner: RoundRunner) -> None:
         """Drives a run that was resumed, from the next `tick` on."""
@@ -182,5 +177,5 @@ class Aggregator:
             self._runner.on_nodes_changed()
         try:
             self._on_maintenance()
-        except (ShoalError, PeerError) as error:
+        except ShoalError as error:
             _log.error("maintenance_failed", error=str(error), hint=error.hint)

@@ -6,8 +6,8 @@ Laws of the file: wiring only; what the operator named and is not there is a Con
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from cloud_server.assembly import Base, RunConfig, make_run_parts
 from cloud_server.db.releases import load_models
@@ -51,13 +51,9 @@ def open_run(
     app = load_server_app(serverapp, Path.cwd())
     settings = deployment.settings.run
     # The app brings its own strategy; ours only weighs the metrics of evaluations.
-    plain = RunConfig(**{**_fields(config), "strategy": "FedAvg", "strategy_parameters": {}})
+    plain = replace(config, strategy="FedAvg", strategy_parameters={})
     plan, ports = make_run_parts(base, downlink, bundle, plain, load_holdout(deployment), refinery)
     return make_serverapp_runner(plan, ports, app, config=settings.parameters, wake=wake)
-
-
-def _fields(config: RunConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in config.__slots__}
 
 
 def _refinery(deployment: Deployment, bundle: Bundle) -> Refinery | None:
