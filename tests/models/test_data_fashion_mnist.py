@@ -1,4 +1,4 @@
-"""Fashion-MNIST: the reader against damaged files, the partition, and the real data where it is installed."""
+"""Fashion-MNIST: the reader against damaged files, and the real data where it is installed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from models.data import fashion_mnist
-from wire.errors import ConfigurationError, DataError
+from wire.errors import DataError
 
 installed = pytest.mark.skipif(
     not fashion_mnist.FOLDER.exists(), reason="Debian's dataset-fashion-mnist is not installed"
@@ -60,34 +58,6 @@ def test_damaged_file_is_refused(folder: Path, content: bytes) -> None:
     (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(content)
     with pytest.raises(DataError):
         fashion_mnist.load_images(folder)
-
-
-@settings(max_examples=25, deadline=None)
-@given(devices=st.integers(1, 20), alpha=st.floats(0.1, 100.0), seed=st.integers(0, 2**32))
-def test_partition_gives_every_sample_to_one_device(devices: int, alpha: float, seed: int) -> None:
-    labels = (np.arange(2_000) * 7 % 10).astype(np.int64)
-    shares = fashion_mnist.partition_dirichlet(labels, devices, alpha, seed, smallest=1)
-    assert len(shares) == devices
-    assert sorted(np.concatenate(shares).tolist()) == list(range(2_000))
-    again = fashion_mnist.partition_dirichlet(labels, devices, alpha, seed, smallest=1)
-    assert all(np.array_equal(a, b) for a, b in zip(shares, again, strict=True))
-
-
-def test_partition_is_skewed_by_a_small_alpha() -> None:
-    labels = (np.arange(10_000) % 10).astype(np.int64)
-
-    def largest_share(alpha: float) -> float:
-        shares = fashion_mnist.partition_dirichlet(labels, 10, alpha, 3)
-        return float(np.mean([np.bincount(labels[s], minlength=10).max() / len(s) for s in shares]))
-
-    assert largest_share(0.1) > 0.4
-    assert largest_share(1000.0) < 0.15
-
-
-@pytest.mark.parametrize(("devices", "alpha"), [(0, 1.0), (10, 0.0), (10, float("nan")), (1_000, 1.0)])
-def test_impossible_partition_is_refused(devices: int, alpha: float) -> None:
-    with pytest.raises(ConfigurationError):
-        fashion_mnist.partition_dirichlet(np.zeros(1_000, np.int64), devices, alpha, 0)
 
 
 @installed
