@@ -8,6 +8,7 @@ any bytes in give a value or a `MessageError`. Source: RFC 8949 §4.2, docs/prot
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import cbor2
@@ -34,6 +35,29 @@ def encode_canonical(value: Any) -> bytes:
 def encode_tagged(tag: int, value: Any) -> bytes:
     """The same under one CBOR tag."""
     return cbor2.dumps(cbor2.CBORTag(tag, value), canonical=True)
+
+
+def encode_joined(items: Sequence[bytes]) -> bytes:
+    """The array of items that are encoded already: what was encoded to be bound or hashed is not encoded twice."""
+    return b"".join((_head(_ARRAY, len(items)), *items))
+
+
+def byte_string_head(length: int) -> bytes:
+    """The bytes in front of a byte string of `length`: for the one place where a string is put together by hand."""
+    return _head(_BYTES, length)
+
+
+def unsigned_bytes(value: int) -> bytes:
+    """The encoding of an integer from 0 to 2⁶⁴ − 1."""
+    return _head(_UNSIGNED, value)
+
+
+def _head(major: int, argument: int) -> bytes:
+    """The first bytes of an item, in the shortest form."""
+    if argument < _ONE_BYTE:
+        return bytes((major << 5 | argument,))
+    exponent = max(0, (argument.bit_length() - 1).bit_length() - 3)
+    return bytes((major << 5 | _ONE_BYTE + exponent,)) + argument.to_bytes(1 << exponent, "big")
 
 
 def decode_canonical(data: bytes, *, limit_bytes: int) -> Any:

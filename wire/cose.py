@@ -10,9 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, Final
 
-from wire.cbor import decode_canonical, decode_tagged, encode_canonical, encode_tagged
+from wire.cbor import (
+    byte_string_head,
+    decode_canonical,
+    decode_tagged,
+    encode_canonical,
+    encode_tagged,
+    unsigned_bytes,
+)
 from wire.errors import EnvelopeError, MessageError
 from wire.primitives import CONTENT_KEY_BYTES, NONCE_BYTES, SIGNATURE_BYTES, TAG_BYTES, SigningKey
 
@@ -29,6 +38,11 @@ _KEM_ALGS: Final[dict[str, int]] = {"x25519": 49, "mlkem768-x25519": -70001}
 _CONTENT_NAMES: Final = {number: name for name, number in _CONTENT_ALGS.items()}
 _KEM_NAMES: Final = {number: name for name, number in _KEM_ALGS.items()}
 _MAX_PROTECTED_BYTES: Final = 64
+_SIGN1_KEYS: Final = frozenset((_ALG, _CONTENT, _KID))
+_CONTENT_KEYS: Final = frozenset((_ALG,))
+_RECIPIENT_KEYS: Final = frozenset((_ALG, _KID))
+_FALSE: Final = b"\xf4"
+_TRUE: Final = b"\xf5"
 
 
 def failed(reason: str) -> EnvelopeError:
@@ -49,17 +63,17 @@ class Sign1:
         return _to_be_signed(self.protected, self.payload)
 
 
-def sign1(content: list[Any], signer: SigningKey) -> bytes:
-    """COSE_Sign1 over the canonical CBOR of `content`."""
-    payload, protected = encode_canonical(content), _protected_by(signer)
+def sign1(payload: bytes, signer: SigningKey) -> bytes:
+    """COSE_Sign1 over `payload`."""
+    protected = _protected_by(signer)
     signature = signer.sign(_to_be_signed(protected, payload))
     return encode_tagged(_SIGN1_TAG, [protected, {}, payload, signature])
 
 
-def sign1_length(content: list[Any], signer: SigningKey) -> int:
-    """How long `sign1` of any content of these lengths is."""
-    parts = [_protected_by(signer), {}, encode_canonical(content), bytes(SIGNATURE_BYTES)]
-    return len(encode_tagged(_SIGN1_TAG, parts))
+def sign1_length(payload_bytes: int, signer: SigningKey) -> int:
+    """How long `sign1` of any payload of `payload_bytes` is."""
+    empty = encode_tagged(_SIGN1_TAG, [_protected_by(signer), {}, b"", bytes(SIGNATURE_BYTES)])
+    return len(empty) - 1 + len(byte_string_head(payload_bytes)) + payload_bytes
 
 
 def _protected_by(signer: SigningKey) -> bytes:
@@ -84,7 +98,7 @@ def read_sign1(head: bytes, *, limit_bytes: int) -> Sign1:
         raise failed("structure")
     if len(signature) != SIGNATURE_BYTES:
         raise failed("signature")
-    values = _protected_map(protected, {_ALG, _CONTENT, _KID})
+    values = _protected_map(protected, _SIGN1_KEYS)
     if values[_ALG] != _EDDSA or values[_CONTENT] != CONTENT_TYPE:
         raise failed("algorithm")
     if type(values[_KID]) is not bytes:
@@ -153,8 +167,8 @@ class Encrypt:
             raise failed("structure")
         if len(iv) != NONCE_BYTES or len(wrapped) != CONTENT_KEY_BYTES + TAG_BYTES:
             raise failed("structure")
-        content = _known(_CONTENT_NAMES, _protected_map(protected, {_ALG})[_ALG])
-        values = _protected_map(to, {_ALG, _KID})
+        content = _known(_CONTENT_NAMES, _protected_map(protected, _CONTENT_KEYS)[_ALG])
+        values = _protected_map(to, _RECIPIENT_KEYS)
         if type(values[_KID]) is not bytes:
             raise failed("structure")
         recipient = Recipient(_known(_KEM_NAMES, values[_ALG]), values[_KID], to)
@@ -166,14 +180,26 @@ def content_protected(algorithm: str) -> bytes:
     return encode_canonical({_ALG: _CONTENT_ALGS[algorithm]})
 
 
-def record_aad(protected: bytes, header: bytes, index: int, *, last: bool) -> bytes:
-    """Enc_structure; its external data are the header, the record's place and whether it is the last."""
-    return encode_canonical(["Encrypt", protected, encode_canonical([header, index, last])])
+class RecordNames:
+    """Nonce and additional data of every record of one message; built once, because encoding them anew for each
+    record takes as long as hashing a tenth of it."""
 
+    __slots__ = ("_external", "_front", "_iv")
 
-def record_nonce(iv: bytes, index: int) -> bytes:
-    """The nonce of record `index`: distinct for every record of one IV."""
-    return (int.from_bytes(iv, "big") ^ index).to_bytes(NONCE_BYTES, "big")
+    def __init__(self, encrypt: Encrypt, header: bytes) -> None:
+        self._iv = int.from_bytes(encrypt.iv, "big")
+        # Both are cut before what differs from record to record: an empty byte string; 0 and false.
+        self._front = encode_canonical(["Encrypt", content_protected(encrypt.algorithm), b""])[:-1]
+        self._external = encode_canonical([header, 0, False])[:-2]
+
+    def nonce(self, index: int) -> bytes:
+        """Distinct for every record of one IV."""
+        return (self._iv ^ index).to_bytes(NONCE_BYTES, "big")
+
+    def aad(self, index: int, *, last: bool) -> bytes:
+        """Enc_structure; its external data are the header, the record's place and whether it is the last."""
+        external = self._external + unsigned_bytes(index) + (_TRUE if last else _FALSE)
+        return self._front + byte_string_head(len(external)) + external
 
 
 def checked_extensions(extensions: Mapping[int, bytes] | None) -> dict[int, bytes]:
@@ -214,17 +240,26 @@ def _to_be_signed(protected: bytes, payload: bytes) -> bytes:
     return encode_canonical(["Signature1", protected, b"", payload])
 
 
-def _protected_map(protected: object, keys: set[int]) -> dict[int, Any]:
+def _protected_map(protected: object, keys: frozenset[int]) -> Mapping[int, Any]:
     """A COSE protected header: a byte string that holds a map with exactly these keys."""
     if type(protected) is not bytes:
         raise failed("structure")
+    values = _read_protected(protected)
+    if values.keys() != keys:
+        raise failed("structure")
+    return values
+
+
+@lru_cache(maxsize=256)
+def _read_protected(protected: bytes) -> Mapping[int, Any]:
+    """Kept, because every message of a sender has the same three; what fails is not kept."""
     try:
         values = decode_canonical(protected, limit_bytes=_MAX_PROTECTED_BYTES)
     except MessageError as error:
         raise failed("cbor") from error
-    if type(values) is not dict or set(values) != keys:
+    if type(values) is not dict:
         raise failed("structure")
-    return values
+    return MappingProxyType(values)
 
 
 def _known(names: dict[int, str], number: object) -> str:

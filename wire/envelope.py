@@ -14,22 +14,21 @@ Sources: `wire/cose.py`, RFC 9180, the STREAM construction (Hoang et al. 2015), 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Final
 
+from wire.cbor import encode_canonical, encode_joined
 from wire.cose import (
     Encrypt,
     Recipient,
+    RecordNames,
     checked_extensions,
-    content_protected,
     failed,
     read_content,
     read_extensions,
     read_sign1,
-    record_aad,
-    record_nonce,
     sign1,
     sign1_length,
 )
@@ -39,7 +38,6 @@ from wire.primitives import (
     CONTENT_ALGORITHMS,
     CONTENT_KEY_BYTES,
     NONCE_BYTES,
-    TAG_BYTES,
     Aead,
     KemPrivateKey,
     KemPublicKey,
@@ -53,7 +51,7 @@ from wire.records import (
     MIN_RECORD_BYTES,
     RECORD_BYTES,
     Records,
-    pad_to_class,
+    padding_to_class,
     unpadded_length,
 )
 
@@ -132,44 +130,45 @@ def seal(
         raise MessageError("no such content algorithm or record size", algorithm=content_algorithm)
     if len(body) > MAX_MESSAGE_BYTES:
         raise MessageError("body is too long to seal", size_bytes=len(body), limit_bytes=MAX_MESSAGE_BYTES)
-    plaintext = pad_to_class(body) if pad else body
+    padding = padding_to_class(len(body)) if pad else b""
     content_key, iv = random_bytes(CONTENT_KEY_BYTES), random_bytes(NONCE_BYTES)
     to = Recipient.of(recipient.algorithm, recipient.key_id)
     encapsulated, wrapped = recipient.wrap(content_key, info=to.kdf_info(content_algorithm, bound))
     encrypt = Encrypt(content_algorithm, iv, to, encapsulated, wrapped)
-    records = Records(len(plaintext), record_bytes)
-    content = [
-        header_to_map(header),
-        encrypt.to_cbor(),
-        [len(plaintext), record_bytes, pad],
-        bytes(records.count * _HASH_BYTES),
-        checked_extensions(extensions),
+    records = Records(len(body) + len(padding), record_bytes)
+    front = [
+        bound,
+        encode_canonical(encrypt.to_cbor()),
+        encode_canonical([records.plaintext_bytes, record_bytes, pad]),
     ]
-    # The head's length does not depend on the hashes, so the records go where they stay: a fresh copy of ten
-    # megabytes costs as much time as hashing them.
-    message = BytesIO()
-    message.seek(_LENGTH_BYTES + sign1_length(content, signer))
-    content[3] = _seal_records(message, plaintext, records, encrypt, content_key, bound)
-    message.seek(0)
-    message.write(_framed(sign1(content, signer)))
+    back = encode_canonical(checked_extensions(extensions))
+    payload_bytes = len(encode_joined([*front, encode_canonical(bytes(records.count * _HASH_BYTES)), back]))
+    # The head's length does not depend on the hashes, so the records go where they stay: touching a fresh
+    # megabyte once more costs a third of the time that hashing it takes.
+    head_bytes = _LENGTH_BYTES + sign1_length(payload_bytes, signer)
+    message = BytesIO(bytes(head_bytes + records.ciphertext_bytes))
+    with message.getbuffer() as whole:
+        pieces = (records.plaintext_piece(index, memoryview(body), padding) for index in range(records.count))
+        aead = Aead(content_algorithm, content_key)
+        hashes = _seal_records(whole[head_bytes:], pieces, records, aead, RecordNames(encrypt, bound))
+    payload = encode_joined([*front, encode_canonical(hashes), back])
+    message.write(_framed(sign1(payload, signer)))
     return message.getvalue()
 
 
 def _seal_records(
-    message: BytesIO, plaintext: bytes, records: Records, encrypt: Encrypt, content_key: bytes, bound: bytes
+    ciphertext: memoryview,
+    pieces: Iterable[bytes | memoryview],
+    records: Records,
+    aead: Aead,
+    names: RecordNames,
 ) -> bytes:
-    """Appends the ciphertext to `message`; returns the hashes of its records, one after the other."""
-    protected = content_protected(encrypt.algorithm)
-    aead = Aead(encrypt.algorithm, content_key)
-    scratch = memoryview(bytearray(min(records.record_bytes, len(plaintext)) + TAG_BYTES))
+    """Fills `ciphertext`; returns the hashes of its records, one after the other."""
     hashes = []
-    for index in range(records.count):
-        piece = memoryview(plaintext)[records.plaintext_slice(index)]
-        record = scratch[: len(piece) + TAG_BYTES]
-        aad = record_aad(protected, bound, index, last=records.is_last(index))
-        aead.seal_into(record_nonce(encrypt.iv, index), piece, aad, record)
+    for index, piece in enumerate(pieces):
+        record = ciphertext[records.ciphertext_slice(index)]
+        aead.seal_into(names.nonce(index), piece, names.aad(index, last=records.is_last(index)), record)
         hashes.append(sha256(record))
-        message.write(record)
     return b"".join(hashes)
 
 
@@ -182,7 +181,7 @@ def sign(
         MessageError: (us) a header or extension that no receiver would accept.
     """
     content = [header_to_map(check_header(header)), body, checked_extensions(extensions)]
-    return _framed(sign1(content, signer))
+    return _framed(sign1(encode_canonical(content), signer))
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,10 +193,9 @@ class Opening:
     extensions: Mapping[int, bytes]
     records: Records
     padded: bool
-    _encrypt: Encrypt
     _aead: Aead
+    _names: RecordNames
     _hashes: bytes
-    _bound: bytes
 
     def open_record_into(self, index: int, ciphertext: memoryview, out: memoryview) -> None:
         """Opens record `index` into `out`, which is as long as `records.plaintext_slice(index)`.
@@ -209,9 +207,8 @@ class Opening:
         """
         if sha256(ciphertext) != self._hashes[index * _HASH_BYTES : (index + 1) * _HASH_BYTES]:
             raise failed("digest")
-        protected = content_protected(self._encrypt.algorithm)
-        aad = record_aad(protected, self._bound, index, last=self.records.is_last(index))
-        self._aead.open_into(record_nonce(self._encrypt.iv, index), ciphertext, aad, out)
+        aad = self._names.aad(index, last=self.records.is_last(index))
+        self._aead.open_into(self._names.nonce(index), ciphertext, aad, out)
 
 
 def open_head(
@@ -249,7 +246,7 @@ def open_head(
     bound = header_bytes(header)
     info = encrypt.recipient.kdf_info(encrypt.algorithm, bound)
     aead = Aead(encrypt.algorithm, private.unwrap(encrypt.encapsulated, encrypt.wrapped, info=info))
-    return Opening(header, key_id, extensions, records, padded, encrypt, aead, hashes, bound)
+    return Opening(header, key_id, extensions, records, padded, aead, RecordNames(encrypt, bound), hashes)
 
 
 def open_sealed(
@@ -280,17 +277,13 @@ def open_sealed(
     records = opening.records
     if len(ciphertext) != records.ciphertext_bytes:
         raise failed("size")
-    plaintext = BytesIO()
-    scratch = memoryview(bytearray(min(records.record_bytes, records.plaintext_bytes)))
-    for index in range(records.count):
-        record = ciphertext[records.ciphertext_slice(index)]
-        piece = scratch[: len(record) - TAG_BYTES]
-        opening.open_record_into(index, record, piece)
-        plaintext.write(piece)
-    if opening.padded:
-        with plaintext.getbuffer() as padded:
-            body_bytes = unpadded_length(padded)
-        plaintext.truncate(body_bytes)
+    plaintext = BytesIO(bytes(records.plaintext_bytes))
+    with plaintext.getbuffer() as whole:
+        for index in range(records.count):
+            record = ciphertext[records.ciphertext_slice(index)]
+            opening.open_record_into(index, record, whole[records.plaintext_slice(index)])
+        body_bytes = unpadded_length(whole) if opening.padded else len(whole)
+    plaintext.truncate(body_bytes)
     return Opened(opening.header, plaintext.getvalue(), opening.key_id, opening.extensions)
 
 

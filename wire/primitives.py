@@ -289,7 +289,7 @@ class Aead:
         else:
             raise EnvelopeError("message does not open", reason="algorithm")
 
-    def seal_into(self, nonce: bytes, plaintext: memoryview, aad: bytes, out: memoryview) -> None:
+    def seal_into(self, nonce: bytes, plaintext: bytes | memoryview, aad: bytes, out: memoryview) -> None:
         """Writes ciphertext and tag to `out`, whose length is that of `plaintext` plus 16."""
         self._cipher.encrypt_into(nonce, plaintext, aad, out)
 

@@ -42,6 +42,13 @@ class Records:
         start = index * self.record_bytes
         return slice(start, min(start + self.record_bytes, self.plaintext_bytes))
 
+    def plaintext_piece(self, index: int, body: memoryview, padding: bytes) -> bytes | memoryview:
+        """Record `index` of `body || padding`; nothing is copied but where the two meet."""
+        cut = self.plaintext_slice(index)
+        if cut.stop <= len(body):
+            return body[cut]
+        return b"".join((body[cut], padding[max(0, cut.start - len(body)) : cut.stop - len(body)]))
+
     def ciphertext_slice(self, index: int) -> slice:
         plain = self.plaintext_slice(index)
         return slice(plain.start + index * TAG_BYTES, plain.stop + (index + 1) * TAG_BYTES)
@@ -56,9 +63,9 @@ def size_class(size_bytes: int) -> int:
     return (size_bytes + (1 << low_bits) - 1) >> low_bits << low_bits
 
 
-def pad_to_class(body: bytes) -> bytes:
-    """ISO/IEC 7816-4 padding up to the size class: a mark, then zeros."""
-    return b"".join((body, bytes((_PAD_MARK,)), bytes(size_class(len(body) + 1) - len(body) - 1)))
+def padding_to_class(body_bytes: int) -> bytes:
+    """ISO/IEC 7816-4 padding of a body up to its size class: a mark, then zeros."""
+    return bytes((_PAD_MARK,)).ljust(size_class(body_bytes + 1) - body_bytes, b"\0")
 
 
 def unpadded_length(plaintext: memoryview) -> int:

@@ -65,7 +65,7 @@ def ciphertext_of(message: bytes) -> bytes:
 
 def signed_again(content: list[Any], ciphertext: bytes = b"", signer: SigningKey = DEVICE_KEY) -> bytes:
     """A message with a good signature over whatever `content` is."""
-    head = sign1(content, signer)
+    head = sign1(encode_canonical(content), signer)
     return len(head).to_bytes(4, "big") + head + ciphertext
 
 

@@ -28,7 +28,7 @@ from tests.wire.parties import (
     up_header,
 )
 from tests.wire.test_messages import EXAMPLES
-from wire.cbor import decode_canonical
+from wire.cbor import decode_canonical, encode_canonical
 from wire.chunks import split
 from wire.codec import encode
 from wire.cose import read_sign1, sign1
@@ -114,7 +114,7 @@ def tampered_vectors(sealed: bytes) -> list[dict[str, Any]]:
     def changed(change: Callable[[list[Any]], None]) -> bytes:
         content = decode_canonical(payload, limit_bytes=end)
         change(content)
-        head = sign1(content, DEVICE_KEY)
+        head = sign1(encode_canonical(content), DEVICE_KEY)
         return len(head).to_bytes(4, "big") + head + sealed[end:]
 
     def set_at(at: int, value: object) -> Callable[[list[Any]], None]:
