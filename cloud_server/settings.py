@@ -1,4 +1,4 @@
-"""The settings of an aggregator: `settings.toml` of its state folder and `SHOAL_…` variables over it.
+"""The settings of an aggregator: `settings.toml` of its state folder and `SHOAL_CLOUD_…` variables over it.
 
 Law of the file: every option has a default, a unit, a bound and one sentence; secrets are never here. Nothing
 of torch or flwr is imported, so a list of devices does not wait for them. Source: docs/reference.md.
@@ -15,8 +15,7 @@ from msgspec import Meta, Struct, field, structs
 from process.settings import load_settings
 from wire.messages import CodecName, TrainConfig
 
-STATE_VARIABLE = "SHOAL_STATE"
-"""Where the state folder is, for commands without `--state`."""
+VARIABLE_PREFIX = "SHOAL_CLOUD_"
 
 
 def _option(sentence: str, **bounds: Any) -> Meta:
@@ -254,6 +253,4 @@ def load_cloud_settings(path: Path, environment: Mapping[str, str] | None) -> Cl
     Raises:
         ConfigurationError: (operator) see `process.settings.load_settings`.
     """
-    return load_settings(
-        CloudSettings, path, environment, other_variables=(STATE_VARIABLE, "SHOAL_ENROLL_TOKEN")
-    )
+    return load_settings(CloudSettings, path, environment, VARIABLE_PREFIX)

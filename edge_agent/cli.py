@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from process.arguments import CommandParser, path
 from process.exits import run_cli
 
 if TYPE_CHECKING:
@@ -30,26 +31,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    options = _parser().parse_args(arguments)
+    options = _parser().read(arguments)
     handler = {"enroll": _enroll, "run": _run, "status": _status, "check": _check}[options.command]
     return handler(options)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="shoal-edge", description="The agent of one Shoal device.")
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="shoal-edge", description="The agent of one Shoal device.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    state = argparse.ArgumentParser(add_help=False)
+    state = CommandParser(add_help=False)
     state.add_argument(
         "--state",
-        type=Path,
-        default=Path(os.environ.get("SHOAL_STATE", DEFAULT_STATE)),
+        type=path,
+        default=os.environ.get("SHOAL_STATE", DEFAULT_STATE),
         metavar="DIR",
         help=f"the device's state folder (SHOAL_STATE, or {DEFAULT_STATE})",
     )
-    state.add_argument("--settings", type=Path, metavar="FILE", help="settings as TOML")
+    state.add_argument("--settings", type=path, metavar="FILE", help="settings as TOML")
     enroll = commands.add_parser("enroll", parents=[state], help="make this machine a device of a fleet")
     enroll.add_argument("token", nargs="?", help="the enrolment token; - reads it from standard input")
-    enroll.add_argument("--token-file", type=Path, metavar="FILE", help="a file that holds the token")
+    enroll.add_argument("--token-file", type=path, metavar="FILE", help="a file that holds the token")
     enroll.add_argument("--name", metavar="DEVICE", help="the device's name, where the token leaves it open")
     run = commands.add_parser("run", parents=[state], help="run the agent")
     run.add_argument(

@@ -1,4 +1,4 @@
-"""The settings of an agent: one TOML file and `SHOAL_…` variables over it, frozen and bounded.
+"""The settings of an agent: one TOML file and `SHOAL_EDGE_…` variables over it, frozen and bounded.
 
 Law of the file: every option has a default, a unit, a bound and one sentence; where an agent connects to and
 which keys it trusts is not here but in its identity (enrolment). Source: docs/reference.md.
@@ -17,7 +17,7 @@ from edge_agent.learning import TrainPolicy
 from process.settings import load_settings
 
 TOKEN_VARIABLE = "SHOAL_ENROLL_TOKEN"
-STATE_VARIABLE = "SHOAL_STATE"
+VARIABLE_PREFIX = "SHOAL_EDGE_"
 
 
 def _option(sentence: str, **bounds: Any) -> Meta:
@@ -179,5 +179,4 @@ def load_edge_settings(path: Path | None, environment: Mapping[str, str] | None)
     Raises:
         ConfigurationError: (operator) see `process.settings.load_settings`.
     """
-    others = (TOKEN_VARIABLE, STATE_VARIABLE)
-    return load_settings(EdgeSettings, path, environment, other_variables=others)
+    return load_settings(EdgeSettings, path, environment, VARIABLE_PREFIX)

@@ -12,10 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from process.arguments import CommandParser, path, whole_number
 from process.exits import run_cli
 
 if TYPE_CHECKING:
     from fleet.report import FleetReport
+
+MAX_DEVICES = 100_000
+MAX_ROUNDS = 1_000_000
+MAX_SEED = 2**31 - 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,45 +29,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    options = _parser().parse_args(arguments)
+    options = _parser().read(arguments)
     handler = {"demo": _demo, "simulate": _simulate}[options.command]
     return handler(options)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="shoal-fleet", description="Local fleets of Shoal devices.")
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="shoal-fleet", description="Local fleets of Shoal devices.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="one whole loop with real processes on this machine")
     demo.add_argument("--dataset", default="smartwatch", help="smartwatch (default) or fashion-mnist")
     demo.add_argument("--broker", choices=("embedded", "mosquitto"), default="embedded")
-    demo.add_argument("--rounds", type=_positive, default=20, help="rounds that move the head (20)")
-    demo.add_argument("--seed", type=_natural, default=1, help="of weights, cohorts and orders (1)")
     demo.add_argument(
-        "--out", type=Path, default=Path("build/demo"), help="folder for all it makes (build/demo)"
+        "--rounds", type=whole_number(1, MAX_ROUNDS), default=20, help="rounds that move the head (20)"
+    )
+    demo.add_argument(
+        "--seed", type=whole_number(0, MAX_SEED), default=1, help="of weights, cohorts and orders (1)"
+    )
+    demo.add_argument(
+        "--out", type=path, default=Path("build/demo"), help="folder for all it makes (build/demo)"
     )
     demo.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
     simulate = commands.add_parser("simulate", help="a whole fleet in one process, on virtual time")
-    simulate.add_argument("--devices", type=_positive, default=100, help="simulated devices (100)")
-    simulate.add_argument("--rounds", type=_positive, default=20, help="rounds that move the head (20)")
-    simulate.add_argument("--scenario", type=Path, metavar="FILE", help="a scenario as TOML")
-    simulate.add_argument("--seed", type=_natural, default=1, help="of everything that is drawn (1)")
-    simulate.add_argument("--out", type=Path, metavar="DIR", help="folder for report.json and report.html")
+    simulate.add_argument(
+        "--devices", type=whole_number(1, MAX_DEVICES), default=100, help="simulated devices (100)"
+    )
+    simulate.add_argument(
+        "--rounds", type=whole_number(1, MAX_ROUNDS), default=20, help="rounds that move the head (20)"
+    )
+    simulate.add_argument("--scenario", type=path, metavar="FILE", help="a scenario as TOML")
+    simulate.add_argument(
+        "--seed", type=whole_number(0, MAX_SEED), default=1, help="of everything that is drawn (1)"
+    )
+    simulate.add_argument("--out", type=path, metavar="DIR", help="folder for report.json and report.html")
     simulate.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
-def _natural(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**31:
-        raise argparse.ArgumentTypeError("must be between 0 and 2147483647")
-    return value
 
 
 def _demo(options: argparse.Namespace) -> int:

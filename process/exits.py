@@ -8,12 +8,13 @@ fault in this program; 130 interrupted; 141 the reader of our output went away. 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable
 
-from wire.errors import MissingExtraError, ShoalError
+from wire.errors import MissingExtraError, ShoalError, StorageError, TransportError
 
 EXIT_FAULT = 70
 EXIT_INTERRUPTED = 130
@@ -35,23 +36,42 @@ EXIT_CODES: dict[int, str] = {
 }
 
 
+# For an error that brings none of its own: where one would look first.
+_HINTS = {
+    1: "the lines before this one say what was going on",
+    2: "`--help` shows what the command takes, docs/reference.md every setting",
+    3: "see the log of the other side: both should run the same version of Shoal",
+    4: "check that the other side runs, and that its address and port are open from here",
+    5: "nothing of it was used; ask whoever runs the aggregator",
+    6: "docs/how-to/your-own-model.md says what a model and its data look like",
+    7: "`shoal-cloud status` and `shoal-cloud device list` show who is there",
+    8: "check the disk's free space, and the owner and rights of the folder",
+}
+
 _OURS = {"wire", "process", "edge_agent", "models", "cloud_server", "fleet"}
 
 
 def run_cli(main: Callable[[], int | None], *, extra: str = "") -> int:
     """Runs a command and returns its exit code; None from `main` is 0.
 
-    `SystemExit`, which argparse raises after it has printed its own message, passes through.
+    `SystemExit`, with which argparse ends `--help`, passes through.
 
     Args:
         extra: of the distribution, that brings what the command imports beyond the base install.
     """
+    _open_closed_streams()
     try:
-        code = main()
-        sys.stdout.flush()  # a reader that went away shows here, not in the interpreter's shutdown
-    except ShoalError as error:
-        print_error(error)
-        return error.exit_code
+        code = _outcome(main, extra)
+    except SystemExit:
+        if _flush_stdout() == EXIT_BROKEN_PIPE:
+            return EXIT_BROKEN_PIPE
+        raise
+    return code or _flush_stdout()
+
+
+def _outcome(main: Callable[[], int | None], extra: str) -> int:
+    try:
+        return main() or 0
     except KeyboardInterrupt:
         _say("error: interrupted")
         return EXIT_INTERRUPTED
@@ -59,22 +79,72 @@ def run_cli(main: Callable[[], int | None], *, extra: str = "") -> int:
         _discard_stdout()
         return EXIT_BROKEN_PIPE
     except Exception as error:  # noqa: BLE001 — the outermost frame of the process
-        missing = _missing_extra(error, extra)
-        if missing is not None:
-            print_error(missing)
-            return missing.exit_code
+        known = _as_ours(error, extra)
+        if known is not None:
+            _flush_stdout()
+            print_error(known)
+            return known.exit_code
         _say(traceback.format_exc().rstrip())
         _say(f"error: a fault in this program: {type(error).__name__}: {error}")
         _say("hint: please report it with the lines above")
         return EXIT_FAULT
-    return code or 0
+
+
+def _flush_stdout() -> int:
+    """A reader that went away, or a full disk, shows here and not in the interpreter's shutdown."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_stdout()
+        return EXIT_BROKEN_PIPE
+    except OSError as error:
+        _discard_stdout()
+        refused = _machine_error(error, "standard output: ")
+        print_error(refused)
+        return refused.exit_code
+    return 0
 
 
 def print_error(error: ShoalError) -> None:
-    """`error: …` and, where there is one, `hint: …`, each on one line of stderr."""
+    """`error: …` and `hint: …`, each on one line of stderr."""
     _say(f"error: {_one_line(str(error))}")
-    if error.hint:
-        _say(f"hint: {_one_line(error.hint)}")
+    _say(f"hint: {_one_line(error.hint or _HINTS[error.exit_code])}")
+
+
+def _as_ours(error: Exception, extra: str) -> ShoalError | None:
+    """An error of ours, or what the machine refused as one; None for a fault of the program."""
+    if isinstance(error, ShoalError):
+        return error
+    if isinstance(error, MemoryError):
+        return ShoalError("there is not enough memory", hint="free some, or give the command less to do")
+    if isinstance(error, OSError):
+        return _machine_error(error)
+    return _missing_extra(error, extra)
+
+
+def _machine_error(error: OSError, where: str = "") -> ShoalError:
+    """What no part of ours foresaw: a full output, a folder that went away in the middle."""
+    if not where and error.filename is not None:
+        where = f"{error.filename}: "
+    text = f"{where}{error.strerror or error}"
+    # socket.gaierror and ssl.SSLError by their homes: neither module is worth loading for this.
+    if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__ in ("socket", "ssl"):
+        return TransportError(text)
+    return StorageError(text, hint="free space on the disk" if error.errno == errno.ENOSPC else "")
+
+
+def _open_closed_streams() -> None:
+    """A standard stream that was closed (`>&-`) gets /dev/null.
+
+    Otherwise the next file that is opened takes its number, and what is printed goes into that file.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, os.fdopen(number, mode, closefd=False, encoding="utf-8"))
 
 
 def _missing_extra(error: Exception, extra: str) -> MissingExtraError | None:
@@ -89,9 +159,13 @@ def _missing_extra(error: Exception, extra: str) -> MissingExtraError | None:
 
 def _discard_stdout() -> None:
     """What is left in the buffer has no reader; without this the interpreter complains at its end."""
+    try:
+        number = sys.stdout.fileno()
+    except OSError:
+        return  # it has no file behind it
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, number)
     finally:
         os.close(nowhere)
 
@@ -103,6 +177,6 @@ def _one_line(text: str) -> str:
 
 def _say(text: str) -> None:
     try:
-        print(text, file=sys.stderr, flush=True)
-    except BrokenPipeError:
-        return
+        print(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
+    except OSError:
+        return  # nobody is left who could read it

@@ -3,15 +3,18 @@
 A settings class is a frozen `msgspec.Struct` whose fields are scalars, `Path`, lists, dicts or further
 structs; bounds and one sentence per option stand in `Annotated[..., msgspec.Meta(ge=…, description=…)]`.
 Laws: an unknown key is an error that names the nearest one; a value is never changed in silence; a secret is
-given by the path of a file.
+given by the path of a file; each program has a prefix of its own for its variables, so that two of them share a
+machine, and a variable that concerns nobody is an error of each.
 
-    settings = load_settings(EdgeSettings, Path("edge.toml"), os.environ)
-    # [broker] port = 8883      in the file, or SHOAL_BROKER_PORT=8883 in the environment
+    settings = load_settings(EdgeSettings, Path("edge.toml"), os.environ, "SHOAL_EDGE_")
+    # [broker] port = 8883      in the file, or SHOAL_EDGE_BROKER_PORT=8883 in the environment
 """
 
 from __future__ import annotations
 
 import difflib
+import math
+import re
 import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -25,6 +28,15 @@ from wire.errors import ConfigurationError
 
 Settings = TypeVar("Settings", bound=msgspec.Struct)
 
+FAMILY = "SHOAL_"
+PROGRAM_PREFIXES = ("SHOAL_EDGE_", "SHOAL_CLOUD_")
+SHARED_VARIABLES = ("SHOAL_STATE", "SHOAL_ENROLL_TOKEN")
+"""Variables of the family that are no settings: where the state is, and a container's enrolment token."""
+# What Kubernetes tells every pod about a service that is called shoal-…; nobody set it as a setting.
+_SERVICE_LINK = re.compile(
+    r"\w+_SERVICE_(HOST|PORT(_\w+)?)=.*|\w+_PORT(_\d+_(TCP|UDP)(_\w+)?=.*|=(tcp|udp)://.*)"
+)
+
 MAX_FILE_BYTES = 1_048_576
 MAX_SECRET_BYTES = 65_536
 
@@ -33,9 +45,7 @@ def load_settings(
     cls: type[Settings],
     path: Path | None = None,
     environment: Mapping[str, str] | None = None,
-    prefix: str = "SHOAL_",
-    *,
-    other_variables: Collection[str] = (),
+    prefix: str = FAMILY,
 ) -> Settings:
     """Reads settings.
 
@@ -44,8 +54,8 @@ def load_settings(
         path: the TOML file, or None for defaults and environment only. Relative paths in it start at its
             folder.
         environment: usually `os.environ`; None reads no variable.
-        prefix: of the variables that are ours; any of them that names no option is an error.
-        other_variables: variables with the prefix that mean something else.
+        prefix: of the variables of this program. Any other of the family is an error, unless it is one of
+            `SHARED_VARIABLES` or another program's.
 
     Raises:
         ConfigurationError: (operator) no such file, no TOML, an unknown key or variable, a value of the wrong
@@ -57,7 +67,8 @@ def load_settings(
     _refuse_unknown(cls, document, (), str(path))
     sources: dict[str, str] = {}
     if environment is not None:
-        sources = _overlay(cls, document, environment, prefix, frozenset(other_variables))
+        sources = _overlay(cls, document, environment, prefix)
+    _refuse_not_finite(document, (), sources, path)
     base = path.parent if path is not None else Path()
 
     def to_path(kind: type[Any], value: Any) -> Any:
@@ -81,10 +92,12 @@ def check_settings(settings: Settings, where: str) -> Settings:
         ConfigurationError: (operator) as `load_settings`.
     """
     cls = type(settings)
+    plain = msgspec.to_builtins(settings)
+    _refuse_not_finite(plain, (), {}, Path(where))
     try:
-        return msgspec.convert(msgspec.to_builtins(settings), cls)
+        return msgspec.convert(plain, cls)
     except msgspec.ValidationError as error:
-        raise _explain(error, {}, Path(where), cls, "SHOAL_") from error
+        raise _explain(error, {}, Path(where), cls, FAMILY) from error
 
 
 def read_secret(path: Path, what: str) -> str:
@@ -101,7 +114,9 @@ def read_secret(path: Path, what: str) -> str:
             data = file.read(MAX_SECRET_BYTES + 1)
         text = data.decode("utf-8").rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"cannot read {what} from {path}: {_cause(error)}") from error
+        raise ConfigurationError(
+            f"cannot read {what} from {path}: {_cause(error)}", hint="name a text file that you may read"
+        ) from error
     if not text or len(data) > MAX_SECRET_BYTES:
         raise ConfigurationError(
             f"{path} holds no usable secret for {what}", hint="write it there, and nothing else"
@@ -117,9 +132,17 @@ def _read_toml(path: Path) -> dict[str, Any]:
             raise ConfigurationError(f"{path} is above {MAX_FILE_BYTES} bytes", hint="is it a settings file?")
         return tomllib.loads(data.decode("utf-8"))
     except OSError as error:
-        raise ConfigurationError(f"cannot read settings from {path}: {_cause(error)}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} is not TOML: {error}") from error
+        raise ConfigurationError(
+            f"cannot read settings from {path}: {_cause(error)}", hint="name a TOML file that you may read"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{path} is not TOML: {_cause(error)}", hint="save it as UTF-8") from error
+    except RecursionError as error:
+        raise ConfigurationError(f"{path} is nested too deeply", hint="is it a settings file?") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(
+            f"{path} is not TOML: {error}", hint="text stands in quotes, a table in [brackets]; see toml.io"
+        ) from error
 
 
 def _cause(error: OSError | UnicodeDecodeError) -> str:
@@ -173,32 +196,49 @@ def _parts(value: Any) -> list[Any]:
 
 
 def _overlay(
-    cls: type[msgspec.Struct],
-    document: dict[str, Any],
-    environment: Mapping[str, str],
-    prefix: str,
-    other_variables: frozenset[str],
+    cls: type[msgspec.Struct], document: dict[str, Any], environment: Mapping[str, str], prefix: str
 ) -> dict[str, str]:
     """Puts variables into the document; returns which key came from which variable."""
     known = {option.variable: option for option in options(cls, prefix)}
     sources: dict[str, str] = {}
     for name in sorted(environment):
-        if not name.startswith(prefix) or name in other_variables:
-            continue
         if name not in known:
-            raise ConfigurationError(
-                f"environment variable {name} names no option", hint=_nearest(name, known, "known"), key=name
-            )
+            if _concerns(name, environment[name], prefix):
+                raise ConfigurationError(
+                    f"environment variable {name} names no option",
+                    hint=_nearest_variable(name, known, prefix),
+                    key=name,
+                )
+            continue
         option = known[name]
         *sections, last = option.key.split(".")
         target = document
         for section in sections:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
-                raise ConfigurationError(f"{option.key}: {section!r} is not a table", key=option.key)
+                raise ConfigurationError(
+                    f"{option.key}: {section!r} is not a table",
+                    hint=f"write [{section}] in the file, or leave it to the variable {name}",
+                    key=option.key,
+                )
         target[last] = _from_text(environment[name], option)
         sources[option.key] = name
     return sources
+
+
+def _concerns(name: str, value: str, prefix: str) -> bool:
+    """Whether a variable that is no option was meant for this program, or for none at all."""
+    if name in SHARED_VARIABLES or _SERVICE_LINK.fullmatch(f"{name}={value}"):
+        return False
+    others = tuple(other for other in PROGRAM_PREFIXES if other != prefix)
+    return name.startswith(prefix) or (name.startswith(FAMILY) and not name.startswith(others))
+
+
+def _nearest_variable(name: str, known: Collection[str], prefix: str) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"the variables of this program begin with {prefix}; docs/reference.md lists them"
 
 
 def _from_text(text: str, option: Option) -> Any:
@@ -214,6 +254,22 @@ def _from_text(text: str, option: Option) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text  # msgspec will say what it expected
+
+
+def _refuse_not_finite(
+    value: Any, at: tuple[str, ...], sources: Mapping[str, str], path: Path | None
+) -> None:
+    """TOML has `nan` and `inf`; a bound never stops the first, and no option means either."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_not_finite(inner, (*at, key), sources, path)
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_not_finite(inner, at, sources, path)
+    elif isinstance(value, float) and not math.isfinite(value):
+        key = ".".join(at)
+        where = f"variable {sources[key]}" if key in sources else str(path)
+        raise ConfigurationError(f"{where}: {key}: {value} is not a number", hint="a finite number", key=key)
 
 
 def _alternatives(kind: inspect.Type) -> list[inspect.Type]:
@@ -241,6 +297,7 @@ def _explain(
     where = f"variable {sources[key]}" if key in sources else (str(path) if path is not None else "settings")
     described = {option.key: option for option in options(cls, prefix)}.get(key)
     hint = f"{described.description} Wanted: {described.type_name}." if described is not None else ""
+    hint = hint or "docs/reference.md lists every key with its type"
     if missing and described is not None:
         hint = f"set it in the file, or {described.variable} in the environment. {hint}".strip()
     problem = "is missing" if missing else text[:1].lower() + text[1:].replace("`", "")

@@ -12,8 +12,8 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 
+from process.arguments import CommandParser, path
 from process.exits import run_cli
 from wire.topics import ID
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="shoal-cloud", description="The aggregator of one Shoal fleet.")
+    parser = CommandParser(prog="shoal-cloud", description="The aggregator of one Shoal fleet.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     # Only the command at hand is imported; the others are a name and a line of help.
     wanted = next((word for word in arguments if not word.startswith("-")), "")
@@ -44,7 +44,7 @@ def _dispatch(arguments: list[str]) -> int:
         command = commands.add_parser(name, help=summary, description=summary)
         if name == wanted:
             import_module(f"cloud_server.cli.{name}_command").configure(command)
-    options = parser.parse_args(arguments)
+    options = parser.read(arguments)
     code: int = options.handler(options)
     return code
 
@@ -53,8 +53,8 @@ def add_state(parser: argparse.ArgumentParser) -> None:
     """`--state`, which every command takes."""
     parser.add_argument(
         "--state",
-        type=Path,
-        default=Path(os.environ.get("SHOAL_STATE", DEFAULT_STATE)),
+        type=path,
+        default=os.environ.get("SHOAL_STATE", DEFAULT_STATE),
         metavar="DIR",
         help=f"the aggregator's state folder (SHOAL_STATE, or {DEFAULT_STATE})",
     )

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 from cloud_server.cli import add_json, add_state
 from cloud_server.cli.output import print_facts, print_json, print_table, say
 from cloud_server.db.devices import DeviceRow, PresenceRow
 from cloud_server.deployment import Deployment
-from cloud_server.enrolment.tokens import Door, mint_token
+from cloud_server.enrolment.tokens import MAX_USES, Door, mint_token
+from process.arguments import path, whole_number
 from wire.enrolment import EnrolmentToken
 from wire.errors import ConfigurationError
 from wire.primitives import write_private
@@ -55,8 +55,16 @@ def _configure_add(add: argparse.ArgumentParser) -> None:
     add.add_argument(
         "device", nargs="?", default="", metavar="NAME", help="the only name that the token lets in"
     )
-    add.add_argument("--count", type=int, default=1, metavar="N", help="print so many tokens (1)")
-    add.add_argument("--uses", type=int, default=1, metavar="N", help="devices that one token lets in (1)")
+    add.add_argument(
+        "--count", type=whole_number(1, MAX_COUNT), default=1, metavar="N", help="print so many tokens (1)"
+    )
+    add.add_argument(
+        "--uses",
+        type=whole_number(1, MAX_USES),
+        default=1,
+        metavar="N",
+        help="devices that one token lets in (1)",
+    )
     add.add_argument("--hours", type=float, metavar="H", help="life of a token (enrolment.token_hours)")
     add.add_argument(
         "--url", metavar="URL", help="https://host:port of enrolment, if devices see another one"
@@ -65,7 +73,7 @@ def _configure_add(add: argparse.ArgumentParser) -> None:
         "--approved", action="store_true", help="devices of a token with many uses take part without approval"
     )
     add.add_argument(
-        "--output", type=Path, metavar="FILE", help="write the tokens into a file (0600) instead"
+        "--output", type=path, metavar="FILE", help="write the tokens into a file (0600) instead"
     )
     add_state(add)
     add_json(add)
@@ -73,8 +81,6 @@ def _configure_add(add: argparse.ArgumentParser) -> None:
 
 
 def _add(options: argparse.Namespace) -> int:
-    if not 1 <= options.count <= MAX_COUNT:
-        raise ConfigurationError(f"--count {options.count} is out of bounds", hint=f"1 to {MAX_COUNT}")
     if options.device and options.count != 1:
         raise ConfigurationError("a name is for one token", hint="leave NAME or --count away")
     with Deployment.open(options.state, os.environ) as deployment:

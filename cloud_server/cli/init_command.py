@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -13,6 +12,7 @@ from cloud_server.cli import add_state
 from cloud_server.cli.output import say
 from cloud_server.deployment import initialise
 from cloud_server.settings import CloudSettings, load_cloud_settings
+from process.arguments import path
 from process.settings import check_settings
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     defaults = CloudSettings()
     listen, broker = defaults.listen, defaults.broker
     add_state(parser)
-    parser.add_argument("--settings", type=Path, metavar="FILE", help="settings to begin with, as TOML")
+    parser.add_argument("--settings", type=path, metavar="FILE", help="settings to begin with, as TOML")
     parser.add_argument("--tenant", metavar="ID", help=f"who runs the fleet ({defaults.tenant})")
     parser.add_argument("--fleet", metavar="ID", help=f"the fleet ({defaults.fleet})")
     parser.add_argument("--host", metavar="ADDRESS", help=f"address to listen on ({listen.host})")
@@ -34,6 +34,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--broker-host", metavar="HOST", help=f"address of the broker ({broker.host})")
     parser.add_argument("--broker-port", type=int, metavar="PORT", help=f"port of the broker ({broker.port})")
+    parser.add_argument(
+        "--broker-tls",
+        action="store_true",
+        default=None,
+        help="mutual TLS to the broker, with access rules for each device (mosquitto and external)",
+    )
     parser.set_defaults(handler=_init)
 
 
@@ -57,7 +63,13 @@ def _settings(options: argparse.Namespace) -> CloudSettings:
         public_port=options.public_port,
         device_port=options.device_port,
     )
-    broker = _changed(base.broker, kind=options.broker, host=options.broker_host, port=options.broker_port)
+    broker = _changed(
+        base.broker,
+        kind=options.broker,
+        host=options.broker_host,
+        port=options.broker_port,
+        tls=options.broker_tls,
+    )
     settings = _changed(base, tenant=options.tenant, fleet=options.fleet, listen=listen, broker=broker)
     return check_settings(settings, "the command line")
 

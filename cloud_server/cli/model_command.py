@@ -15,6 +15,7 @@ from cloud_server.cli.output import print_facts, print_json, print_table, say
 from cloud_server.db.releases import ModelRow, load_models
 from cloud_server.deployment import Deployment
 from cloud_server.release.publish import DEFAULT_RING
+from process.arguments import path, whole_number
 from wire.errors import ConfigurationError
 from wire.manifest import Manifest
 
@@ -27,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     show.add_argument("model", metavar="MODEL", help="its name or the beginning of its graphs hash")
     show.set_defaults(handler=_show)
     bring = actions.add_parser("import", help="sign a bundle's graphs and release its parameters")
-    bring.add_argument("bundle", type=Path, metavar="BUNDLE", help="the bundle's folder")
+    bring.add_argument("bundle", type=path, metavar="BUNDLE", help="the bundle's folder")
     bring.add_argument(
         "--ring", type=ring_name, default=DEFAULT_RING, help=f"ring of its first release ({DEFAULT_RING})"
     )
@@ -44,10 +45,10 @@ def _configure_build(build: argparse.ArgumentParser) -> None:
         "source", metavar="MODULE:FUNCTION", help="makes the torch module; or a zoo model's name"
     )
     build.add_argument(
-        "--data", type=Path, required=True, metavar="FILE", help=".npz with x [N, …] and y [N]"
+        "--data", type=path, required=True, metavar="FILE", help=".npz with x [N, …] and y [N]"
     )
     build.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="the bundle; must not exist yet"
+        "--out", type=path, required=True, metavar="DIR", help="the bundle; must not exist yet"
     )
     build.add_argument("--name", default="", help="name of the model (that of FUNCTION's module or the zoo)")
     build.add_argument(
@@ -58,12 +59,18 @@ def _configure_build(build: argparse.ArgumentParser) -> None:
     )
     build.add_argument("--labels", default="", metavar="A,B,…", help="names of the classes, in order")
     build.add_argument(
-        "--epochs", type=int, default=20, metavar="N", help="passes of the first training; 0 if trained (20)"
+        "--epochs",
+        type=whole_number(0, 10_000),
+        default=20,
+        metavar="N",
+        help="passes of the first training; 0 if trained (20)",
     )
-    build.add_argument("--seed", type=int, default=0, help="of the weights and the held-out fifth (0)")
+    build.add_argument(
+        "--seed", type=whole_number(0, 2**32 - 1), default=0, help="of the weights and the held-out fifth (0)"
+    )
     build.add_argument("--summary", default="", help="a sentence for the model card")
     build.add_argument(
-        "--path", type=Path, default=Path(), metavar="DIR", help="where MODULE is looked for (.)"
+        "--path", type=path, default=Path(), metavar="DIR", help="where MODULE is looked for (.)"
     )
     add_json(build)
     build.set_defaults(handler=_build)
@@ -93,8 +100,6 @@ def _show(options: argparse.Namespace) -> int:
 def _build(options: argparse.Namespace) -> int:
     from models.own_model import build_own_model, load_maker, read_samples
 
-    if not 0 <= options.epochs <= 10_000 or options.seed < 0:
-        raise ConfigurationError("--epochs and --seed are numbers from 0 up")
     samples = read_samples(options.data, options.task)
     maker = load_maker(options.source, options.path)
     bundle = build_own_model(

@@ -11,6 +11,7 @@ from cloud_server.cli.output import print_facts, print_json, print_table, say
 from cloud_server.db.releases import ReleaseRow, load_release, load_releases, load_rollouts
 from cloud_server.deployment import Deployment
 from cloud_server.release.publish import DEFAULT_RING
+from process.arguments import whole_number
 from wire.errors import ConfigurationError
 
 _COLUMNS = ("version", "state", "rings", "run", "round", "metrics", "reason", "created")
@@ -21,13 +22,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     listing = actions.add_parser("list", help="every release and every candidate")
     listing.set_defaults(handler=_list)
     show = actions.add_parser("show", help="one release")
-    show.add_argument("version", type=int)
+    show.add_argument("version", type=whole_number(1))
     show.set_defaults(handler=_show)
     promote = actions.add_parser("promote", help="point a ring at a release, held back or not")
-    promote.add_argument("version", type=int)
+    promote.add_argument("version", type=whole_number(1))
     promote.set_defaults(handler=_promote)
     rollback = actions.add_parser("rollback", help="take a ring back to an older release")
-    rollback.add_argument("version", type=int, nargs="?", default=0, help="what it ran before, if left away")
+    rollback.add_argument(
+        "version", type=whole_number(1), nargs="?", default=0, help="what it ran before, if left away"
+    )
     rollback.add_argument("--reason", default="", help="kept in the books")
     rollback.set_defaults(handler=_rollback)
     for command in (promote, rollback):

@@ -11,6 +11,7 @@ from cloud_server.cli.output import print_facts, print_json, print_table
 from cloud_server.db.overview import list_rounds, list_runs, show_round
 from cloud_server.db.rounds import load_run, set_run_status
 from cloud_server.deployment import Deployment
+from process.arguments import whole_number
 from wire.errors import ConfigurationError
 
 _COLUMNS = ("run", "round", "state", "cohort", "seconds", "metrics", "reason", "started")
@@ -19,10 +20,12 @@ _COLUMNS = ("run", "round", "state", "cohort", "seconds", "metrics", "reason", "
 def configure(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="rounds, oldest first")
-    listing.add_argument("--last", type=int, default=0, metavar="N", help="only the newest so many")
+    listing.add_argument(
+        "--last", type=whole_number(1), default=0, metavar="N", help="only the newest so many"
+    )
     listing.set_defaults(handler=_list)
     show = actions.add_parser("show", help="one round, with every order and update")
-    show.add_argument("round", type=int)
+    show.add_argument("round", type=whole_number(1))
     show.set_defaults(handler=_show)
     pause = actions.add_parser("pause", help="open no further round; one under way ends well")
     pause.set_defaults(handler=lambda options: _set_status(options, "paused"))
@@ -39,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _list(options: argparse.Namespace) -> int:
     with Deployment.open(options.state, os.environ) as deployment, deployment.database.read() as connection:
-        rows = list_rounds(connection, options.run, last=max(0, options.last))
+        rows = list_rounds(connection, options.run, last=options.last)
     if options.json:
         print_json(rows)
     else:

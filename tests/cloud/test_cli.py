@@ -176,7 +176,7 @@ def test_server_that_listens_everywhere_needs_a_name_for_devices(shoal: Run, tmp
     refused = shoal("device", "add", "watch-1")
     assert refused.code == 2
     assert "listen.advertise" in refused.err
-    with Deployment.open(state_folder(tmp_path), {"SHOAL_LISTEN_ADVERTISE": "cloud.example"}) as deployment:
+    with Deployment.open(state_folder(tmp_path), {"SHOAL_CLOUD_LISTEN_ADVERTISE": "cloud.example"}) as deployment:
         assert deployment.door().url == "https://cloud.example:8443"
         assert deployment.broker_url("0.0.0.0", 1883) == "mqtt://cloud.example:1883"
         assert deployment.broker_url("10.0.0.7", 1883) == "mqtt://10.0.0.7:1883"

@@ -23,7 +23,7 @@ def test_rendered_settings_are_read_back(tmp_path: Path) -> None:
 def test_variable_stands_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     file.write_text("[run]\nquorum = 3\n")
-    environment = {"SHOAL_RUN_QUORUM": "5", "SHOAL_STATE": "/x", "HOME": "/root"}
+    environment = {"SHOAL_CLOUD_RUN_QUORUM": "5", "SHOAL_STATE": "/x", "HOME": "/root"}
     assert load_cloud_settings(file, environment).run.quorum == 5
 
 

@@ -15,7 +15,9 @@ from pathlib import Path
 import msgspec
 
 import cloud_server.cli
+import cloud_server.settings
 import edge_agent.cli
+import edge_agent.settings
 import fleet.cli
 from cloud_server.settings import CloudSettings
 from edge_agent.settings import EdgeSettings
@@ -41,13 +43,13 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def settings_table(cls: type[msgspec.Struct], *, has_variables: bool = True) -> str:
+def settings_table(cls: type[msgspec.Struct], prefix: str = "") -> str:
     def row(option: Option) -> list[str]:
         cells = [f"`{option.key}`", option.type_name, f"`{option.default}`", option.description]
-        return [*cells, f"`{option.variable}`"] if has_variables else cells
+        return [*cells, f"`{option.variable}`"] if prefix else cells
 
-    head = ["key", "type", "default", "meaning", *(["variable"] if has_variables else [])]
-    return table(head, map(row, options(cls)))
+    head = ["key", "type", "default", "meaning", *(["variable"] if prefix else [])]
+    return table(head, map(row, options(cls, prefix)))
 
 
 def exit_codes() -> str:
@@ -122,9 +124,11 @@ PARTS: dict[str, Callable[[], str]] = {
     "shoal-edge": lambda: helps("shoal-edge", edge_agent.cli.main),
     "shoal-cloud": lambda: helps("shoal-cloud", cloud_server.cli.main),
     "shoal-fleet": lambda: helps("shoal-fleet", fleet.cli.main),
-    "settings of the device": lambda: settings_table(EdgeSettings),
-    "settings of the aggregator": lambda: settings_table(CloudSettings),
-    "options of a scenario": lambda: settings_table(Scenario, has_variables=False),
+    "settings of the device": lambda: settings_table(EdgeSettings, edge_agent.settings.VARIABLE_PREFIX),
+    "settings of the aggregator": lambda: settings_table(
+        CloudSettings, cloud_server.settings.VARIABLE_PREFIX
+    ),
+    "options of a scenario": lambda: settings_table(Scenario),
     "exit codes": exit_codes,
     "errors": error_tree,
     "supported layers": supported_layers,

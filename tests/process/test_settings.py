@@ -141,8 +141,62 @@ def test_wrong_variable_is_one_error_that_names_it(
 def test_variable_of_another_meaning_and_prefix_are_left_alone(tmp_path: Path) -> None:
     environment = {"SHOAL_ENROLL_TOKEN": "x", "OTHER_FLEET": "b"}
     path = write(tmp_path, "fleet = 'a'")
-    assert load_settings(Demo, path, environment, other_variables={"SHOAL_ENROLL_TOKEN"}).fleet == "a"
+    assert load_settings(Demo, path, environment).fleet == "a"
     assert load_settings(Demo, path, environment, prefix="OTHER_").fleet == "b"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SHOAL_CLOUD_BROKER_PROT", "1"),
+        ("SHOAL_STATE", "/x"),
+        ("SHOAL_EDGE_SERVICE_HOST", "10.0.0.1"),
+        ("SHOAL_EDGE_SERVICE_PORT_HTTPS", "8443"),
+        ("SHOAL_EDGE_PORT", "tcp://10.0.0.1:8443"),
+        ("SHOAL_EDGE_PORT_8443_TCP_ADDR", "10.0.0.1"),
+    ],
+)
+def test_variable_of_another_program_or_of_kubernetes_is_no_error(
+    name: str, value: str, tmp_path: Path
+) -> None:
+    assert load_settings(Demo, write(tmp_path, "fleet = 'a'"), {name: value}, "SHOAL_EDGE_").fleet == "a"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("SHOAL_EDGE_FLEAT", "did you mean 'SHOAL_EDGE_FLEET'?"),
+        ("SHOAL_EDG_FLEET", "did you mean 'SHOAL_EDGE_FLEET'?"),
+        ("SHOAL_SOMETHING_ELSE", "begin with SHOAL_EDGE_"),
+        ("SHOAL_EDGE_PORT", "did you mean 'SHOAL_EDGE_BROKER_PORT'?"),
+    ],
+)
+def test_variable_of_no_program_is_an_error(name: str, hint: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=f"{name} names no option") as raised:
+        load_settings(Demo, write(tmp_path, "fleet = 'a'"), {name: "b"}, "SHOAL_EDGE_")
+    assert hint in raised.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "message"),
+    [
+        ("fleet = 'a'\nlearning_rate = nan", {}, "settings.toml: learning_rate: nan is not a number"),
+        ("fleet = 'a'\n[weights]\nx = inf", {}, "settings.toml: weights.x: inf is not a number"),
+        (
+            "fleet = 'a'",
+            {"SHOAL_LEARNING_RATE": "nan"},
+            "variable SHOAL_LEARNING_RATE: learning_rate: nan is not a number",
+        ),
+        ("fleet = 'a'\nx = " + "[" * 5000, {}, "settings.toml is"),
+    ],
+)
+def test_number_that_is_none_is_an_error(
+    text: str, environment: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        load_settings(Demo, write(tmp_path, text), environment)
+    assert message in str(raised.value)
+    assert raised.value.hint
 
 
 def test_file_that_is_absent_binary_or_huge_is_an_error(tmp_path: Path) -> None:
