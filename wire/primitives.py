@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import stat
+from collections.abc import Callable
 from datetime import UTC
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +47,8 @@ SIGNATURE_BYTES: Final = 64
 CONTENT_KEY_BYTES: Final = 32
 NONCE_BYTES: Final = 12
 TAG_BYTES: Final = 16
+_TRIAL_BYTES: Final = 65_536
+_TRIALS: Final = 7
 _MLKEM_SEED_BYTES: Final = 64
 _MLKEM_PUBLIC_BYTES: Final = 1184
 _MAX_KEY_FILE_BYTES: Final = 65_536
@@ -303,6 +306,29 @@ class Aead:
             self._cipher.decrypt_into(nonce, ciphertext, aad, out)
         except (InvalidTag, ValueError) as error:
             raise EnvelopeError("message does not open", reason="content") from error
+
+
+def faster_content_algorithm(clock: Callable[[], float]) -> ContentAlgorithm:
+    """The content algorithm that seals faster on this processor: AES where it has instructions for it.
+
+    Both are equally strong and every receiver opens both, so speed alone decides; AES-256-GCM unless
+    ChaCha20-Poly1305 is faster by a tenth, so that a tie does not change from start to start. Takes about 1 ms,
+    20 ms on a processor without AES instructions.
+
+    Args:
+        clock: seconds that only grow, such as `time.perf_counter`.
+    """
+    plaintext = memoryview(bytes(_TRIAL_BYTES))
+    sealed = memoryview(bytearray(_TRIAL_BYTES + TAG_BYTES))
+    aeads = {name: Aead(name, bytes(CONTENT_KEY_BYTES)) for name in CONTENT_ALGORITHMS}
+    taken: dict[str, list[float]] = {name: [] for name in CONTENT_ALGORITHMS}
+    for _ in range(_TRIALS):
+        for name, aead in aeads.items():
+            start = clock()
+            aead.seal_into(bytes(NONCE_BYTES), plaintext, b"", sealed)
+            taken[name].append(clock() - start)
+    # The shortest time is the one that nothing else disturbed.
+    return "C20P" if 1.1 * min(taken["C20P"]) < min(taken["A256GCM"]) else "A256GCM"
 
 
 # --- private key files ------------------------------------------------------------------------------------

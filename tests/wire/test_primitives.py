@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ from wire.primitives import (
     VerifyKey,
     certificate_fingerprint,
     certificate_not_after,
+    faster_content_algorithm,
     generate_tls_key,
     make_csr,
     read_private,
@@ -169,6 +171,25 @@ def test_aead_refuses_short_input_and_unknown_names() -> None:
     for algorithm, key in (("A256GCM", b"k" * 16), ("A128GCM", b"k" * 32)):
         with pytest.raises(EnvelopeError):
             Aead(algorithm, key)
+
+
+@pytest.mark.parametrize(
+    ("gcm_seconds", "chacha_seconds", "wanted"),
+    [(1.0, 5.0, "A256GCM"), (5.0, 1.0, "C20P"), (1.0, 1.0, "A256GCM"), (1.0, 0.95, "A256GCM")],
+)
+def test_content_algorithm_is_the_one_that_takes_less_time(
+    gcm_seconds: float, chacha_seconds: float, wanted: str
+) -> None:
+    """The clock is read before and after each trial, AES-256-GCM's and ChaCha20-Poly1305's in turn."""
+    steps = itertools.cycle((0.0, gcm_seconds, 0.0, chacha_seconds))
+    clock = itertools.accumulate(steps)
+    assert faster_content_algorithm(lambda: next(clock)) == wanted
+
+
+def test_content_algorithm_is_not_chosen_by_a_disturbed_trial() -> None:
+    steps = itertools.chain((0.0, 9.0, 0.0, 2.0), itertools.cycle((0.0, 1.0, 0.0, 2.0)))
+    clock = itertools.accumulate(steps)
+    assert faster_content_algorithm(lambda: next(clock)) == "A256GCM"
 
 
 # --- key files ---
