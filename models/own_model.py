@@ -2,8 +2,7 @@
 --data …`.
 
 Laws of the file: the user's folder is appended to `sys.path`, never put in front, so that nothing of theirs
-can stand in for a part of ours; samples are read without pickle; the same seed and samples give the same
-bundle on one machine.
+can stand in for a part of ours; the same seed and samples give the same bundle on one machine.
 """
 
 from __future__ import annotations
@@ -11,9 +10,7 @@ from __future__ import annotations
 import re
 import sys
 import traceback
-import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
@@ -26,52 +23,16 @@ from models.build import build_bundle
 from models.bundle import Bundle
 from models.card import CardNotes
 from models.pretrain import pretrain
+from models.samples import Samples
 from models.task import Task, TaskKind
 from models.train_step.support import check_supported
 from models.zoo import load
 from wire.errors import BundleError, ConfigurationError, DataError, ModelError
 
 Floats = npt.NDArray[np.float32]
-Labels = npt.NDArray[np.int64]
 
 HELD_OUT_SHARE = 0.2
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-
-
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """The operator's samples: x float32 [N, …], y int64 [N] (zeros for a task without labels)."""
-
-    x: Floats
-    y: Labels
-
-
-def read_samples(path: Path, kind: TaskKind) -> Samples:
-    """Reads `x` and, for a classification, `y` of an `.npz` file.
-
-    Raises:
-        DataError: (operator) no such file, or not finite numbers `x` [N, …] and whole numbers `y` [N] from 0
-            up.
-    """
-    hint = "np.savez(path, x=samples, y=labels)"
-    try:
-        arrays = np.load(path, allow_pickle=False)
-        if not isinstance(arrays, np.lib.npyio.NpzFile):
-            raise DataError(f"{path} holds one array without a name, wanted x and y", hint=hint)
-        with arrays:
-            x = arrays["x"]
-            y = arrays["y"] if kind == "classification" else np.zeros(len(x), np.int64)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}", hint=hint) from error
-    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is not an .npz file of x and y: {error.args[0]}", hint=hint) from error
-    if x.ndim < 2 or len(x) < 2 or x.dtype.kind not in "fiu" or not np.isfinite(x).all():
-        raise DataError(f"{path}: x {x.shape} {x.dtype} is not finite numbers [N, …], N from 2 up", hint=hint)
-    if y.shape != (len(x),) or y.dtype.kind not in "iu" or y.min() < 0:
-        raise DataError(
-            f"{path}: y {y.shape} {y.dtype} is not one whole number from 0 up per sample", hint=hint
-        )
-    return Samples(x.astype(np.float32), y.astype(np.int64))
 
 
 def load_maker(source: str, folder: Path) -> Callable[[], nn.Module]:
@@ -92,7 +53,7 @@ def load_maker(source: str, folder: Path) -> Callable[[], nn.Module]:
         sys.path.append(place)
     try:
         module = import_module(module_name)
-    except Exception as error:  # a user's module may raise anything when it is run
+    except (Exception, SystemExit) as error:  # a user's module may raise anything when it is run
         raise ConfigurationError(
             f"{module_name!r} cannot be imported: {_said(error)}",
             hint=f"it is looked for last in {place}; a package named like one of Shoal's is never found",
@@ -110,7 +71,7 @@ def _checked_maker(source: str, maker: Callable[[], object]) -> Callable[[], nn.
     def make() -> nn.Module:
         try:
             made = maker()
-        except Exception as error:  # a user's function may raise anything
+        except (Exception, SystemExit) as error:  # a user's function may raise anything
             raise ConfigurationError(
                 f"{source} failed: {_said(error)}", hint="it is called without arguments"
             ) from error
@@ -160,13 +121,26 @@ def check_name(name: str) -> None:
         )
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """What another's code raised, and where, on one line."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     if isinstance(error, SyntaxError | ImportError):
         where = ""  # the message has it, or the line is importlib's
     return f"{type(error).__name__}: {error}{where}"
+
+
+def _task(kind: TaskKind, labels: tuple[str, ...], samples: Samples) -> Task:
+    if kind == "anomaly":
+        if labels:
+            raise ConfigurationError("an anomaly model has no labels", hint="leave --labels away")
+        return Task.anomaly()
+    largest = int(samples.y.max())
+    if labels and largest >= len(labels):
+        raise DataError(f"label {largest} is beyond the {len(labels)} labels", hint="name all labels")
+    if len(set(labels)) != len(labels):
+        raise DataError("two classes have the same label", hint="name each class once")
+    return Task.classification(len(labels) or largest + 1)
 
 
 def build_own_model(
@@ -192,15 +166,7 @@ def build_own_model(
         ModelError: (operator) the module cannot be trained on a device; names the layer and the substitute.
         BundleError: (operator) the folder is taken.
     """
-    task = (
-        Task.anomaly() if kind == "anomaly" else Task.classification(len(labels) or int(samples.y.max()) + 1)
-    )
-    if task.classes and int(samples.y.max()) >= task.classes:
-        raise DataError(
-            f"label {int(samples.y.max())} is beyond the {task.classes} labels", hint="name all labels"
-        )
-    if len(set(labels)) != len(labels):
-        raise DataError("two classes have the same label", hint="name each class once")
+    task = _task(kind, labels, samples)
     check_name(name)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise BundleError(f"{out_dir} is taken", hint="name a folder that does not exist")

@@ -98,7 +98,8 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
-    from models.own_model import build_own_model, load_maker, read_samples
+    from models.own_model import build_own_model, load_maker
+    from models.samples import read_samples
 
     samples = read_samples(options.data, options.task)
     maker = load_maker(options.source, options.path)

@@ -7,7 +7,8 @@ from pathlib import Path
 from cloud_server.aggregate.fold import choose_device
 from cloud_server.refine.refinement import RefineConfig, Refinery
 from models.flat import buffer_slots, param_slots
-from models.own_model import load_maker, read_samples
+from models.own_model import load_maker
+from models.samples import MAX_CLASSES, read_samples
 from models.task import Task
 from wire.errors import ConfigurationError
 from wire.manifest import Manifest
@@ -37,5 +38,7 @@ def open_refinery(
         )
     spec = manifest.task
     task = Task(spec.kind, spec.loss, spec.metric, spec.higher_is_better, spec.classes)
-    samples = read_samples(data, spec.kind)
+    samples = read_samples(
+        data, spec.kind, input_shape=manifest.input_shape, classes=spec.classes or MAX_CLASSES
+    )
     return Refinery(make_module, task, samples.x, samples.y, config=config, device=choose_device(device))

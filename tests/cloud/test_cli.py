@@ -176,7 +176,9 @@ def test_server_that_listens_everywhere_needs_a_name_for_devices(shoal: Run, tmp
     refused = shoal("device", "add", "watch-1")
     assert refused.code == 2
     assert "listen.advertise" in refused.err
-    with Deployment.open(state_folder(tmp_path), {"SHOAL_CLOUD_LISTEN_ADVERTISE": "cloud.example"}) as deployment:
+    with Deployment.open(
+        state_folder(tmp_path), {"SHOAL_CLOUD_LISTEN_ADVERTISE": "cloud.example"}
+    ) as deployment:
         assert deployment.door().url == "https://cloud.example:8443"
         assert deployment.broker_url("0.0.0.0", 1883) == "mqtt://cloud.example:1883"
         assert deployment.broker_url("10.0.0.7", 1883) == "mqtt://10.0.0.7:1883"
@@ -288,14 +290,14 @@ def test_model_whose_graphs_do_not_run_is_not_imported(made: Run, tmp_path: Path
     [
         ("no_such_package:make", "good", "cannot be imported"),
         ("models:make_model", "good", "has no function 'make_model'"),
-        ("json:loads", "missing", "cannot be read"),
+        ("json:loads", "missing", "there is no "),
         ("broken_module:make", "good", "cannot be imported"),
         ("good_module:make_text", "good", "not a torch.nn.Module"),
         ("good_module:nothing", "good", "has no function 'nothing'"),
         ("unknown_zoo_model", "good", "the zoo has no model"),
         ("good_module:make_text", "nan", "not finite"),
-        ("good_module:make_text", "short", "one whole number"),
-        ("good_module:make_text", "pickled", "is not an .npz file of x and y"),
+        ("good_module:make_text", "short", "one whole number for each"),
+        ("good_module:make_text", "pickled", "x holds object, not numbers"),
     ],
 )
 def test_model_build_of_what_cannot_be_built_says_why(

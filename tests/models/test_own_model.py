@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from models.bundle import Bundle
-from models.own_model import Samples, build_own_model, load_maker, read_samples
+from models.own_model import build_own_model, load_maker
+from models.samples import Samples
 from wire.errors import BundleError, ConfigurationError, DataError, ModelError, UnsupportedLayerError
 
 THEIRS = """
@@ -133,39 +134,3 @@ def test_place_that_cannot_be_written_is_an_error_of_ours(folder: Path, samples:
     maker = load_maker("their_models:good", folder)
     with pytest.raises(BundleError, match="cannot be written"):
         build_own_model(maker, samples, name="a", out_dir=folder / "file" / "bundle", epochs=0)
-
-
-def test_samples_are_read(tmp_path: Path) -> None:
-    np.savez(tmp_path / "s.npz", x=np.ones((3, 2)), y=[0, 1, 2])
-    read = read_samples(tmp_path / "s.npz", "classification")
-    assert (read.x.dtype, read.y.dtype) == (np.float32, np.int64)
-
-
-@pytest.mark.parametrize(
-    "arrays",
-    [
-        {"y": np.zeros(3, int)},
-        {"x": np.ones((3, 2))},
-        {"x": np.ones((3, 2)), "y": np.zeros(2, int)},
-        {"x": np.ones((3, 2)), "y": np.array([0, 1, -1])},
-        {"x": np.ones((3, 2)), "y": np.zeros(3)},
-        {"x": np.full((3, 2), np.nan), "y": np.zeros(3, int)},
-        {"x": np.array([{}, 1, 2]), "y": np.zeros(3, int)},
-        {"x": np.ones(3), "y": np.zeros(3, int)},
-    ],
-    ids=["no x", "no y", "too few y", "negative y", "y not whole", "not finite", "objects", "no axis"],
-)
-def test_samples_that_cannot_be_used_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
-    np.savez(tmp_path / "s.npz", **arrays)  # type: ignore[arg-type]
-    with pytest.raises(DataError) as refused:
-        read_samples(tmp_path / "s.npz", "classification")
-    assert "np.savez" in refused.value.hint
-
-
-def test_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
-    np.save(tmp_path / "one.npy", np.zeros(3))
-    (tmp_path / "text.npz").write_text("hello")
-    (tmp_path / "empty.npz").write_bytes(b"")
-    for name in ("one.npy", "text.npz", "empty.npz", "absent.npz"):
-        with pytest.raises(DataError):
-            read_samples(tmp_path / name, "classification")
