@@ -42,13 +42,14 @@ def refusal_of(order: Order, parts: Parts) -> str:
     """Why this device cannot do an order, or empty."""
     training, counts = parts.settings.training, parts.samples.counts()
     model = parts.serving.current
-    needs_labels = model is None or model.task.kind == "classification"
+    # Before the first model nobody knows whether its task has labels: any sample will do until it is here.
+    needs_labels = model is not None and model.task.kind == "classification"
     if order.kind == "evaluate":
         return "" if counts["val" if needs_labels else "samples"] else "no samples to evaluate on"
     if not training.enabled:
         return "training is switched off on this device"
     there = counts["train" if needs_labels else "samples"]
-    return "" if there >= training.min_samples else "no labelled samples"
+    return "" if there >= training.min_samples else f"no {'labelled ' * needs_labels}samples"
 
 
 def _receipt(body: Receipt, parts: Parts) -> on.ReceiptArrived | None:

@@ -294,6 +294,21 @@ def test_device_without_labels_declines(lab: Lab) -> None:
     assert decline_reason(lab) == "no labelled samples"
 
 
+def test_device_without_a_model_yet_accepts_with_samples_that_have_no_labels(lab: Lab) -> None:
+    agent = lab.agent(source=lambda path: None)
+    lab.run(2)
+    agent.observe(np.zeros(12, np.float32))
+    run_round(lab)
+    assert [join.accepted for join in lab.joins()] == [True]
+
+
+def test_device_without_a_model_and_without_samples_declines(lab: Lab) -> None:
+    lab.agent(source=lambda path: None)
+    lab.run(2)
+    run_round(lab)
+    assert decline_reason(lab) == "no samples"
+
+
 def test_device_that_does_not_train_declines(lab: Lab) -> None:
     settings = EdgeSettings(training=TrainingSettings(enabled=False))
     agent = lab.agent(settings=settings)
