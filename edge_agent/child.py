@@ -36,8 +36,18 @@ class Ended:
     output: bytes
 
 
-def run_child(module: str, arguments: Sequence[str], *, timeout_seconds: float, stdin: bytes = b"") -> Ended:
+def run_child(
+    module: str,
+    arguments: Sequence[str],
+    *,
+    timeout_seconds: float,
+    stdin: bytes = b"",
+    talks: bool = False,
+) -> Ended:
     """Runs `python -m module arguments` to its end.
+
+    Args:
+        talks: what it says on standard error is shown where ours is; else it is dropped.
 
     Raises:
         ChildTimeoutError: it took longer than `timeout_seconds`.
@@ -47,9 +57,8 @@ def run_child(module: str, arguments: Sequence[str], *, timeout_seconds: float, 
     environment["ORT_DISABLE_TELEMETRY"] = "1"
     command = [sys.executable, "-m", module, *arguments]
     pipe = subprocess.PIPE
-    with subprocess.Popen(
-        command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment
-    ) as process:
+    talk = None if talks else subprocess.DEVNULL
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=talk, env=environment) as process:
         with _lock:
             _running.add(process)
         try:

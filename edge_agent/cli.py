@@ -117,21 +117,23 @@ def _run(options: argparse.Namespace) -> int:
 
     settings = _settings(options)
     configure_logs("json" if settings.log.json else "logfmt", settings.log.level)
-    _enrol_at_first_run(options)
+    refused = _enrol_at_first_run(options)
+    if refused:
+        return refused
     return run_agent(options.state, settings, options.input, once=options.once)
 
 
-def _enrol_at_first_run(options: argparse.Namespace) -> None:
-    """A container enrols itself from its environment, once."""
+def _enrol_at_first_run(options: argparse.Namespace) -> int:
+    """A container enrols itself from its environment, once; 0, or the exit code of an enrolment that failed."""
     from edge_agent.identity import FOLDER_NAME
     from edge_agent.settings import TOKEN_VARIABLE
 
     token = os.environ.pop(TOKEN_VARIABLE, "")
-    if token and not (options.state / FOLDER_NAME).exists():
-        from edge_agent.enrol import enrol
-        from process.clock import SystemClock
+    if not token or (options.state / FOLDER_NAME).exists():
+        return 0
+    from edge_agent.first_run import enrol_in_child
 
-        enrol(token, options.state, clock=SystemClock())
+    return enrol_in_child(token, options.state)
 
 
 # --- status and check ---------------------------------------------------------------------------------------

@@ -37,6 +37,15 @@ def test_child_gets_its_arguments_and_its_input(program: Path) -> None:
     assert (ended.code, ended.output) == (3, b"-m some.module a b c\ntold")
 
 
+@pytest.mark.parametrize("talks", [True, False])
+def test_child_is_heard_on_standard_error_only_where_it_talks(
+    program: Path, capfd: pytest.CaptureFixture[str], talks: bool
+) -> None:
+    program.write_text("#!/bin/sh\necho said; echo a word >&2\n")
+    assert run_child("some.module", [], timeout_seconds=20, talks=talks).output == b"said\n"
+    assert capfd.readouterr() == ("", "a word\n" if talks else "")
+
+
 def test_output_is_read_up_to_its_limit(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "MAX_OUTPUT_BYTES", 100)
     program.write_text("#!/bin/sh\nhead -c 5000 /dev/zero\n")

@@ -100,6 +100,40 @@ def test_device_enrols_installs_its_model_answers_and_leaves(aggregator: Aggrega
     listener.stop()
 
 
+def test_first_run_with_a_token_of_another_aggregator_ends_with_its_code(
+    aggregator: Aggregator, tmp_path: Path
+) -> None:
+    token = aggregator.token(ca_sha256="ab" * 32)
+    process = start(tmp_path / "state", SHOAL_ENROLL_TOKEN=token)
+    output, talk = process.communicate(timeout=DEADLINE_SECONDS)
+    assert (process.returncode, output) == (5, "")
+    assert talk.count("error: ") == talk.count("hint: ") == 1
+    assert "does not have the CA that the token pins" in talk
+    assert token not in talk
+    assert not (tmp_path / "state" / "identity").exists()
+
+
+def test_first_run_leaves_the_code_of_enrolment_and_release_checks_to_children(
+    aggregator: Aggregator, tmp_path: Path
+) -> None:
+    code = "import sys; from edge_agent.cli import main; main(sys.argv[1:]);"
+    code += "print(sorted({'cryptography.x509', 'tuf', 'securesystemslib'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", "--state", str(tmp_path / "state"), "--input", "-", "--once"],
+        input=item(window=WINDOW),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "SHOAL_ENROLL_TOKEN": aggregator.token()},
+        timeout=DEADLINE_SECONDS,
+        check=True,
+    )
+    answer, heavy = done.stdout.splitlines()
+    assert json.loads(answer)["release"] == 1
+    assert heavy == "[]"
+    assert "enrolled gate-1 in acme/gates" in done.stderr
+
+
 def signed_bodies(mailbox: Mailbox, aggregator: Aggregator) -> Iterator[bytes]:
     """The births that were published, verified with the key that the device registered."""
     key = VerifyKey(bytes.fromhex(aggregator.requests[-1].update_key))
