@@ -19,6 +19,12 @@ class Complaints:
         self.total = 0
         self._seen: set[tuple[str, str]] = set()
 
+    def note(self, event: str, reason: str) -> None:
+        """Logs what is nobody's fault to count (a broker that is away), once for each reason."""
+        if (event, reason) not in self._seen and len(self._seen) < MAX_REMEMBERED:
+            self._seen.add((event, reason))
+            _log.warning(event, reason=reason)
+
     def add(self, where: str, reason: str) -> None:
         """Counts one dropped thing.
 

@@ -56,6 +56,36 @@ def broker_context(identity: Identity) -> NamedContext:
     return context
 
 
+class CertificateInUse:
+    """Follows the certificate on disk, which a release check renews.
+
+    What is on disk decides, not what the check says: one that renews and then fails must not leave the broker with
+    a certificate that ends.
+    """
+
+    def __init__(self, identity: Identity, tls: ssl.SSLContext | None, transport: MqttTransport) -> None:
+        self._identity = identity
+        self._tls = tls
+        self._transport = transport
+        self._used = identity.certificate_pem
+
+    def follow(self) -> None:
+        """Takes a new certificate into use: the broker is left and joined again with it. From any thread."""
+        try:
+            present = self._identity.certificate_path.read_bytes()
+            if present == self._used:
+                return
+            if self._tls is not None:
+                self._tls.load_cert_chain(self._identity.certificate_path, self._identity.tls_key_path)
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            _log.warning("certificate_unusable", reason=str(error))
+            return
+        self._used = present
+        _log.info("certificate_renewed")
+        if self._tls is not None:
+            self._transport.rejoin("a new certificate")
+
+
 def open_agent(folder: Path, settings: EdgeSettings) -> Agent:
     """An agent on a state folder, ready to start.
 
@@ -72,26 +102,23 @@ def open_agent(folder: Path, settings: EdgeSettings) -> Agent:
     slots = Slots(folder, quarantine=database.quarantine)
     tls = broker_context(identity) if identity.mqtt_tls else None
 
-    def renewed() -> None:
-        _log.info("certificate_renewed")
-        if tls is not None:
-            tls.load_cert_chain(identity.certificate_path, identity.tls_key_path)
-
     def graphs() -> str:
         contents = slots.current()
         return contents.graphs_sha256 if contents is not None else ""
 
+    transport = MqttTransport(
+        identity.device,
+        identity.mqtt_host,
+        identity.mqtt_port,
+        tls=tls,
+        keepalive_seconds=settings.network.keepalive_seconds,
+    )
+    certificate = CertificateInUse(identity, tls, transport)
     return Agent(
         settings,
         identity,
-        transport=MqttTransport(
-            identity.device,
-            identity.mqtt_host,
-            identity.mqtt_port,
-            tls=tls,
-            keepalive_seconds=settings.network.keepalive_seconds,
-        ),
-        releases=ChildReleases(folder, clock, graphs=graphs, renewed=renewed),
+        transport=transport,
+        releases=ChildReleases(folder, clock, graphs=graphs, checked=certificate.follow),
         clock=clock,
         worker=ThreadWorker(),
         rng=random.SystemRandom(),

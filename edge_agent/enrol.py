@@ -39,6 +39,7 @@ from wire.primitives import (
     SigningKey,
     certificate_fingerprint,
     certificate_not_after,
+    certificate_validity,
     generate_tls_key,
     make_csr,
     read_private,
@@ -48,8 +49,8 @@ from wire.primitives import (
 CA_PATH: Final = "/v1/ca"
 ENROL_PATH: Final = "/v1/enroll"
 RENEW_PATH: Final = "/v1/renew"
-# Of the seven days that a certificate lives: three days without the aggregator do not lock a device out.
-RENEW_BEFORE_SECONDS: Final = 4 * 86_400.0
+# The other half is for a device that is off, or cut off from the aggregator: an expired certificate opens no door.
+RENEW_AFTER_SHARE: Final = 0.5
 _DEVICE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _ATTEMPT: Final = ".enrolling-"
 _MAX_CA_BYTES: Final = 16_384
@@ -149,8 +150,9 @@ def _forget_attempt(folder: Path) -> None:
 
 
 def renewal_is_due(identity: Identity, now: float) -> bool:
-    """Whether the certificate expires soon (or has expired). `now` in unix seconds."""
-    return certificate_not_after(identity.certificate_pem) - now < RENEW_BEFORE_SECONDS
+    """Whether half of the certificate's life is over. `now` in unix seconds."""
+    begins, ends = certificate_validity(identity.certificate_pem)
+    return now - begins >= RENEW_AFTER_SHARE * (ends - begins)
 
 
 def renew(identity: Identity) -> Identity:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, structs
 
 from edge_agent import identity as identity_files
 from edge_agent import tuf_client
@@ -24,8 +24,11 @@ from edge_agent.identity import Identity
 from edge_agent.release_source import Held, Offer
 from edge_agent.tuf_client import OnlineKeys
 from process.clock import Clock, SystemClock
+from process.logs import get_logger
 from wire import errors
 from wire.errors import ReleaseError, ShoalError, TransportError
+
+_log = get_logger("edge_agent.releases")
 
 STAGING_NAME: Final = "tuf"
 TIMEOUT_SECONDS: Final = 1800.0
@@ -59,7 +62,7 @@ class Found(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     serial: int
     files: dict[str, str]
     fetched_bytes: int
-    renewed: bool
+    renewal_failure: str = ""
 
 
 class Failed(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -68,6 +71,7 @@ class Failed(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     error: str
     message: Annotated[str, Meta(max_length=2000)]
     hint: str = ""
+    renewal_failure: str = ""
 
 
 class ChildReleases:
@@ -76,16 +80,17 @@ class ChildReleases:
     Args:
         folder: the state folder.
         graphs: hash (hex) of the graphs that are installed, or empty.
-        renewed: called when the child has written a new certificate.
+        checked: called after every check, whether it found something or failed: the child may have written a new
+            certificate.
     """
 
     def __init__(
-        self, folder: Path, clock: Clock, *, graphs: Callable[[], str], renewed: Callable[[], None]
+        self, folder: Path, clock: Clock, *, graphs: Callable[[], str], checked: Callable[[], None]
     ) -> None:
         self._folder = folder
         self._clock = clock
         self._graphs = graphs
-        self._renewed = renewed
+        self._checked = checked
 
     def fetch(self, current_version: int, held: Held) -> Offer:
         graphs = self._graphs()
@@ -94,9 +99,10 @@ class ChildReleases:
             graphs_sha256=graphs,
             held=tuple(sorted(held(graphs))) if graphs else (),
         )
-        found = self._ask(msgspec.json.encode(request))
-        if found.renewed:
-            self._renewed()
+        try:
+            found = self._ask(msgspec.json.encode(request))
+        finally:
+            self._checked()
         keys = OnlineKeys(found.tenant, found.fleet, found.kem, found.orders)
         files = {name: Path(path) for name, path in found.files.items()}
         return Offer(keys, found.release_version, found.rollback, found.serial, found.fetched_bytes, files)
@@ -113,15 +119,19 @@ class ChildReleases:
         except ChildTimeoutError as error:
             raise TransportError("the release check took too long") from error
         try:
-            if ended.code == 0:
-                return msgspec.json.decode(ended.output, type=Found)
-            failed = msgspec.json.decode(ended.output, type=Failed)
+            result: Found | Failed = msgspec.json.decode(
+                ended.output, type=Found if ended.code == 0 else Failed
+            )
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise ReleaseError(
                 f"the release check ended with code {ended.code} and without a result"
             ) from error
-        kind = getattr(errors, failed.error) if failed.error in _RAISED else ReleaseError
-        raise kind(failed.message, hint=failed.hint)
+        if result.renewal_failure:
+            _log.warning("certificate_not_renewed", reason=result.renewal_failure)
+        if isinstance(result, Found):
+            return result
+        kind = getattr(errors, result.error) if result.error in _RAISED else ReleaseError
+        raise kind(result.message, hint=result.hint)
 
 
 class _FixedClock:
@@ -138,9 +148,8 @@ class _FixedClock:
         return self._machine.monotonic()
 
 
-def check(folder: Path, now: float, request: Request) -> Found:
+def check(folder: Path, now: float, request: Request, identity: Identity) -> Found:
     """The child's work; raises as `tuf_client.check` and `tuf_client.download`."""
-    identity, renewed = _renewed_if_due(identity_files.load(folder), now)
     fetcher = HttpsFetcher(identity)
     info = tuf_client.check(
         folder / STAGING_NAME, identity.tuf_root, fetcher, identity.ring, _FixedClock(now)
@@ -162,36 +171,37 @@ def check(folder: Path, now: float, request: Request) -> Found:
         serial=info.serial,
         files=files,
         fetched_bytes=fetcher.fetched_bytes_total,
-        renewed=renewed,
     )
 
 
-def _renewed_if_due(identity: Identity, now: float) -> tuple[Identity, bool]:
-    """A renewal that fails is tried again at the next check: the certificate has days left then."""
+def _renew_if_due(identity: Identity, now: float) -> str:
+    """Returns why it failed, or nothing. It is tried again at the next check: the certificate has days left then."""
     from edge_agent.enrol import renew, renewal_is_due
 
-    if not renewal_is_due(identity, now):
-        return identity, False
     try:
-        return renew(identity), True
-    except ShoalError:
-        return identity, False
+        if renewal_is_due(identity, now):
+            renew(identity)
+    except ShoalError as error:
+        return str(error)[:500]
+    return ""
 
 
 def main(arguments: Sequence[str]) -> int:
     """The child: prints what it found, or why it failed."""
-    folder, now = arguments
+    folder, now, failure = Path(arguments[0]), float(arguments[1]), ""
+    code = 1
+    result: Found | Failed
     try:
         request = msgspec.json.decode(sys.stdin.buffer.read(2**20), type=Request)
-        result: Struct = check(Path(folder), float(now), request)
+        identity = identity_files.load(folder)
+        failure = _renew_if_due(identity, now)
+        result = check(folder, now, request, identity)
         code = 0
     except ShoalError as error:
         result = Failed(error=type(error).__name__, message=str(error)[:2000], hint=error.hint)
-        code = 1
     except (OSError, ValueError) as error:
         result = Failed(error="StorageError", message=str(error)[:2000])
-        code = 1
-    print(msgspec.json.encode(result).decode("ascii"))
+    print(msgspec.json.encode(structs.replace(result, renewal_failure=failure)).decode("ascii"))
     return code
 
 

@@ -371,10 +371,16 @@ def read_private(path: Path) -> bytes:
             too long.
     """
     try:
-        with path.open("rb") as file:
+        # Without O_NONBLOCK a pipe that lies in a key's place would be waited on for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise ConfigurationError(f"the key file {path} is not a plain file", path=str(path))
+                raise ConfigurationError(
+                    f"the key file {path} is not a plain file",
+                    hint="restore it from its backup",
+                    path=str(path),
+                )
             if status.st_mode & 0o077:
                 raise ConfigurationError(
                     f"the key file {path} is open to others (mode {stat.S_IMODE(status.st_mode):04o})",
@@ -385,7 +391,9 @@ def read_private(path: Path) -> bytes:
     except OSError as error:
         raise StorageError(f"cannot read the key file {path}: {error.strerror}", path=str(path)) from error
     if len(data) > _MAX_KEY_FILE_BYTES:
-        raise ConfigurationError(f"the key file {path} is too long to be a key", path=str(path))
+        raise ConfigurationError(
+            f"the key file {path} is too long to be a key", hint="restore it from its backup", path=str(path)
+        )
     return data
 
 
@@ -451,7 +459,20 @@ def certificate_not_after(pem: bytes) -> float:
     Raises:
         TrustError: not a certificate.
     """
-    return _certificate(pem).not_valid_after_utc.astimezone(UTC).timestamp()
+    return certificate_validity(pem)[1]
+
+
+def certificate_validity(pem: bytes) -> tuple[float, float]:
+    """From when until when the certificate is valid, in seconds since 1970.
+
+    Raises:
+        TrustError: not a certificate.
+    """
+    found = _certificate(pem)
+    return (
+        found.not_valid_before_utc.astimezone(UTC).timestamp(),
+        found.not_valid_after_utc.astimezone(UTC).timestamp(),
+    )
 
 
 def _certificate(pem: bytes) -> x509.Certificate:

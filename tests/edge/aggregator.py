@@ -21,6 +21,7 @@ from wire.enrolment import (
     EnrolmentToken,
     EnrolRequest,
     EnrolResponse,
+    Refusal,
     RenewRequest,
     RenewResponse,
     decode_json,
@@ -40,7 +41,7 @@ class Repository(dict[str, bytes]):
 
 @dataclass
 class Aggregator:
-    """The HTTPS side of a cloud, one port for all. `days`: how long the certificates live that it gives out."""
+    """The HTTPS side of a cloud, one port for all. `days`, `age_days`: of the certificates that it gives out."""
 
     url: str
     authority: CertificateAuthority
@@ -49,8 +50,12 @@ class Aggregator:
     broker: RunningBroker
     requests: list[EnrolRequest]
     days: float = 7.0
+    age_days: float = 0.0
+    refuses_renewals: bool = False
 
     def renew(self, body: bytes, client: str) -> tuple[int, bytes]:
+        if self.refuses_renewals:
+            return 503, encode_json(Refusal(error="busy", message="try again later"))
         request = decode_json(body, RenewRequest)
         issued = self.authority.issue_device(request.csr, "gate-1", now=time.time() + 60)
         return 200, encode_json(RenewResponse(certificate=issued.pem, ca=self.authority.certificate_pem))
@@ -58,7 +63,8 @@ class Aggregator:
     def enrol(self, body: bytes, client: str) -> tuple[int, bytes]:
         request = decode_json(body, EnrolRequest)
         self.requests.append(request)
-        issued = self.authority.issue_device(request.csr, request.device, now=time.time(), days=self.days)
+        now = time.time() - self.age_days * 86_400
+        issued = self.authority.issue_device(request.csr, request.device, now=now, days=self.days)
         kem, orders = self.keys.online_keys()
         answer = EnrolResponse(
             tenant="acme",

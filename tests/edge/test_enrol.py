@@ -12,7 +12,7 @@ import pytest
 
 from cloud_server.enrolment.ca import CertificateAuthority
 from edge_agent import identity as identity_files
-from edge_agent.enrol import RENEW_BEFORE_SECONDS, enrol, parse_token, renew, renewal_is_due
+from edge_agent.enrol import RENEW_AFTER_SHARE, enrol, parse_token, renew, renewal_is_due
 from edge_agent.fetcher import HttpsFetcher
 from tests.edge.https_server import TLS_NAME, Script, https_server
 from tests.edge.tiny_release import SteppedClock
@@ -28,7 +28,13 @@ from wire.enrolment import (
     proof_bytes,
 )
 from wire.errors import ConfigurationError, EnrolmentError, PeerError, TransportError, TrustError
-from wire.primitives import VerifyKey, certificate_fingerprint, certificate_not_after, read_private
+from wire.primitives import (
+    VerifyKey,
+    certificate_fingerprint,
+    certificate_not_after,
+    certificate_validity,
+    read_private,
+)
 
 NOW = time.time()
 CLOCK = SteppedClock(NOW)
@@ -309,15 +315,16 @@ def test_token_survives_being_pasted(aggregator: Aggregator) -> None:
 
 def test_renewal_brings_a_later_certificate_for_the_same_key(tmp_path: Path, aggregator: Aggregator) -> None:
     identity = enrol(aggregator.token(), tmp_path / "state", clock=CLOCK)
-    expires = certificate_not_after(identity.certificate_pem)
-    assert not renewal_is_due(identity, expires - RENEW_BEFORE_SECONDS - 1)
-    assert renewal_is_due(identity, expires - RENEW_BEFORE_SECONDS + 1)
-    assert renewal_is_due(identity, expires + 1)
+    begins, ends = certificate_validity(identity.certificate_pem)
+    due = begins + RENEW_AFTER_SHARE * (ends - begins)
+    assert not renewal_is_due(identity, due - 1)
+    assert renewal_is_due(identity, due)
+    assert renewal_is_due(identity, ends + 1)
     with https_server(
         tmp_path / "b", aggregator.authority, aggregator.script, now=NOW, wants_client=True
     ) as url:
         renewed = renew(replace(identity, url_api=url))
-    assert certificate_not_after(renewed.certificate_pem) > expires
+    assert certificate_not_after(renewed.certificate_pem) > ends
     assert identity_files.load(tmp_path / "state").certificate_pem == renewed.certificate_pem
     assert renewed.update_key is identity.update_key
 

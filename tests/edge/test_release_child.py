@@ -25,11 +25,25 @@ def state(aggregator: Aggregator, tmp_path: Path) -> Path:
     return tmp_path / "state"
 
 
-def releases(state: Path, *, graphs: str = "", now: float | None = None) -> tuple[ChildReleases, list[int]]:
-    renewals: list[int] = []
+def releases(state: Path, *, graphs: str = "", now: float | None = None) -> tuple[ChildReleases, list[bytes]]:
+    """A source, and the certificate as it is on disk after each check."""
+    seen: list[bytes] = []
+    place = state / "identity" / identity_files.CERTIFICATE
     clock = SteppedClock(now) if now is not None else SystemClock()
-    source = ChildReleases(state, clock, graphs=lambda: graphs, renewed=lambda: renewals.append(1))
-    return source, renewals
+    source = ChildReleases(
+        state, clock, graphs=lambda: graphs, checked=lambda: seen.append(place.read_bytes())
+    )
+    return source, seen
+
+
+def enrolled_days_ago(aggregator: Aggregator, state: Path, days: float) -> Path:
+    """A device whose certificate has that age."""
+    aggregator.age_days = days
+    try:
+        enrol(aggregator.token(), state, clock=SystemClock())
+    finally:
+        aggregator.age_days = 0.0
+    return state
 
 
 def nothing(_: str) -> frozenset[str]:
@@ -37,9 +51,10 @@ def nothing(_: str) -> frozenset[str]:
 
 
 def test_new_release_is_found_and_downloaded(aggregator: Aggregator, state: Path) -> None:
-    source, renewals = releases(state)
+    source, seen = releases(state)
     offer = source.fetch(0, nothing)
-    assert (offer.release_version, offer.rollback, renewals) == (1, False, [])
+    assert (offer.release_version, offer.rollback) == (1, False)
+    assert seen == [identity_files.load(state).certificate_pem]
     assert offer.keys.tenant == "acme"
     assert {path.is_file() for path in offer.files.values() if isinstance(path, Path)} == {True}
     assert set(GRAPH_FILES) < set(offer.files)
@@ -59,17 +74,40 @@ def test_release_that_serves_is_not_downloaded(state: Path) -> None:
     assert releases(state)[0].fetch(1, nothing).files == {}
 
 
-def test_certificate_is_renewed_when_that_is_due(aggregator: Aggregator, tmp_path: Path) -> None:
-    aggregator.days = 1.0
-    try:
-        enrol(aggregator.token(), tmp_path / "state", clock=SystemClock())
-    finally:
-        aggregator.days = 7.0
-    source, renewals = releases(tmp_path / "state")
+@pytest.mark.parametrize(("age_days", "is_renewed"), [(3.0, False), (4.0, True)])
+def test_certificate_is_renewed_when_half_of_its_life_is_over(
+    aggregator: Aggregator, tmp_path: Path, age_days: float, is_renewed: bool
+) -> None:
+    state = enrolled_days_ago(aggregator, tmp_path / "state", age_days)
+    source, seen = releases(state)
     source.fetch(1, nothing)
-    assert renewals == [1]
-    identity = identity_files.load(tmp_path / "state")
-    assert certificate_not_after(identity.certificate_pem) > time.time() + 6 * 86_400
+    after = identity_files.load(state).certificate_pem
+    assert seen == [after]
+    assert (certificate_not_after(after) > time.time() + 6.9 * 86_400) == is_renewed
+
+
+def test_certificate_is_renewed_though_the_check_fails(state: Path) -> None:
+    before = identity_files.load(state).certificate_pem
+    source, seen = releases(state, now=time.time() + 4 * 86_400)
+    with pytest.raises(ReleaseError, match="does not verify"):
+        source.fetch(1, nothing)
+    assert seen == [identity_files.load(state).certificate_pem]
+    assert seen != [before]
+
+
+def test_renewal_that_fails_is_said_and_the_check_goes_on(
+    aggregator: Aggregator, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = enrolled_days_ago(aggregator, tmp_path / "state", 4.0)
+    source, seen = releases(state)
+    before = identity_files.load(state).certificate_pem
+    aggregator.refuses_renewals = True
+    try:
+        assert source.fetch(0, nothing).release_version == 1
+    finally:
+        aggregator.refuses_renewals = False
+    assert seen == [before]
+    assert "certificate_not_renewed" in caplog.text
 
 
 def test_metadata_that_has_expired_by_our_clock_is_a_release_error(state: Path) -> None:

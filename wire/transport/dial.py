@@ -83,7 +83,7 @@ class BoundedSocket:
         try:
             return self._socket.send(data)
         except OSError as error:
-            self._note(error)
+            self._note(self._alert() or error)
             raise
 
     def pending(self) -> int:
@@ -99,6 +99,19 @@ class BoundedSocket:
 
     def setblocking(self, flag: bool) -> None:
         self._socket.setblocking(flag)
+
+    def _alert(self) -> ssl.SSLError | None:
+        """What the other side said before it closed: in TLS 1.3 a client certificate is refused when the client
+        believes the handshake done, and its first write fails before anybody has read why.
+        """
+        if isinstance(self._socket, ssl.SSLSocket):
+            try:
+                self._socket.recv(1)
+            except ssl.SSLError as error:
+                return error if error.reason and "ALERT" in error.reason else None
+            except OSError:
+                return None
+        return None
 
     def _note(self, error: OSError) -> None:
         # Kept because paho turns every error into "connection lost".
@@ -247,6 +260,9 @@ def describe(error: OSError | ValueError) -> str:
         return f"certificate verify failed: {error.verify_message}"
     if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
         return "the other side closed the TLS connection"
+    if isinstance(error, ssl.SSLError) and error.reason and "_ALERT_" in error.reason:
+        alert = error.reason.partition("_ALERT_")[2].lower().replace("_", " ")
+        return f"the other side refused us in TLS: {alert}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__

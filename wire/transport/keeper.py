@@ -37,8 +37,8 @@ class Connection(Protocol):
         """Hands over a publication; returns the identifier that `Keeper.published` will name, or None."""
         ...
 
-    def say_goodbye(self) -> None:
-        """Leaves cleanly; `Keeper.lost` follows."""
+    def say_goodbye(self, reason: str) -> None:
+        """Leaves cleanly; `Keeper.lost` follows with this reason."""
         ...
 
     def close(self) -> None:
@@ -119,6 +119,12 @@ class Keeper:
     def drop(self, reason: str) -> None:
         """Cuts the connection, if there is one. Safe from any thread."""
         self.loop.call_soon(lambda: self.lost(reason) if self._connection is not None else None)
+
+    def rejoin(self, reason: str) -> None:
+        """Leaves cleanly and connects again, if there is a connection. Safe from any thread."""
+        self.loop.call_soon(
+            lambda: self._connection.say_goodbye(reason) if self._connection is not None else None
+        )
 
     def stop(self, last_words: Packet | None) -> None:
         """Sends what is queued and the last words, then leaves, within the time-out. Safe to call twice."""
@@ -218,7 +224,7 @@ class Keeper:
         if self._connection is None or not self._gate.is_open:
             self._end()
         elif self._gate.is_idle:
-            self._connection.say_goodbye()
+            self._connection.say_goodbye("stopped")
 
     def _end(self) -> None:
         """The end of `stop`, whether all was said or the time is over."""

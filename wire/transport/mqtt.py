@@ -152,6 +152,12 @@ class MqttTransport:
         """Cuts the connection as a broken network would: the will goes out, then the transport reconnects."""
         self._keeper.drop(reason)
 
+    def rejoin(self, reason: str) -> None:
+        """Leaves with a clean DISCONNECT (no will, the session stays) and connects again: what `tls` loaded since
+        counts from then on. Nothing happens without a connection: the next one is new anyway.
+        """
+        self._keeper.rejoin(reason)
+
     def stop(self, last_words: Packet | None = None) -> None:
         """Sends what is queued and `last_words` if it can, disconnects cleanly and frees the thread.
 
@@ -240,10 +246,10 @@ class _Connection:
         sent = self._client.publish(packet.topic, packet.payload, packet.qos, packet.retain, properties)
         return sent.mid if sent.rc == paho.MQTT_ERR_SUCCESS else None
 
-    def say_goodbye(self) -> None:
+    def say_goodbye(self, reason: str) -> None:
         """Sends DISCONNECT; `lost` follows when it is written."""
         if not self._fault:
-            self._fault = "stopped"
+            self._fault = reason
             self._client.disconnect()
             self._flush()
 
