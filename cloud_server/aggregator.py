@@ -12,7 +12,9 @@ from collections.abc import Callable
 from cloud_server.db.devices import REVOKED
 from cloud_server.downlink import Downlink
 from cloud_server.inbox import Inbox
+from cloud_server.metrics import CloudMetrics
 from cloud_server.registry import Registry
+from cloud_server.release.announcer import Announcer
 from cloud_server.rounds.runner import RoundRunner
 from cloud_server.sender import Sender
 from process.clock import Clock
@@ -27,15 +29,18 @@ from wire.transport import Connected, Disconnected, Published, Received, Transpo
 _log = get_logger("cloud.aggregator")
 
 SWEEP_SECONDS = 10.0
-SILENT_SECONDS = 180.0
-"""A device that said nothing for this long is not asked before it speaks again (heartbeats come every 30 s)."""
+SILENT_SECONDS = 420.0
+"""A device that said nothing for this long is not asked before it speaks again. An agent's heartbeats come one to two
+minutes apart and are noted once a minute, so two of them may be lost."""
 
 
 class Aggregator:
     """Receives for one fleet and drives its run.
 
     Args:
+        announcer: tells the fleet of releases, looked after at every `tick`.
         slot_bytes: largest sealed update of a device.
+        silent_seconds: see `SILENT_SECONDS`.
         on_maintenance: chores that come every few seconds, such as signing timestamps again.
     """
 
@@ -47,20 +52,28 @@ class Aggregator:
         registry: Registry,
         downlink: Downlink,
         sender: Sender,
+        announcer: Announcer,
+        metrics: CloudMetrics,
         kem_keys: tuple[KemPrivateKey, ...],
         clock: Clock,
         slot_bytes: int,
-        on_maintenance: Callable[[], None] = lambda: None,
+        silent_seconds: float = SILENT_SECONDS,
+        on_maintenance: Callable[[], object] = lambda: None,
     ) -> None:
         self._topics = topics
         self._transport = transport
         self._registry = registry
         self._downlink = downlink
         self._sender = sender
+        self._announcer = announcer
+        self._metrics = metrics
         self._runner: RoundRunner | None = None
         self._clock = clock
+        self._silent_seconds = silent_seconds
         self._on_maintenance = on_maintenance
         self._next_sweep = 0.0
+        self._present: frozenset[str] = frozenset()
+        self._is_presence_news = False
         self.telemetry: dict[str, Telemetry] = {}
         self.inference: dict[str, InferenceReport] = {}
         self.inbox = Inbox(
@@ -76,7 +89,7 @@ class Aggregator:
     def begin(self, runner: RoundRunner) -> None:
         """Drives a run that was resumed, from the next `tick` on."""
         self._runner = runner
-        runner.on_nodes_changed()
+        self._is_presence_news = True
 
     # ---- driven from outside -----------------------------------------------------------------------------------
 
@@ -89,13 +102,16 @@ class Aggregator:
         """Takes one event of the transport."""
         match event:
             case Received(packet):
+                self._metrics.note_received(packet)
                 self.inbox.receive(packet)
             case Published():
                 self._sender.pump()
             case Connected():
+                self._metrics.note_connected(True)
                 _log.info("broker_connected", max_packet_bytes=event.max_packet_bytes)
                 self._sender.pump()
             case Disconnected(reason):
+                self._metrics.note_connected(False)
                 _log.warning("broker_lost", reason=reason)
 
     def tick(self) -> float:
@@ -105,9 +121,14 @@ class Aggregator:
             self._next_sweep = now + SWEEP_SECONDS
             self._sweep(now)
         self._sender.pump()
-        if self._runner is None:
-            return self._next_sweep
-        return min(self._next_sweep, self._runner.tick())
+        wake = self._next_sweep
+        if self._runner is not None:
+            # Once for all that came and went since the last tick: a fleet that boots costs one look, not one a device.
+            if self._is_presence_news:
+                self._is_presence_news = False
+                self._runner.on_nodes_changed()
+            wake = min(wake, self._runner.tick())
+        return min(wake, self._announcer.tick())
 
     def stop(self) -> None:
         """Leaves the broker; the database has all that matters."""
@@ -116,13 +137,10 @@ class Aggregator:
     # ---- what opened messages mean -----------------------------------------------------------------------------
 
     def on_birth(self, device: str, birth: Birth) -> None:
-        self._registry.note_birth(device, birth)
+        self._is_presence_news |= self._registry.note_birth(device, birth)
         _log.info("device_" + birth.status, device=device, release=birth.release_version)
-        if self._runner is None:
-            return
-        if birth.status == "lost":
+        if birth.status == "lost" and self._runner is not None:
             self._runner.on_node_lost(device)
-        self._runner.on_nodes_changed()
 
     def on_telemetry(self, device: str, telemetry: Telemetry) -> None:
         self.telemetry[device] = telemetry
@@ -130,6 +148,7 @@ class Aggregator:
 
     def on_inference_report(self, device: str, report: InferenceReport) -> None:
         self.inference[device] = report
+        self._metrics.note_report(report)
         self._seen(device, report.release_version)
 
     def on_join(self, device: str, join: Join) -> None:
@@ -160,21 +179,18 @@ class Aggregator:
     # ---- inside ------------------------------------------------------------------------------------------------
 
     def _seen(self, device: str, release_version: int) -> None:
-        before = len(self._registry.present())
-        self._registry.note_seen(device, release_version)
-        if self._runner is not None and len(self._registry.present()) != before:
-            self._runner.on_nodes_changed()
+        self._is_presence_news |= self._registry.note_seen(device, release_version)
 
     def _sweep(self, now: float) -> None:
-        """Devices that fell silent without a last will, and the chores of the repository."""
-        changed = False
+        """Devices that fell silent without a last will or were approved or revoked meanwhile, and the chores of the
+        repository."""
         for device, row in self._registry.presence().items():
-            if row.status == "online" and now - row.last_seen > SILENT_SECONDS:
+            if row.status == "online" and now - row.last_seen > self._silent_seconds:
                 _log.info("device_silent", device=device, seconds=round(now - row.last_seen))
                 self._registry.note_lost(device)
-                changed = True
-        if changed and self._runner is not None:
-            self._runner.on_nodes_changed()
+        present = frozenset(self._registry.present())
+        self._is_presence_news |= present != self._present
+        self._present = present
         try:
             self._on_maintenance()
         except ShoalError as error:

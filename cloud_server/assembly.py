@@ -11,15 +11,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cloud_server.aggregate.fold import Fold, choose_device
-from cloud_server.aggregator import Aggregator
+from cloud_server.aggregator import SILENT_SECONDS, Aggregator
 from cloud_server.artefacts import Artefacts
 from cloud_server.db.engine import Database
 from cloud_server.downlink import Downlink
 from cloud_server.flower.driver import StrategyDriver
 from cloud_server.flower.strategies import build_strategy
 from cloud_server.keys import CloudKeys
+from cloud_server.metrics import CloudMetrics
 from cloud_server.refine.refinement import Refinery
 from cloud_server.registry import Registry
+from cloud_server.release.announcer import Announcer
 from cloud_server.release.gate import GatePolicy
 from cloud_server.release.publish import DEFAULT_RING, Publisher
 from cloud_server.release.releaser import CalibratingFinisher, GatedReleaser, Holdout
@@ -101,6 +103,8 @@ class Assembled:
     aggregator: Aggregator
     downlink: Downlink
     sender: Sender
+    announcer: Announcer
+    metrics: CloudMetrics
 
 
 def assemble(
@@ -112,15 +116,19 @@ def assemble(
     ring: str = DEFAULT_RING,
     chunk_bytes: int = 98_304,
     slot_bytes: int = 64 * 1024 * 1024,
+    silent_seconds: float = SILENT_SECONDS,
 ) -> Assembled:
-    """An aggregator over a transport; it only receives until `Aggregator.begin` gives it a run.
+    """An aggregator over a transport; it only receives and announces until `Aggregator.begin` gives it a run.
 
     Args:
+        ring: whose releases are announced.
         chunk_bytes: pieces of a broadcast; the broker must accept packets a little larger.
         slot_bytes: largest sealed update.
+        silent_seconds: a device that said nothing for this long is not asked before it speaks again.
     """
     topics = Topics(tenant, fleet)
-    sender = Sender(transport)
+    metrics = CloudMetrics()
+    sender = Sender(transport, metrics.note_sent)
     downlink = Downlink(
         topics=topics,
         key=base.keys.order,
@@ -129,29 +137,27 @@ def assemble(
         clock=base.clock,
         chunk_bytes=chunk_bytes,
     )
-
-    def maintain() -> None:
-        """Signs again what is half over, and tells the fleet when it did."""
-        if base.repository.refresh() and base.publisher.current_version(ring):
-            downlink.announce(base.publisher.announcement(ring))
-
+    announcer = Announcer(base.publisher, downlink, base.clock, ring)
     aggregator = Aggregator(
         topics=topics,
         transport=transport,
         registry=base.registry,
         downlink=downlink,
         sender=sender,
+        announcer=announcer,
+        metrics=metrics,
         kem_keys=base.keys.kem,
         clock=base.clock,
         slot_bytes=slot_bytes,
-        on_maintenance=maintain,
+        silent_seconds=silent_seconds,
+        on_maintenance=base.repository.refresh,
     )
-    return Assembled(aggregator, downlink, sender)
+    return Assembled(aggregator, downlink, sender, announcer, metrics)
 
 
 def make_run_parts(
     base: Base,
-    downlink: Downlink,
+    cloud: Assembled,
     bundle: Bundle,
     config: RunConfig,
     holdout: Holdout | None,
@@ -166,7 +172,7 @@ def make_run_parts(
     Raises:
         ConfigurationError: (operator) a strategy, parameter or device that does not exist.
     """
-    manifest = bundle.manifest
+    manifest, clock, steps = bundle.manifest, base.clock, cloud.metrics.step_seconds
     maker = CandidateMaker(bundle)
     device = choose_device(config.fold_device)
     strategy = StrategyDriver(
@@ -174,6 +180,7 @@ def make_run_parts(
         manifest.params,
         buffers_size=manifest.buffers_size,
         make_fold=lambda size: Fold(size, device=device),
+        timed=lambda: steps.timed(clock, step="fold"),
     )
     releaser = GatedReleaser(
         publisher=base.publisher,
@@ -182,18 +189,18 @@ def make_run_parts(
         policy=config.gate,
         ring=config.ring,
         holdout=holdout,
-        announce=downlink.announce,
+        timed=lambda: steps.timed(clock, step="decide"),
     )
     ports = RunPorts(
         database=base.database,
         fence=base.fence,
         blobs=base.artefacts,
         nodes=base.registry,
-        outbox=downlink,
+        outbox=cloud.downlink,
         strategy=strategy,
-        finisher=CalibratingFinisher(maker, refinery),
+        finisher=CalibratingFinisher(maker, refinery, lambda: steps.timed(clock, step="calibrate")),
         releaser=releaser,
-        clock=base.clock,
+        clock=clock,
     )
     plan = RunPlan(
         run=config.run,

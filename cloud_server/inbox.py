@@ -90,6 +90,16 @@ class Inbox:
         self.refused_total: Counter[str] = Counter()
         self.received_bytes_total = 0
 
+    @property
+    def open_transfers(self) -> int:
+        """Devices whose updates are being gathered."""
+        return len(self._reassemblies)
+
+    @property
+    def granted_bytes(self) -> int:
+        """Bytes that those updates will have; `ASSEMBLY_BYTES` at most."""
+        return self._granted_bytes
+
     def receive(self, packet: Packet) -> None:
         """Takes one packet; never raises for what is in it."""
         self.received_bytes_total += len(packet.payload)

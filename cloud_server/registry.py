@@ -117,8 +117,11 @@ class Registry:
         with self._lock:
             return MappingProxyType(dict(self._presence))
 
-    def note_birth(self, device: str, birth: Birth) -> None:
+    def note_birth(self, device: str, birth: Birth) -> bool:
         """Keeps a birth, goodbye or last will. A goodbye of an earlier boot never ends the present one.
+
+        Returns:
+            Whether the device came or went by it.
 
         Raises:
             PeerError: (peer) the device is unknown or revoked.
@@ -135,19 +138,28 @@ class Registry:
         with self._lock:
             before = self._presence.get(device)
             if before is not None and row.status != "online" and row.boot_id != before.boot_id:
-                return
+                return False
         self._keep_presence(row)
+        return (before is not None and before.status == "online") != (row.status == "online")
 
-    def note_seen(self, device: str, release_version: int) -> None:
-        """Any message of a device says that it is here; nothing happens for one that had no birth yet."""
+    def note_seen(self, device: str, release_version: int) -> bool:
+        """A report of a device says that it is here; nothing happens for one that had no birth yet.
+
+        Returns:
+            Whether the device came back by it.
+        """
         with self._lock:
             before = self._presence.get(device)
-        if before is not None:
-            now = self._clock.now()
-            row = replace(before, last_seen=now, release_version=release_version, status="online")
-            is_news = row.status != before.status or row.release_version != before.release_version
-            if is_news or now - before.last_seen >= _SEEN_EVERY_SECONDS:
-                self._keep_presence(row)
+        if before is None:
+            return False
+        now = self._clock.now()
+        row = replace(before, last_seen=now, release_version=release_version, status="online")
+        is_back = before.status != "online"
+        # Also when the clock was set back: the device must not look young for ever.
+        is_old = abs(now - before.last_seen) >= _SEEN_EVERY_SECONDS
+        if is_back or is_old or row.release_version != before.release_version:
+            self._keep_presence(row)
+        return is_back
 
     def note_lost(self, device: str) -> None:
         """The device does not answer: it is not asked again before it speaks."""

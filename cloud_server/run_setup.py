@@ -5,55 +5,92 @@ Laws of the file: wiring only; what the operator named and is not there is a Con
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from cloud_server.assembly import Base, RunConfig, make_run_parts
+from cloud_server.aggregate.fold import choose_device
+from cloud_server.assembly import Assembled, Base, RunConfig, make_run_parts
 from cloud_server.db.releases import load_models
 from cloud_server.deployment import Deployment
-from cloud_server.downlink import Downlink
 from cloud_server.flower.serverapp import load_server_app, make_serverapp_runner
+from cloud_server.flower.strategies import build_strategy
 from cloud_server.holdout import load_holdout
 from cloud_server.refine.opening import open_refinery
 from cloud_server.refine.refinement import RefineConfig, Refinery
 from cloud_server.release.gate import GatePolicy
+from cloud_server.release.releaser import Holdout
 from cloud_server.rounds.runner import RoundRunner
 from cloud_server.rounds.state import RoundPolicy
 from models.bundle import Bundle
-from wire.errors import ConfigurationError
+from wire.errors import BundleError, ConfigurationError
+
+if TYPE_CHECKING:  # flwr has its own door
+    from cloud_server.flower.serverapp import ServerApp
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRun:
+    """All that the operator named, opened: what is left can only fail by the disk.
+
+    Attributes:
+        app: drives the rounds instead of the strategy; None without one.
+    """
+
+    bundle: Bundle
+    config: RunConfig
+    holdout: Holdout | None
+    refinery: Refinery | None
+    app: ServerApp | None
+    app_config: Mapping[str, Any]
+
+
+def prepare_run(deployment: Deployment, serverapp: str = "") -> PreparedRun | None:
+    """Opens what the settings name, before anything of the service is started; None while no model is imported.
+
+    Args:
+        serverapp: `module:app`, searched for last in the folder that the service was started in; over the settings'.
+
+    Raises:
+        ConfigurationError: (operator) a model, strategy, parameter, device, module or app that does not exist.
+        BundleError: (disk) the model is damaged.
+        DataError: (operator) held-out or refinement data that cannot be read.
+    """
+    bundle = chosen_bundle(deployment)
+    if bundle is None:
+        return None
+    config = run_config(deployment)
+    settings = deployment.settings.run
+    app = None
+    if name := serverapp or settings.serverapp:
+        app = load_server_app(name, Path.cwd())
+        # The app brings its own strategy; ours only weighs the metrics of evaluations.
+        config = replace(config, strategy="FedAvg", strategy_parameters={})
+    # Made again with the run; here to say at once what cannot be made.
+    build_strategy(config.strategy, config.strategy_parameters)
+    choose_device(config.fold_device)
+    holdout, refinery = load_holdout(deployment, bundle.manifest), _refinery(deployment, bundle)
+    return PreparedRun(bundle, config, holdout, refinery, app, settings.parameters)
 
 
 def open_run(
-    deployment: Deployment,
-    base: Base,
-    downlink: Downlink,
-    bundle: Bundle,
-    *,
-    serverapp: str,
-    wake: Callable[[], None],
+    prepared: PreparedRun, base: Base, cloud: Assembled, *, wake: Callable[[], None]
 ) -> tuple[RoundRunner, Callable[[], None]]:
-    """The runner that the settings describe, not resumed yet, and what ends it.
+    """The runner of a prepared run, not resumed yet, and what ends it.
 
     Args:
-        serverapp: `module:app`, searched for last in the folder that the service was started in; empty for a strategy.
         wake: called from a ServerApp's thread when `tick` has something to do.
 
     Raises:
-        ConfigurationError: (operator) a strategy, parameter, device, module or app that does not exist.
-        DataError: (operator) held-out or refinement data that cannot be read.
+        ConfigurationError: (operator) a strategy that does not go with the model.
     """
-    config = run_config(deployment)
-    refinery = _refinery(deployment, bundle)
-    if not serverapp:
-        plan, ports = make_run_parts(base, downlink, bundle, config, load_holdout(deployment), refinery)
+    plan, ports = make_run_parts(
+        base, cloud, prepared.bundle, prepared.config, prepared.holdout, prepared.refinery
+    )
+    if prepared.app is None:
         return RoundRunner(plan, ports), lambda: None
-    app = load_server_app(serverapp, Path.cwd())
-    settings = deployment.settings.run
-    # The app brings its own strategy; ours only weighs the metrics of evaluations.
-    plain = replace(config, strategy="FedAvg", strategy_parameters={})
-    plan, ports = make_run_parts(base, downlink, bundle, plain, load_holdout(deployment), refinery)
-    return make_serverapp_runner(plan, ports, app, config=settings.parameters, wake=wake)
+    return make_serverapp_runner(plan, ports, prepared.app, config=prepared.app_config, wake=wake)
 
 
 def _refinery(deployment: Deployment, bundle: Bundle) -> Refinery | None:
@@ -112,6 +149,7 @@ def chosen_bundle(deployment: Deployment) -> Bundle | None:
 
     Raises:
         ConfigurationError: (operator) the settings name a model that was never imported.
+        BundleError: (disk) its files are damaged or gone.
     """
     with deployment.database.read() as connection:
         rows = load_models(connection)
@@ -123,4 +161,13 @@ def chosen_bundle(deployment: Deployment) -> Bundle | None:
                 f"the model {wanted!r} of settings.toml was never imported",
                 hint="shoal-cloud model import BUNDLE, or change run.model",
             )
-    return Bundle.open(deployment.folder.bundle(rows[-1].graphs_sha256)) if rows else None
+    if not rows:
+        return None
+    try:
+        return Bundle.open(deployment.folder.bundle(rows[-1].graphs_sha256))
+    except BundleError as error:
+        raise BundleError(
+            f"the model {rows[-1].name} cannot be loaded: {error}",
+            hint="remove its folder and import the bundle again, or choose another model: run.model in settings.toml",
+            graphs_sha256=rows[-1].graphs_sha256,
+        ) from error

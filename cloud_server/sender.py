@@ -8,6 +8,7 @@ whoever misses it (an order is resent, a receipt is given again, a chunk is name
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Callable
 
 from wire.errors import BackpressureError, OversizeError
 from wire.transport import Packet, Transport
@@ -19,13 +20,17 @@ BULK_PACKETS = 8_192
 class Sender:
     """Publishes in order of importance as fast as the transport takes it.
 
+    Args:
+        on_sent: told of every packet that the transport took.
+
     Attributes:
         dropped_total: packets that did not fit into a queue or were larger than the broker accepts.
         sent_bytes_total: payload bytes that the transport took.
     """
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, on_sent: Callable[[Packet], None] = lambda packet: None) -> None:
         self._transport = transport
+        self._on_sent = on_sent
         self._control: deque[Packet] = deque()
         # One entry a topic: a chunk that is asked for twice while it waits goes out once.
         self._bulk: OrderedDict[str, Packet] = OrderedDict()
@@ -71,6 +76,7 @@ class Sender:
                 self.dropped_total += 1
             else:
                 self.sent_bytes_total += len(packet.payload)
+                self._on_sent(packet)
             if is_control:
                 self._control.popleft()
             else:

@@ -25,11 +25,14 @@ from cloud_server.db.rounds import load_run
 from cloud_server.deployment import Deployment
 from cloud_server.enrolment.ca import ensure_client_files
 from cloud_server.https import HttpsFront
+from cloud_server.metrics_reading import EventQueue, read_metrics
 from cloud_server.registry import AGGREGATOR_NAME
 from cloud_server.rounds.runner import RoundRunner
-from cloud_server.run_setup import chosen_bundle, open_run
+from cloud_server.run_setup import PreparedRun, open_run, prepare_run
 from process.logs import get_logger
-from wire.errors import BrokerError
+from process.metrics_port import MetricsPort
+from process.vitals import register_vitals
+from wire.errors import BrokerError, ConfigurationError, ModelError
 from wire.transport import Transport, TransportEvent
 from wire.transport.broker import BrokerTls, RunningBroker, start_broker
 from wire.transport.mqtt import MqttTransport
@@ -41,6 +44,8 @@ EVENTS_PER_TICK = 256
 LONGEST_WAIT_SECONDS = 1.0
 POLL_SECONDS = 1.0
 BROKER_PROBE_SECONDS = 5.0
+RETRY_SECONDS = 60.0
+"""How long a model that cannot be used is left alone before it is looked at again."""
 
 
 class StopSignal(Protocol):
@@ -53,12 +58,13 @@ class StopSignal(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """Where a started service can be reached."""
+    """Where a started service can be reached; `metrics_port` 0: nowhere."""
 
     public_port: int
     device_port: int
     broker_host: str
     broker_port: int
+    metrics_port: int = 0
 
 
 def run(
@@ -76,22 +82,28 @@ def run(
 
     Raises:
         ConfigurationError: (operator) a setting cannot be used.
+        ModelError: the model, or the operator's data, cannot be loaded.
         TransportError: a port or the broker cannot be had.
     """
     stop = stop or _stopped_by_signals()
     with ExitStack() as stack:
         stack.callback(deployment.close)
+        # Before anything is started: what cannot be loaded is one error, and no device saw half a service.
+        prepared = prepare_run(deployment, serverapp)
         base = _open_base(deployment)
         broker_host, broker_port = stack.enter_context(_broker(deployment))
+        loop = _Loop(deployment, base, _transport(deployment, broker_host, broker_port), stop, serverapp)
+        stack.callback(loop.close)
+        if prepared is not None:
+            loop.begin(prepared)
+        metrics_port = loop.open_metrics(stack)
         broker_url = deployment.broker_url(broker_host, broker_port)
         front = stack.enter_context(HttpsFront(deployment, broker_url=broker_url))
-        ready = Running(front.public_port, front.device_port, broker_host, broker_port)
-        transport = _transport(deployment, broker_host, broker_port)
-        _log.info(
-            "service_ready", public_port=ready.public_port, device_port=ready.device_port, broker=broker_port
-        )
+        ready = Running(front.public_port, front.device_port, broker_host, broker_port, metrics_port)
+        ports = {"public_port": ready.public_port, "device_port": ready.device_port, "broker": broker_port}
+        _log.info("service_ready", **ports, metrics=metrics_port)
         on_ready(ready)
-        _Loop(deployment, base, transport, stop, serverapp).run()
+        loop.run()
     return 0
 
 
@@ -108,22 +120,43 @@ class _Loop:
         self._events: queue.Queue[TransportEvent | None] = queue.Queue(QUEUED_EVENTS)
         self._dropped = 0
         settings = deployment.settings
-        self._assembled = assemble(
+        self._cloud = assemble(
             base,
             transport,
             tenant=settings.tenant,
             fleet=settings.fleet,
+            ring=settings.enrolment.ring,
             slot_bytes=settings.broker.slot_bytes,
+            silent_seconds=settings.broker.silent_seconds,
         )
         self._next_poll = 0.0
-        self._announced = b""
+        self._next_model_look = 0.0
         self._runner: RoundRunner | None = None
         self._is_paused = False
         self._serverapp = serverapp
         self._stop_app: Callable[[], None] = lambda: None
 
+    def open_metrics(self, stack: ExitStack) -> int:
+        """Lets metrics be read where the settings want that; returns the port, 0 for nowhere."""
+        settings = self._deployment.settings
+        metrics = self._cloud.metrics
+        register_vitals(metrics.registry, self._base.clock.now())
+        read_metrics(
+            metrics,
+            self._base,
+            self._cloud,
+            ring=settings.enrolment.ring,
+            authority=self._deployment.folder.authority,
+            runner=lambda: self._runner,
+            events=EventQueue(self._events.qsize, lambda: self._dropped),
+        )
+        if not settings.metrics.listen:
+            return 0
+        return stack.enter_context(MetricsPort(metrics.registry, settings.metrics.listen)).port
+
     def run(self) -> None:
-        aggregator = self._assembled.aggregator
+        """Serves until the stop signal."""
+        aggregator = self._cloud.aggregator
         aggregator.start(self._enqueue)
         try:
             wake = self._base.clock.now()
@@ -133,9 +166,14 @@ class _Loop:
                 self._take(aggregator, wait)
                 wake = aggregator.tick()
         finally:
-            self._stop_app()
+            self.close()
             aggregator.stop()
             _log.info("service_stopped", dropped_events=self._dropped)
+
+    def close(self) -> None:
+        """Ends a ServerApp's thread, if there is one. Safe to call twice."""
+        stop_app, self._stop_app = self._stop_app, lambda: None
+        stop_app()
 
     def _take(self, aggregator: Aggregator, wait: float) -> None:
         """Handles what is there, at most so much that ticks keep coming."""
@@ -160,53 +198,55 @@ class _Loop:
         if now < self._next_poll:
             return
         self._next_poll = now + POLL_SECONDS
-        self._announce_changes()
         if self._runner is None:
-            self._look_for_model()
+            self._look_for_model(now)
             return
         with self._base.database.read() as connection:
             row = load_run(connection, self._deployment.settings.run.name)
         is_paused = row is not None and row.status == "paused"
         if is_paused != self._is_paused:
-            self._is_paused = is_paused
+            self._note_paused(is_paused)
             self._runner.set_paused(is_paused)
             _log.info("run_paused" if is_paused else "run_resumed")
 
-    def _announce_changes(self) -> None:
-        """Tells the fleet what was signed since: by a command (a rollback cannot wait), by the gate, or anew."""
-        timestamp = self._base.repository.timestamp()
-        if timestamp != self._announced:
-            announcement = self._base.publisher.announcement(self._deployment.settings.enrolment.ring)
-            if announcement.release_version:
-                self._assembled.downlink.announce(announcement)
-            self._announced = timestamp
+    def _note_paused(self, is_paused: bool) -> None:
+        self._is_paused = is_paused
+        self._cloud.metrics.paused.set(float(is_paused))
 
-    def _look_for_model(self) -> None:
-        """Begins the run once a model is imported (`shoal-cloud model import` works while the service runs)."""
-        bundle = chosen_bundle(self._deployment)
-        if bundle is None:
+    def _look_for_model(self, now: float) -> None:
+        """Begins the run once a model is imported (`shoal-cloud model import` works while the service runs).
+
+        What cannot be used then does not end the service, whose devices answer and enrol without a run.
+        """
+        if now < self._next_model_look:
             return
-        publisher = self._base.publisher
-        settings = self._deployment.settings
+        try:
+            prepared = prepare_run(self._deployment, self._serverapp)
+            if prepared is not None:
+                self.begin(prepared)
+        except (ConfigurationError, ModelError) as error:
+            self._next_model_look = now + RETRY_SECONDS
+            _log.error("run_not_begun", error=str(error), hint=error.hint)
+
+    def begin(self, prepared: PreparedRun) -> None:
+        """Publishes the model where the ring has none, and begins its run, or goes on with it.
+
+        Raises:
+            ConfigurationError: (operator) the run exists with another model, or its strategy does not go with it.
+        """
+        publisher, settings, bundle = self._base.publisher, self._deployment.settings, prepared.bundle
         ring, name = settings.enrolment.ring, settings.run.name
+        runner, stop_app = open_run(prepared, self._base, self._cloud, wake=lambda: self._enqueue(None))
+        with self._base.database.read() as connection:
+            known = load_run(connection, name)
+        runner.resume(bundle.checkpoint(), settings.run.seed or secrets.randbelow(2**63 - 1) + 1)
         if publisher.current_version(ring) == 0:
             publisher.publish(publisher.propose_bundle(bundle).version, ring)
-        runner, self._stop_app = open_run(
-            self._deployment,
-            self._base,
-            self._assembled.downlink,
-            bundle,
-            serverapp=self._serverapp or settings.run.serverapp,
-            wake=lambda: self._enqueue(None),
-        )
-        with self._base.database.read() as connection:
-            is_new = load_run(connection, name) is None
-        runner.resume(bundle.checkpoint(), settings.run.seed or secrets.randbelow(2**63 - 1) + 1)
-        if is_new and settings.run.paused:
+        if known is None and settings.run.paused:
             runner.set_paused(True)
-            self._is_paused = True
-        self._runner = runner
-        self._assembled.aggregator.begin(runner)
+        self._note_paused(known.status == "paused" if known is not None else settings.run.paused)
+        self._runner, self._stop_app = runner, stop_app
+        self._cloud.aggregator.begin(runner)
         _log.info("run_begun", run=name, model=bundle.manifest.model, strategy=settings.run.strategy)
 
 

@@ -59,6 +59,15 @@ class BrokerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     slot_bytes: Annotated[
         int, _option("Largest sealed update of a device, in bytes.", ge=1024, le=256 * 2**20)
     ] = 64 * 2**20
+    silent_seconds: Annotated[
+        float,
+        _option(
+            "Silence after which a device is not asked before it speaks again, in seconds; seven heartbeats of the"
+            " fleet (report.telemetry_seconds) survive the loss of two.",
+            ge=1.0,
+            le=2_592_000.0,
+        ),
+    ] = 420.0
 
 
 class StorageSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -220,6 +229,20 @@ class ComputeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = "auto"
 
 
+class MetricsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[metrics]`: for Prometheus. Off until it is asked for: a port is one more thing to guard, and two aggregators
+    on one machine would want the same."""
+
+    listen: Annotated[
+        str,
+        _option(
+            'Where GET /metrics answers, such as "127.0.0.1:9464": plain HTTP without a password, whoever reaches it'
+            " may read it; empty for nowhere.",
+            max_length=260,
+        ),
+    ] = ""
+
+
 class LogSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[log]`"""
 
@@ -244,6 +267,7 @@ class CloudSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     gate: GateSettings = field(default_factory=GateSettings)
     refine: RefineSettings = field(default_factory=RefineSettings)
     compute: ComputeSettings = field(default_factory=ComputeSettings)
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
     log: LogSettings = field(default_factory=LogSettings)
 
 

@@ -92,7 +92,6 @@ class Simulation:
             RoundError: nothing is planned any more although the run is not finished.
         """
         self.cloud.aggregator.start(self.cloud.aggregator.handle)
-        self.cloud.downlink.announce(self.base.publisher.announcement())
         for agent in self.agents.values():
             agent.start()
             self._note_wake(agent)
@@ -194,7 +193,7 @@ class Simulation:
     def _make_runner(self, config: RunConfig) -> RoundRunner:
         operator = self.federation.operator
         holdout = Holdout(operator.val_x, operator.val_y)
-        plan, ports = make_run_parts(self.base, self.cloud.downlink, self.bundle, config, holdout)
+        plan, ports = make_run_parts(self.base, self.cloud, self.bundle, config, holdout)
         runner = RoundRunner(plan, ports)
         runner.resume(self.bundle.checkpoint(), self._seed)
         return runner

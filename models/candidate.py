@@ -81,13 +81,16 @@ class CandidateMaker:
         return Checkpoint(params, buffers, self._calibrator.ranges(params, buffers, self._calibration))
 
     def make(self, params: Floats, buffers: Floats) -> Candidate:
-        """As `checkpoint`, and fills both templates.
+        """As `checkpoint`, and `fill`."""
+        return self.fill(self.checkpoint(params, buffers))
+
+    def fill(self, checkpoint: Checkpoint) -> Candidate:
+        """Both files of a checkpoint whose ranges are its own.
 
         Raises:
-            BundleError: the vectors are not finite or of another model.
-            ModelError: an activation or an answer is not finite.
+            BundleError: it is of another model, or not finite.
+            ModelError: an answer is not finite.
         """
-        checkpoint = self.checkpoint(params, buffers)
         int8 = materialize_int8(self._template, self._manifest, checkpoint)
         float32 = materialize_float32(self._float32, self._manifest, checkpoint)
         return Candidate(

@@ -11,11 +11,13 @@ from __future__ import annotations
 import re
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import TypeVar
 
+from process.clock import Clock
 from process.logs import get_logger
 from wire.errors import ConfigurationError, ShoalError
 
@@ -177,6 +179,15 @@ class Histogram(Metric):
         self._counts: dict[Key, list[int]] = {key: [0] * empty for key in self._every_key()}
         self._sums: dict[Key, float] = dict.fromkeys(self._counts, 0.0)
         self._read: Callable[[], Observed] | None = None
+
+    @contextmanager
+    def timed(self, clock: Clock, **labels: str) -> Iterator[None]:
+        """Observes how many seconds the block takes, also when it raises."""
+        started = clock.monotonic()
+        try:
+            yield
+        finally:
+            self.observe(clock.monotonic() - started, **labels)
 
     def observe(self, value: float, **labels: str) -> None:
         key = self._key(labels)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,19 +31,33 @@ __all__ = ["Connection", "Database", "open_database"]
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _BUSY_TIMEOUT_MS = 30_000
 _READ_ONLY = "shoal_read_only"
+_HINTS = {
+    sqlite3.SQLITE_NOTADB: "it is no database: restore it from its backup",
+    sqlite3.SQLITE_CORRUPT: "it is damaged: restore it from its backup",
+    sqlite3.SQLITE_CANTOPEN: "it and its folder must exist, and be yours to write",
+    sqlite3.SQLITE_READONLY: "it and its folder must be yours to write",
+    sqlite3.SQLITE_FULL: "free space on the disk",
+    sqlite3.SQLITE_BUSY: "another program holds it: close it there",
+}
 
 
 class Database:
-    """One open database, for any number of threads; a transaction belongs to the thread that entered it."""
+    """One open database, for any number of threads; a transaction belongs to the thread that entered it.
+
+    Attributes:
+        on_commit: told how many seconds each commit took, from the committing thread.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._place = _place(engine.url)
         self._is_sqlite = engine.dialect.name == "sqlite"
         # In memory there is one connection for all; in a file, waiting here is fair where SQLite's busy loop
         # is not.
         self._writer: AbstractContextManager[Any] = threading.Lock() if self._is_sqlite else nullcontext()
         self._is_shared = isinstance(engine.pool, StaticPool)
         self._local = threading.local()
+        self.on_commit: Callable[[float], None] = lambda seconds: None
 
     @contextmanager
     def transaction(self, *, fence: int | None = None) -> Iterator[Connection]:
@@ -58,10 +73,12 @@ class Database:
         """
         with self._enter(self._writer):
             connection: Connection
-            with _translated(), self._engine.begin() as connection:
+            with self._translated(), self._engine.begin() as connection:
                 if fence is not None:
                     _check_fence(connection, fence)
                 yield connection
+                ended = time.perf_counter()
+            self.on_commit(time.perf_counter() - ended)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -71,7 +88,7 @@ class Database:
             StorageError: (disk, us) the database refused.
         """
         lock = self._writer if self._is_shared else nullcontext()
-        with self._enter(lock), _translated(), self._engine.connect() as raw:
+        with self._enter(lock), self._translated(), self._engine.connect() as raw:
             connection = raw.execution_options(**{_READ_ONLY: True})
             with connection.begin():
                 yield connection
@@ -86,13 +103,11 @@ class Database:
             with self.read() as connection:
                 return connection.exec_driver_sql(statement).scalar_one()
         lock = self._writer if self._is_shared else nullcontext()
-        with self._enter(lock), _translated():
+        with self._enter(lock), self._translated():
             borrowed = self._engine.raw_connection()
             try:
                 raw: Any = borrowed.driver_connection
                 return raw.execute(statement).fetchone()[0]
-            except sqlite3.Error as error:  # raised past SQLAlchemy, which would have wrapped it
-                raise StorageError(f"the database failed: {error}", is_conflict=False) from error
             finally:
                 borrowed.close()
 
@@ -110,7 +125,7 @@ class Database:
 
         config = Config()
         config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
-        with self._enter(self._writer), _translated(), self._engine.begin() as connection:
+        with self._enter(self._writer), self._translated(), self._engine.begin() as connection:
             config.attributes["connection"] = connection
             try:
                 command.upgrade(config, "head")
@@ -123,10 +138,24 @@ class Database:
 
     def _is_current(self) -> bool:
         with self.read() as connection:
-            if not sa.inspect(connection).has_table("alembic_version"):
+            inspector = sa.inspect(connection)
+            if not inspector.has_table("alembic_version"):
+                self._refuse_foreign(inspector.get_table_names())
                 return False
             versions = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalars().all()
         return list(versions) == [schema.HEAD]
+
+    def _refuse_foreign(self, tables: list[str]) -> None:
+        """A file of somebody else's tables is not filled with ours (a PostgreSQL database may be shared)."""
+        if self._is_sqlite and tables:
+            raise StorageError(
+                f"{self._place} holds {tables[0]!r} and no tables of Shoal's",
+                hint="name another database, or restore this one from its backup",
+                is_conflict=False,
+            )
+
+    def _translated(self) -> AbstractContextManager[None]:
+        return _translated(self._place)
 
     def claim_writer(self) -> int:
         """Raises the fencing token and returns it: who claimed before can no longer commit with theirs."""
@@ -177,9 +206,20 @@ def open_database(url: str) -> Database:
     if parsed.get_backend_name() == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
-    with _translated(), engine.connect():
-        pass
+    try:
+        with _translated(_place(parsed)), engine.connect():
+            pass
+    except StorageError:
+        engine.dispose()
+        raise
     return Database(engine)
+
+
+def _place(url: sa.URL) -> str:
+    """How an error calls the database; never with its password."""
+    if url.get_backend_name() == "sqlite":
+        return f"the database {url.database or 'in memory'}"
+    return f"the database {url.render_as_string(hide_password=True)}"
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
@@ -218,13 +258,21 @@ def _check_fence(connection: Connection, fence: int) -> None:
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def _translated(place: str) -> Iterator[None]:
     """The driver's errors as ours; what our own code raises inside passes as it is."""
     try:
         yield
     except IntegrityError as error:
-        raise StorageError(f"the database refused a row: {error.orig}", is_conflict=True) from error
-    except SQLAlchemyError as error:
-        raise StorageError(
-            f"the database failed: {error}", hint="check the disk, the rights and the URL", is_conflict=False
-        ) from error
+        raise StorageError(f"{place} refused a row: {error.orig}", is_conflict=True) from error
+    except (SQLAlchemyError, sqlite3.Error, UnicodeError) as error:
+        # sqlite3.Error: raised past SQLAlchemy, by `peek` and while a connection is prepared.
+        raise _failed(place, error) from error
+
+
+def _failed(place: str, error: Exception) -> StorageError:
+    """SQLAlchemy's own text ends in a link and may quote the statement: the driver's says enough."""
+    cause = getattr(error, "orig", None) or error
+    code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
+    text = str(cause).strip().partition("\n")[0]
+    hint = _HINTS.get(code, "check that it runs, the disk, the rights and storage.database in settings.toml")
+    return StorageError(f"{place} failed: {text}", hint=hint, is_conflict=False)

@@ -1,17 +1,20 @@
-"""Questions of a person about runs and rounds, for commands and pages. Reads only.
+"""Questions of a person about runs and rounds, for commands, pages and metrics. Reads only.
 
-Laws of the file: no secret leaves it (a run's seed draws cohorts and noise); each function is one query
-within the caller's transaction.
+Laws of the file: no secret leaves it (a run's seed draws cohorts and noise); each function answers within the
+caller's transaction.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from cloud_server.db.schema import meta, orders, rounds, runs, updates
+from cloud_server.db.releases import HELD, RELEASED, ROLLED_BACK
+from cloud_server.db.schema import meta, orders, releases, rollouts, rounds, runs, updates
 
 
 def list_runs(connection: Connection) -> list[dict[str, Any]]:
@@ -55,6 +58,72 @@ def show_round(connection: Connection, run: str, number: int) -> dict[str, Any] 
         dict(one._mapping) for one in connection.execute(update.order_by(updates.c.received_at))
     ]
     return facts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """What happened since the database was made, of all runs.
+
+    Attributes:
+        rounds: ended rounds by state.
+        round_buckets: rounds that were done by duration, one count for each bound and one above them.
+        round_seconds: the sum of those durations.
+        updates: replies by kind, state and reason.
+        held, released: the gate's decisions; holds by reason.
+        release_version: that the ring runs; 0 for none.
+    """
+
+    rounds: Mapping[str, float]
+    round_buckets: Sequence[int]
+    round_seconds: float
+    updates: Mapping[tuple[str, str, str], int]
+    held: Mapping[str, float]
+    released: int
+    release_version: int
+
+
+def load_totals(connection: Connection, *, ring: str, bounds: Sequence[float]) -> Totals:
+    """Counts everything; a pass over the updates.
+
+    Args:
+        bounds: of the buckets of round durations, in seconds, rising.
+    """
+    count = sa.func.count()
+    ended = sa.select(rounds.c.state, count).where(rounds.c.state.in_(("done", "failed")))
+    replies = sa.select(updates.c.kind, updates.c.state, updates.c.reason, count)
+    decided = sa.select(releases.c.state, releases.c.reason, count).where(releases.c.run != "")
+    gate = connection.execute(decided.group_by(releases.c.state, releases.c.reason)).all()
+    current = sa.select(rollouts.c.release_version).where(rollouts.c.ring == ring)
+    buckets, seconds = _durations(connection, bounds)
+    return Totals(
+        rounds={state: float(number) for state, number in connection.execute(ended.group_by(rounds.c.state))},
+        round_buckets=buckets,
+        round_seconds=seconds,
+        updates={
+            (kind, state, reason): number
+            for kind, state, reason, number in connection.execute(
+                replies.group_by(updates.c.kind, updates.c.state, updates.c.reason)
+            )
+        },
+        held={reason: float(number) for state, reason, number in gate if state == HELD},
+        released=sum(number for state, _, number in gate if state in (RELEASED, ROLLED_BACK)),
+        release_version=connection.execute(
+            current.order_by(rollouts.c.serial.desc()).limit(1)
+        ).scalar_one_or_none()
+        or 0,
+    )
+
+
+def _durations(connection: Connection, bounds: Sequence[float]) -> tuple[list[int], float]:
+    """How long rounds took, counted by the database."""
+    seconds = rounds.c.ended - rounds.c.started
+    bucket = sa.case(*((seconds <= bound, index) for index, bound in enumerate(bounds)), else_=len(bounds))
+    query = sa.select(bucket.label("bucket"), sa.func.count(), sa.func.sum(seconds))
+    found = connection.execute(query.where(rounds.c.state == "done").group_by("bucket")).all()
+    counts = [0] * (len(bounds) + 1)
+    for index, number, _ in found:
+        counts[index] = number
+    return counts, float(sum(total for _, _, total in found))
 
 
 def load_incarnation(connection: Connection) -> int:

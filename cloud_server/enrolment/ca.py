@@ -217,6 +217,22 @@ def ensure_client_files(
     return certificate_path, key_path
 
 
+def certificate_ends(folder: Path) -> dict[str, float]:
+    """When each certificate in the authority's folder ends, unix seconds, by its file's name.
+
+    Raises:
+        ConfigurationError: (operator) one of them cannot be read.
+    """
+    ends = {}
+    for path in sorted(folder.glob("*.pem")):
+        try:
+            certificate = x509.load_pem_x509_certificate(read_private(path))
+        except ValueError as error:
+            raise ConfigurationError(f"{path} is no certificate", hint="restore ca/") from error
+        ends[path.stem] = certificate.not_valid_after_utc.timestamp()
+    return ends
+
+
 def _is_good(pem: bytes, names: Sequence[str], now: float) -> bool:
     certificate = x509.load_pem_x509_certificate(pem)
     extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)

@@ -9,6 +9,7 @@ end the run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,7 @@ class StrategyDriver:
         slots: the tensors of the parameter vector.
         buffers_size: Q of the model.
         make_fold: makes the accumulator of a parameter vector of a given length; its device is chosen there.
+        timed: makes a context around each aggregation of updates, for a metric.
 
     Raises:
         ConfigurationError: (operator) differential privacy over a model with buffers, whose statistics no
@@ -60,11 +62,13 @@ class StrategyDriver:
         *,
         buffers_size: int = 0,
         make_fold: Callable[[int], Fold] = Fold,
+        timed: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         set_identity()
         self._strategy = strategy
         self._slots = slots
         self._make_fold = make_fold
+        self._timed = timed
         self._initial = export_state(strategy)
         self._is_folded = is_folded(strategy)
         self._is_private = is_differentially_private(strategy)
@@ -99,6 +103,10 @@ class StrategyDriver:
 
     def aggregate_train(self, round_number: int, base: Checkpoint, replies: Replies, seed: int) -> Aggregate:
         """Aggregates; see `rounds.ports.Strategy`."""
+        with self._timed():
+            return self._aggregate(round_number, base, replies, seed)
+
+    def _aggregate(self, round_number: int, base: Checkpoint, replies: Replies, seed: int) -> Aggregate:
         set_base(self._strategy, to_record(base.params, self._slots))
         stream: Iterable[Message]
         if self._is_folded:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, RecordDict
-from flwr.serverapp import ServerApp
+from flwr.serverapp import ServerApp as ServerApp
 
 from cloud_server.flower.exchange import Board
 from cloud_server.flower.exchange_desk import ExchangeDesk

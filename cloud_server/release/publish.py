@@ -202,6 +202,14 @@ class Publisher:
         version, _ = self._repository.ring(ring)
         return Announcement(channel=ring, release_version=version, timestamp=self._repository.timestamp())
 
+    def timestamp(self) -> bytes:
+        """The newest signed `timestamp.json`; another one whenever anything was signed.
+
+        Raises:
+            StorageError: (disk) the store cannot be read.
+        """
+        return self._repository.timestamp()
+
     def current_version(self, ring: str = DEFAULT_RING) -> int:
         """The release that a ring runs; 0 where it was never set."""
         return self._repository.ring(ring)[0]

@@ -1,4 +1,4 @@
-"""From a round's head to a release or a hold: quantize, measure, ask the gate, publish, announce.
+"""From a round's head to a release or a hold: quantize, measure, ask the gate, publish.
 
 Laws of the file: what is judged is what would be served (the int8 file with fresh ranges); the candidate and the
 release that devices serve are compared on the same windows of the same devices in one evaluation (`served_…` metrics),
@@ -8,6 +8,7 @@ and on the same held-out data of the operator; asked again for a round (after a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,9 +25,11 @@ from models.evaluate import evaluate
 from process.logs import get_logger
 from wire.checkpoint import Checkpoint
 from wire.manifest import Manifest
-from wire.messages import Announcement
 
 _log = get_logger("cloud.release")
+
+Timed = Callable[[], AbstractContextManager[None]]
+"""Makes a context around what takes long, for a metric."""
 
 SERVED = "served_"
 """Prefix of what a device measured with the model that it serves, beside the candidate."""
@@ -43,25 +46,29 @@ class Holdout:
 class CalibratingFinisher:
     """Makes an aggregate a head: refined on the operator's data where that is wanted, with fresh activation ranges."""
 
-    def __init__(self, maker: CandidateMaker, refinery: Refinery | None = None) -> None:
+    def __init__(
+        self, maker: CandidateMaker, refinery: Refinery | None = None, timed: Timed = nullcontext
+    ) -> None:
         self._maker = maker
         self._refinery = refinery
+        self._timed = timed
 
     def finish(self, params: Vector, buffers: Vector, base: Checkpoint, seed: int) -> Checkpoint:
         """See `cloud_server.rounds.ports.Finisher`."""
-        if self._refinery is not None:
-            refined = self._refinery.refine(params, buffers, seed)
-            _log.info("head_refined", change=refined.change, was_cut=refined.was_cut)
-            params = refined.params
-        return self._maker.checkpoint(params, buffers)
+        with self._timed():
+            if self._refinery is not None:
+                refined = self._refinery.refine(params, buffers, seed)
+                _log.info("head_refined", change=refined.change, was_cut=refined.was_cut)
+                params = refined.params
+            return self._maker.checkpoint(params, buffers)
 
 
 class GatedReleaser:
-    """The gate and all that follows it; `cloud_server.rounds.ports.Releaser`.
+    """The gate and all that follows it; `cloud_server.rounds.ports.Releaser`. (The `Announcer` tells the fleet.)
 
     Args:
         holdout: None where the operator has no labelled data; then the devices alone decide.
-        announce: tells the fleet.
+        timed: around every decision.
     """
 
     def __init__(
@@ -73,7 +80,7 @@ class GatedReleaser:
         policy: GatePolicy,
         ring: str,
         holdout: Holdout | None,
-        announce: Callable[[Announcement], None],
+        timed: Timed = nullcontext,
     ) -> None:
         self._publisher = publisher
         self._maker = maker
@@ -81,13 +88,16 @@ class GatedReleaser:
         self._policy = policy
         self._ring = ring
         self._holdout = holdout
-        self._announce = announce
+        self._timed = timed
         self._served: tuple[int, float | None] = (0, None)
 
     def decide(self, candidate: Candidate) -> Decision:
         """Releases the candidate or holds it back."""
-        head = candidate.checkpoint
-        made = self._maker.make(head.params, head.buffers)
+        with self._timed():
+            return self._decide(candidate)
+
+    def _decide(self, candidate: Candidate) -> Decision:
+        made = self._maker.fill(candidate.checkpoint)
         operator = self._measure(made.int8)
         metrics = dict(candidate.metrics)
         if operator is not None:
@@ -103,7 +113,7 @@ class GatedReleaser:
                 self._publisher.hold(row.version, reason)
                 _log.info("release_held", version=row.version, round=candidate.round_number, reason=reason)
                 return Decision(reason=reason, metrics=metrics)
-        self._announce(self._publisher.publish(row.version, self._ring))
+        self._publisher.publish(row.version, self._ring)
         self._served = (row.version, operator)
         _log.info("release_published", version=row.version, round=candidate.round_number, ring=self._ring)
         return Decision(release_version=row.version, metrics=metrics)
@@ -135,8 +145,7 @@ class GatedReleaser:
         if version == 0:
             return None
         if self._served[0] != version:
-            checkpoint = self._publisher.checkpoint(version)
-            made = self._maker.make(checkpoint.params, checkpoint.buffers)
+            made = self._maker.fill(self._publisher.checkpoint(version))
             self._served = (version, self._measure(made.int8))
         return self._served[1]
 

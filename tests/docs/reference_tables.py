@@ -19,11 +19,14 @@ import cloud_server.settings
 import edge_agent.cli
 import edge_agent.settings
 import fleet.cli
+from cloud_server.metrics import CloudMetrics
 from cloud_server.settings import CloudSettings
 from edge_agent.settings import EdgeSettings
 from fleet.scenario import Scenario
 from process.exits import EXIT_CODES
+from process.metrics import Metric, Registry
 from process.options import Option, options
+from process.vitals import register_vitals
 from wire import errors
 
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
@@ -50,6 +53,23 @@ def settings_table(cls: type[msgspec.Struct], prefix: str = "") -> str:
 
     head = ["key", "type", "default", "meaning", *(["variable"] if prefix else [])]
     return table(head, map(row, options(cls, prefix)))
+
+
+def metrics_table(registry: Registry) -> str:
+    """Every metric of a process, with its labels' values."""
+
+    def row(metric: Metric) -> list[str]:
+        labels = "; ".join(f"`{label}`: {', '.join(values)}" for label, values in metric.labels.items())
+        return [f"`{metric.name}`", metric.kind, labels, metric.meaning, metric.use]
+
+    head = ("name", "kind", "labels", "what it is", "what to do with it")
+    return table(head, map(row, registry.metrics()))
+
+
+def aggregator_metrics() -> str:
+    metrics = CloudMetrics()
+    register_vitals(metrics.registry, 0.0)
+    return metrics_table(metrics.registry)
 
 
 def exit_codes() -> str:
@@ -129,6 +149,7 @@ PARTS: dict[str, Callable[[], str]] = {
         CloudSettings, cloud_server.settings.VARIABLE_PREFIX
     ),
     "options of a scenario": lambda: settings_table(Scenario),
+    "metrics of the aggregator": aggregator_metrics,
     "exit codes": exit_codes,
     "errors": error_tree,
     "supported layers": supported_layers,

@@ -1,0 +1,55 @@
+"""Tells the fleet what was signed since it was told last: a release, a rollback, or the same anew before it expires.
+
+Law of the file: one rule, whoever signed (the gate, a command in another process, maintenance): the signed timestamp
+is another than the one that was announced. Source: docs/protocol.md, `md/{channel}`.
+"""
+
+from __future__ import annotations
+
+from cloud_server.downlink import Downlink
+from cloud_server.release.publish import DEFAULT_RING, Publisher
+from process.clock import Clock
+from process.logs import get_logger
+from wire.errors import ShoalError
+
+_log = get_logger("cloud.release")
+
+CHECK_SECONDS = 1.0
+"""How long a rollback by command may wait for its announcement."""
+
+
+class Announcer:
+    """Announces one ring."""
+
+    def __init__(
+        self, publisher: Publisher, downlink: Downlink, clock: Clock, ring: str = DEFAULT_RING
+    ) -> None:
+        self._publisher = publisher
+        self._downlink = downlink
+        self._clock = clock
+        self._ring = ring
+        self._announced = b""
+        self._next_check = 0.0
+        self.announced_total = 0
+
+    def tick(self) -> float:
+        """Announces what is new; returns when it wants to look again (unix seconds)."""
+        now = self._clock.now()
+        if now >= self._next_check or self._next_check - now > CHECK_SECONDS:
+            self._next_check = now + CHECK_SECONDS
+            try:
+                self._announce_news()
+            except ShoalError as error:
+                # The store may be back with the next look; a running fleet need not stop for it.
+                _log.error("release_not_announced", error=str(error), hint=error.hint)
+        return self._next_check
+
+    def _announce_news(self) -> None:
+        timestamp = self._publisher.timestamp()
+        if timestamp == self._announced:
+            return
+        announcement = self._publisher.announcement(self._ring)
+        if announcement.release_version:
+            self._downlink.announce(announcement)
+            self.announced_total += 1
+        self._announced = announcement.timestamp
