@@ -13,11 +13,12 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import LocalStore, MemoryStore, from_url
 
 from wire.errors import ConfigurationError, StorageError
@@ -25,6 +26,13 @@ from wire.errors import ConfigurationError, StorageError
 _KEY = re.compile(r"(?!\.)[A-Za-z0-9._-]+(?:/(?!\.)[A-Za-z0-9._-]+)*")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MAX_KEY_CHARS = 512
+_ENDPOINT_VARIABLE = "AWS_ENDPOINT_URL"
+_PLAIN_VARIABLE = "AWS_ALLOW_HTTP"
+# A device or a round waits for the answer; a store that is away longer is an error that both try again.
+_RETRIES: Any = {"max_retries": 4, "retry_timeout": timedelta(seconds=20)}
+_CODE = re.compile(r"<Code>(\w{1,64})</Code>")
+_DENIED = re.compile(r"status code: 40[13]\b")
+_SYSTEM_MESSAGE = re.compile(r'message: "([^"\n]{1,200})"')
 
 
 class Artefacts:
@@ -54,23 +62,32 @@ class Artefacts:
 
     @classmethod
     def open(cls, url: str) -> Artefacts:
-        """A store by URL: `memory:`, `file:///folder`, `s3://bucket/prefix` (credentials from the
-        environment).
+        """A store by URL: `memory:`, `file:///folder`, `s3://bucket/prefix` (endpoint, region and credentials from
+        AWS's variables in the environment). A bucket is asked once, so that what is wrong is said here.
 
         Raises:
-            ConfigurationError: (operator) not a URL that names a store.
+            ConfigurationError: (operator) not a URL that names a store, no such bucket, or we may not use it.
+            StorageError: (network) the store does not answer.
         """
         if url == "memory:":
             return cls.in_memory()
         if url.startswith("file://"):
             return cls.in_folder(Path(url.removeprefix("file://")))
+        endpoint = os.environ.get(_ENDPOINT_VARIABLE, "")
+        if endpoint.startswith("http:") and not os.environ.get(_PLAIN_VARIABLE):
+            raise ConfigurationError(
+                f"{_ENDPOINT_VARIABLE} is {endpoint}, which is not encrypted",
+                hint=f"use https, or set {_PLAIN_VARIABLE}=true for a network that you trust",
+            )
         try:
-            return cls(from_url(url))
+            store = from_url(url, retry_config=_RETRIES)
         except (BaseError, ValueError) as error:
             raise ConfigurationError(
                 f"the artefact URL {url!r} cannot be used",
                 hint="use memory:, file:///folder or s3://bucket/prefix",
             ) from error
+        _ask(store, url)
+        return cls(store)
 
     # ---- blobs, by hash ----
 
@@ -176,6 +193,40 @@ class Artefacts:
             obstore.delete(self._store, key)
 
 
+def _ask(store: Any, url: str) -> None:
+    """Lists a page of the store, which needs the bucket, the credentials and the network."""
+    try:
+        next(iter(obstore.list(store)), None)
+    except (BaseError, OSError) as error:
+        reason = _reason(error)
+        if "NoSuchBucket" in reason:
+            raise ConfigurationError(
+                f"there is no bucket for the artefacts at {url}",
+                hint="make it, or correct storage.artefacts",
+            ) from error
+        if isinstance(error, PermissionDeniedError | UnauthenticatedError) or _DENIED.search(str(error)):
+            raise ConfigurationError(
+                f"the artefact store does not let us use {url}: {reason}",
+                hint="check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, and that they may list the bucket",
+            ) from error
+        raise StorageError(
+            f"the artefact store does not answer at {url}: {reason}",
+            hint=f"is it running, and is {_ENDPOINT_VARIABLE} right?",
+            is_missing=False,
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """One line of obstore's page: the store's own code, or what the network said."""
+    text = str(error)
+    code, message = _CODE.search(text), _SYSTEM_MESSAGE.search(text)
+    if code is not None:
+        return code[1]
+    if message is not None:
+        return message[1]
+    return text.partition("\n")[0].rpartition(" - ")[2][:200]
+
+
 def blob_key(sha256: str) -> str:
     """The key of a blob; two levels, so that no folder grows without bound.
 
@@ -216,11 +267,15 @@ def _translated(key: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:  # obstore's own "not found" is this built-in one
+        if "NoSuchBucket" in str(error):
+            raise StorageError(
+                "the bucket of the artefacts is gone", hint="restore it", key=key, is_missing=False
+            ) from error
         raise StorageError(f"the artefact {key} is missing", key=key, is_missing=True) from error
     except (BaseError, OSError) as error:
         raise StorageError(
-            f"the artefact store failed at {key}: {error}",
-            hint="check the disk, the rights and the URL",
+            f"the artefact store failed at {key}: {_reason(error)}",
+            hint="check the disk or the network, the rights and the URL",
             key=key,
             is_missing=False,
         ) from error

@@ -119,9 +119,11 @@ class ChildReleases:
         except ChildTimeoutError as error:
             raise TransportError("the release check took too long") from error
         try:
-            result: Found | Failed = msgspec.json.decode(
-                ended.output, type=Found if ended.code == 0 else Failed
-            )
+            result: Found | Failed
+            if ended.code == 0:
+                result = msgspec.json.decode(ended.output, type=Found)
+            else:
+                result = msgspec.json.decode(ended.output, type=Failed)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise ReleaseError(
                 f"the release check ended with code {ended.code} and without a result"
