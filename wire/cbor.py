@@ -3,13 +3,14 @@
 Laws of the file: what decodes re-encodes to the same bytes (so there is one byte string per meaning); the
 structure is walked and bounded before cbor2 sees a byte, because cbor2 would act on tags (big numbers,
 regular expressions, shared references) while it decodes; nothing is decoded above the caller's byte limit;
-any bytes in give a value or a `MessageError`. Source: RFC 8949 §4.2, docs/protocol.md, clause 1.
+any bytes in give a value or a `MessageError`; a long byte string (a model, an update) is copied once and never
+encoded again. Source: RFC 8949 §4.2, docs/protocol.md, clause 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, NamedTuple
 
 import cbor2
 
@@ -17,6 +18,9 @@ from wire.errors import MessageError
 
 MAX_DEPTH: Final = 16
 MAX_ITEMS: Final = 65_536
+LONG_BYTES: Final = 4096
+"""Byte strings from this length on are not given to cbor2: it would copy them, and encoding them again to compare
+costs five times as much as all the rest."""
 
 # Major types (RFC 8949 §3.1) and, of the lowest five bits, what this file knows by name.
 _UNSIGNED, _NEGATIVE, _BYTES, _TEXT, _ARRAY, _MAP, _TAG, _SIMPLE, _REFUSED = range(9)
@@ -24,6 +28,7 @@ _FALSE, _NULL, _ONE_BYTE, _HALF, _DOUBLE = 20, 22, 24, 25, 27
 _KEY_KINDS: Final = frozenset((_UNSIGNED, _NEGATIVE, _TEXT))
 _STRING_KINDS: Final = frozenset((_BYTES, _TEXT))
 _CONTAINER_KINDS: Final = frozenset((_ARRAY, _MAP))
+_MARK: Final = b"\xf7"
 _CBOR_FAILURES = (cbor2.CBORError, ValueError, TypeError, OverflowError, RecursionError)
 
 
@@ -89,27 +94,65 @@ def _check_limit(data: bytes, limit_bytes: int) -> None:
 
 
 def _decode(data: bytes) -> Any:
-    _walk(data)
+    """Decodes what is left when each long byte string is replaced by a mark, and puts the strings back."""
+    long = _walk(data)
+    short = _without(data, long) if long else data
     try:
-        value = cbor2.loads(data, max_depth=MAX_DEPTH + 2, allow_indefinite=False, allow_duplicate_keys=False)
+        value = cbor2.loads(
+            short, max_depth=MAX_DEPTH + 2, allow_indefinite=False, allow_duplicate_keys=False
+        )
         again = encode_canonical(value)
     except _CBOR_FAILURES as error:
         raise MessageError("not CBOR") from error
-    if again != data:
+    if again != short or any(data[item.head : item.start] != item.shortest_head for item in long):
         raise MessageError("CBOR is not canonical")
+    return _filled(value, (data[item.start : item.end] for item in long)) if long else value
+
+
+class _Long(NamedTuple):
+    """Where a long byte string lies: its head, its content and what follows."""
+
+    head: int
+    start: int
+    end: int
+
+    @property
+    def shortest_head(self) -> bytes:
+        return _head(_BYTES, self.end - self.start)
+
+
+def _without(data: bytes, long: Sequence[_Long]) -> bytes:
+    """The bytes with `undefined` in the place of each long string: a value that `_walk` refuses elsewhere."""
+    starts = (0, *(item.end for item in long))
+    ends = (*(item.head for item in long), len(data))
+    return _MARK.join(data[start:end] for start, end in zip(starts, ends, strict=True))
+
+
+def _filled(value: Any, strings: Iterator[bytes]) -> Any:
+    """The value with the strings in the places of their marks, in the order in which both were read."""
+    if value is cbor2.undefined:
+        return next(strings)
+    if isinstance(value, list):
+        return [_filled(item, strings) for item in value]
+    if isinstance(value, dict):
+        return {key: _filled(item, strings) for key, item in value.items()}
     return value
 
 
-def _walk(data: bytes) -> None:
+def _walk(data: bytes) -> list[_Long]:
     """Checks the shape of one item and that nothing follows it, without building anything.
 
     `outer` holds, for each container around the current one, how many items are still to come and whether
     it is a map, whose keys stand where an even number is to come. Lengths are compared with what is there
     before they are believed.
+
+    Returns:
+        The long byte strings, in order.
     """
     end = len(data)
     at = items = 0
     outer: list[tuple[int, bool]] = []
+    long: list[_Long] = []
     left, in_map = 1, False
     while left or outer:
         if left == 0:
@@ -124,11 +167,14 @@ def _walk(data: bytes) -> None:
             raise MessageError("CBOR map key is neither a number nor text", at=at)
         left -= 1
         items += 1
+        head = at
         argument, at = _argument(data, at, end)
         if kind in _STRING_KINDS:
             if argument > end - at:
                 raise MessageError("CBOR string runs past its end", at=at)
             at += argument
+            if kind == _BYTES and argument >= LONG_BYTES:
+                long.append(_Long(head, at - argument, at))
         elif kind in _CONTAINER_KINDS:
             if argument > end - at or len(outer) == MAX_DEPTH:
                 raise MessageError("CBOR container runs past its end or is nested too deep", at=at)
@@ -137,6 +183,7 @@ def _walk(data: bytes) -> None:
             left = 2 * argument if in_map else argument
     if at != end:
         raise MessageError("CBOR is followed by other bytes", at=at)
+    return long
 
 
 def _argument(data: bytes, at: int, end: int) -> tuple[int, int]:

@@ -97,11 +97,14 @@ class Checkpoint:
             raise BundleError("checkpoint: not a map of format, params, buffers and ranges")
         if type(plain["format"]) is not int or plain["format"] != FORMAT:
             raise BundleError("checkpoint: unknown format", format=plain["format"])
-        return cls(
+        checkpoint = cls(
             params=_array(plain["params"], 4),
             buffers=_array(plain["buffers"], 4),
             ranges=_array(plain["ranges"], 8).reshape(-1, 2),
         )
+        # What decodes re-encodes to the same bytes: whoever asks for them or for their hash gets these.
+        checkpoint.__dict__["_encoded"] = bytes(data)
+        return checkpoint
 
     def check(self, manifest: Manifest) -> None:
         """Compares the sizes with a model's.

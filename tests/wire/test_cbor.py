@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wire.cbor import MAX_DEPTH, decode_canonical, decode_tagged, encode_canonical, encode_tagged
+from wire.cbor import LONG_BYTES, MAX_DEPTH, decode_canonical, decode_tagged, encode_canonical, encode_tagged
 from wire.errors import MessageError
 
 LIMIT = 2**20
@@ -54,6 +54,45 @@ def test_any_damage_gives_another_value_or_our_error(value: object, data: st.Dat
     except MessageError:
         return
     assert encode_canonical(decoded) == bytes(encoded) != encode_canonical(value)
+
+
+@given(st.lists(VALUES, max_size=3), st.integers(-2, 2), st.integers(1, 3))
+def test_long_strings_round_trip_wherever_they_stand(values: list[object], beyond: int, count: int) -> None:
+    long = bytes(LONG_BYTES + beyond)
+    value = [*values, {"b": [long + bytes([number]) for number in range(count)], "a": long}, *values]
+    assert decode_canonical(encode_canonical(value), limit_bytes=LIMIT) == value
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        pytest.param(b"\x5a\x00\x00\x10\x00", id="four_bytes_for_two"),
+        pytest.param(b"\x5b\x00\x00\x00\x00\x00\x00\x10\x00", id="eight_bytes_for_two"),
+        pytest.param(b"\x5f\x59\x10\x00", id="indefinite"),
+        pytest.param(b"\x59\x10\x01", id="past_its_end"),
+        pytest.param(b"\xd8\x40\x59\x10\x00", id="tagged"),
+    ],
+)
+def test_long_string_is_refused_with_another_head_than_its_own(head: bytes) -> None:
+    assert decode_canonical(b"\x59\x10\x00" + bytes(LONG_BYTES), limit_bytes=LIMIT) == bytes(LONG_BYTES)
+    with pytest.raises(MessageError):
+        decode_canonical(head + bytes(LONG_BYTES), limit_bytes=LIMIT)
+
+
+def test_map_is_refused_when_its_long_strings_stand_in_another_order() -> None:
+    a, b = (key + encode_canonical(bytes(LONG_BYTES)) for key in (b"\x61a", b"\x61b"))
+    assert decode_canonical(b"\xa2" + a + b, limit_bytes=LIMIT) == {
+        "a": bytes(LONG_BYTES),
+        "b": bytes(LONG_BYTES),
+    }
+    for pair in (b + a, a + a):
+        with pytest.raises(MessageError):
+            decode_canonical(b"\xa2" + pair, limit_bytes=LIMIT)
+
+
+def test_undefined_is_refused_beside_a_long_string() -> None:
+    with pytest.raises(MessageError):
+        decode_canonical(b"\x82" + encode_canonical(bytes(LONG_BYTES)) + b"\xf7", limit_bytes=LIMIT)
 
 
 @pytest.mark.parametrize(
