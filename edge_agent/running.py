@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edge_agent.agent import Agent
+from edge_agent.freed_memory import share_one_arena
 from edge_agent.inputs.files import FileInput
 from edge_agent.inputs.item import Answering, Answers
 from edge_agent.inputs.lines import LineInput
@@ -81,6 +82,7 @@ def run_agent(folder: Path, settings: EdgeSettings, sources: Sequence[str], *, o
     Raises:
         ConfigurationError, TrustError, StorageError: the agent cannot start.
     """
+    share_one_arena()
     agent = Agent.from_folder(folder, settings)
     ended = threading.Event()
     inputs = [open_input(source, agent, print_answer) for source in sources]

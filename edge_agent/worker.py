@@ -1,7 +1,8 @@
 """Where jobs run (train, evaluate, update): one background thread on a device, at once in a simulator.
 
 Laws of the file: one job at a time; a job's error becomes its result and never ends the thread; `done` is
-called exactly once for each job. Inference never runs here, so a long job cannot hold up an answer.
+called exactly once for each job. Inference never runs here, so a long job cannot hold up an answer. When no
+job has come for a while, what the last ones freed goes back to the system.
 """
 
 from __future__ import annotations
@@ -9,15 +10,19 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 from edge_agent.child import end_children
+from edge_agent.freed_memory import give_back
 from edge_agent.ports import JobKind, JobResult
 from wire.errors import ShoalError
 
 _NICENESS = 10
 _STOP_SECONDS = 5.0
+# Not between the jobs of rounds that follow each other: a large model's pages would be faulted in for each anew. Once
+# more when the upload of what a job made is over on most links.
+REST_AFTER_SECONDS: Final = (2.0, 60.0)
 
 Job = tuple[JobKind, bytes, Callable[[], Any], Callable[[JobResult], None]]
 
@@ -33,9 +38,19 @@ def run_job(kind: JobKind, key: bytes, work: Callable[[], Any]) -> JobResult:
 
 
 class ThreadWorker:
-    """One daemon thread of low priority, started with the first job."""
+    """One daemon thread of low priority, started with the first job.
 
-    def __init__(self) -> None:
+    Args:
+        at_rest: called when no job has come for that many seconds, after each of `rest_after_seconds` once.
+    """
+
+    def __init__(
+        self,
+        at_rest: Callable[[], object] = give_back,
+        rest_after_seconds: Sequence[float] = REST_AFTER_SECONDS,
+    ) -> None:
+        self._at_rest = at_rest
+        self._rest_after_seconds = rest_after_seconds
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -56,7 +71,7 @@ class ThreadWorker:
 
     def _run(self) -> None:
         _lower_priority()
-        while (job := self._jobs.get()) is not None:
+        while (job := self._next()) is not None:
             kind, key, work, done = job
             try:
                 result = run_job(kind, key, work)
@@ -64,6 +79,14 @@ class ThreadWorker:
                 result = JobResult(kind, key, error=f"unexpected {type(error).__name__}: {error}")
             done(result)
             del job, work, done, result
+
+    def _next(self) -> Job | None:
+        for quiet_seconds in self._rest_after_seconds:
+            try:
+                return self._jobs.get(timeout=quiet_seconds)
+            except queue.Empty:
+                self._at_rest()
+        return self._jobs.get()
 
 
 def _lower_priority() -> None:
