@@ -1,26 +1,36 @@
-"""The artefact store, over memory and a folder: whole writes, names checked, damage found."""
+"""The artefact store, over memory, a folder and S3: whole writes, names checked, damage found."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cloud_server.artefacts import Artefacts, blob_key
+from tests.cloud.s3_server import BUCKET, S3Server
 from wire.errors import ConfigurationError, StorageError
 
 DATA = b"parameters" * 100
 
 
-@pytest.fixture(params=["memory", "folder"])
-def artefacts(request: pytest.FixtureRequest, tmp_path: Path) -> Artefacts:
-    makers: dict[str, Callable[[], Artefacts]] = {
-        "memory": Artefacts.in_memory,
-        "folder": lambda: Artefacts.open(f"file://{tmp_path}/artefacts"),
-    }
-    return makers[request.param]()
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[S3Server]:
+    pytest.importorskip("moto", reason="needs moto: pip install 'shoal[dev]'")
+    server = S3Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["memory", "folder", "s3"])
+def artefacts(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artefacts:
+    if request.param == "memory":
+        return Artefacts.in_memory()
+    if request.param == "folder":
+        return Artefacts.open(f"file://{tmp_path}/artefacts")
+    request.getfixturevalue("bucket").credentials.put_into(monkeypatch)
+    return Artefacts.open(f"s3://{BUCKET}/{tmp_path.name}")
 
 
 def test_blob_comes_back_under_its_hash(artefacts: Artefacts) -> None:
