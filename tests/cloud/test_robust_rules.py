@@ -30,12 +30,12 @@ def matrix_of(rows: int, size: int = SIZE, seed: int = 3) -> torch.Tensor:
 def cohort(attack: str) -> torch.Tensor:
     """Honest updates around TRUTH, and a quarter of the cohort that attacks."""
     rng = np.random.default_rng(11)
-    honest = TRUTH + 0.3 * rng.normal(0, 1, (HONEST, SIZE)).astype(np.float32)
+    honest = (TRUTH + 0.3 * rng.normal(0, 1, (HONEST, SIZE))).astype(np.float32)
     attacks: dict[str, NDArray[np.float32]] = {
-        "boosted": -100.0 * honest[:FALSE],
+        "boosted": np.float32(-100.0) * honest[:FALSE],
         "far": np.full((FALSE, SIZE), 1e6, np.float32),
         "huge": np.full((FALSE, SIZE), 1e30, np.float32),
-        "noise": 50.0 * rng.normal(0, 1, (FALSE, SIZE)).astype(np.float32),
+        "noise": rng.normal(0, 50, (FALSE, SIZE)).astype(np.float32),
     }
     return torch.from_numpy(np.vstack([honest, attacks[attack]]).astype(np.float32))
 
