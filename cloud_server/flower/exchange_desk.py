@@ -299,7 +299,8 @@ class ExchangeDesk(Desk):
         cap = nodes.max_examples(update.device)
         expected = {update.order_id: expected_reply(self._plan, order, round_train(row), cap)}
         node_ids = {update.device: order.node_id}
-        return StoredReplies(self._database, self._ports.blobs, [update], expected, node_ids)
+        kept = self._intake.kept
+        return StoredReplies(self._database, self._ports.blobs, [update], expected, node_ids, kept)
 
     def _deliver_errors(self, exchange: Exchange) -> None:
         """An error reply for every message that has no other."""

@@ -171,7 +171,8 @@ class Desk(ABC):
             for order in orders
         }
         node_ids = {order.device: nodes.node_id(order.device) for order in orders}
-        return StoredReplies(self._database, self._ports.blobs, rows, expected, node_ids)
+        kept = self._intake.kept
+        return StoredReplies(self._database, self._ports.blobs, rows, expected, node_ids, kept)
 
     def _forget(self, rows: Iterable[books.UpdateRow]) -> None:
         """After the commit; a blob that stays behind because the process ends here is only space."""
