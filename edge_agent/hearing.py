@@ -27,7 +27,7 @@ def event_of(body: DownBody, parts: Parts) -> on.Event | None:
     """What a message downward means to this device; None when it means nothing."""
     match body:
         case Invitation():
-            return on.InvitationArrived(body)
+            return on.InvitationArrived(body, parts.heads.must_ask(body))
         case Order():
             seen = parts.orders.find(body.order_id)
             update_id = (seen.update_id or b"") if seen is not None else b""
