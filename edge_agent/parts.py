@@ -22,7 +22,6 @@ from edge_agent.settings import EdgeSettings
 from edge_agent.slots import SlotStore
 from edge_agent.speaker import Speaker
 from edge_agent.storage import Database
-from edge_agent.tally import Tally
 from edge_agent.time_floor import FlooredClock
 from process.clock import Clock
 from wire.codec import ErrorFeedback
@@ -62,7 +61,6 @@ class Parts:
     feedback_correct: int = 0
     feedback_total: int = 0
     started_at: float = 0.0
-    tally: Tally = field(default_factory=Tally)
     stopping: bool = False
     sealed_to: dict[bytes, bytes] = field(default_factory=dict)
     left_over: dict[bytes, ErrorFeedback] = field(default_factory=dict)
