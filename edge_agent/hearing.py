@@ -54,10 +54,10 @@ def refusal_of(order: Order, parts: Parts) -> str:
 
 def _receipt(body: Receipt, parts: Parts) -> on.ReceiptArrived | None:
     """A receipt counts only for the very bytes that were sent."""
-    row = parts.outbox.find_transfer(body.transfer)
-    if row is None or body.update_id not in (row.update_id, _UNKNOWN_UPDATE):
+    update_id = parts.outbox.find_transfer(body.transfer)
+    if update_id is None or body.update_id not in (update_id, _UNKNOWN_UPDATE):
         return None
-    return on.ReceiptArrived(row.update_id, body.verdict, body.transfer, body.reason, body.missing)
+    return on.ReceiptArrived(update_id, body.verdict, body.transfer, body.reason, body.missing)
 
 
 def job_ended(result: JobResult, parts: Parts) -> on.Event:

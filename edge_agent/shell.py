@@ -256,7 +256,6 @@ class Shell:
             sealed, row.round_number, max_packet_bytes=parts.max_packet_bytes, parts=action.parts
         )
         parts.outgoing.upload(row.update_id, packets)
-        parts.outbox.mark_sent(row.update_id, parts.clock.now())
 
     def _end(self, action: do.EndUpdate) -> None:
         parts = self._parts
