@@ -87,7 +87,7 @@ def play(dataset: str, *, rounds: int, seed: int) -> tuple[float, float, float, 
         judge = Judge(bundle, simulation.base.publisher.checkpoint)
         x = np.concatenate([split.test_x for split in federation.devices.values()])
         y = np.concatenate([split.test_y for split in federation.devices.values()])
-        accuracies = [judge.accuracy(row.version, x, y) for row in (books.released[0], books.released[-1])]
+        accuracies = [judge.score(row.version, x, y) for row in (books.released[0], books.released[-1])]
         simulation.close()
     updates = [update for rows in books.updates.values() for update in rows]
     ratio = sum(update.size_bytes for update in updates) / (len(updates) * 4 * judge.params_size)

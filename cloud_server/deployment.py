@@ -83,23 +83,11 @@ class Deployment:
 
     @cached_property
     def database(self) -> Database:
-        """The database, brought to this version's schema.
-
-        Raises:
-            StorageError: (disk) it cannot be opened; of a complete folder, it is not made anew where it is gone.
-        """
-        url = self.settings.storage.database
-        file = self.folder.database.absolute()
-        if not url and self.folder.is_sealed and not (file.exists() and file.stat().st_size):
-            raise StorageError(
-                f"the database {file} is missing or empty", hint="restore it from its backup", path=str(file)
-            )
-        opened = open_database(url or f"sqlite:///{file}")
-        try:
-            opened.migrate()
-        except BaseException:
-            opened.close()
-            raise
+        """The database, brought to this version's schema."""
+        opened = open_database(
+            self.settings.storage.database or f"sqlite:///{self.folder.database.absolute()}"
+        )
+        opened.migrate()
         return opened
 
     @cached_property
@@ -231,7 +219,8 @@ def _url(scheme: str, host: str, port: int) -> str:
 
 
 def initialise(root: Path, settings: CloudSettings, *, clock: Clock | None = None) -> Deployment:
-    """Makes a state folder: settings, keys, CA, database, an empty signed repository. All of it, or nothing.
+    """Makes a state folder: settings, keys, CA, database, an empty signed repository. All of it or a folder
+    without FORMAT.
 
     Raises:
         ConfigurationError: (operator) something lies there already.
@@ -240,18 +229,6 @@ def initialise(root: Path, settings: CloudSettings, *, clock: Clock | None = Non
     folder = StateFolder(root)
     folder.create()
     deployment = Deployment(folder, settings, clock=clock)
-    try:
-        _fill(deployment)
-        folder.seal()
-    except BaseException:  # an interrupt too: half a folder would be in the way of the next try
-        deployment.close()
-        folder.discard()
-        raise
-    return deployment
-
-
-def _fill(deployment: Deployment) -> None:
-    folder, settings = deployment.folder, deployment.settings
     try:
         folder.settings.write_text(render_toml(settings), encoding="utf-8")
     except OSError as error:
@@ -262,3 +239,5 @@ def _fill(deployment: Deployment) -> None:
     with deployment.database.read():
         pass
     deployment.repository.init(online_keys=keys.online_json(tenant=settings.tenant, fleet=settings.fleet))
+    folder.seal()
+    return deployment

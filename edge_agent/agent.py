@@ -393,8 +393,8 @@ class Agent:
             return on.JobFailed(result.kind, result.key, str(error))
 
     def _take_chunk(self, chunk: BlobChunk) -> None:
-        progress = self.parts.heads.add(chunk.sha256, chunk.index, chunk.piece)
-        if progress is None:
-            return
-        event = on.HeadReady if progress.is_complete else on.ChunkArrived
-        self._step(event(progress.head_sha256))
+        is_new, is_complete = self.parts.heads.add(chunk.sha256, chunk.index, chunk.piece)
+        if is_complete:
+            self._step(on.HeadReady(chunk.sha256))
+        elif is_new:
+            self._step(on.ChunkArrived(chunk.sha256))

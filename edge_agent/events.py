@@ -40,10 +40,9 @@ class Disconnected:
 
 @dataclass(frozen=True, slots=True)
 class InvitationArrived:
-    """A verified `rd`; `must_ask` when its head is sent on need only, and nothing that leads to it is here."""
+    """A verified `rd`."""
 
     invitation: Invitation
-    must_ask: bool = False
 
 
 @dataclass(frozen=True, slots=True)

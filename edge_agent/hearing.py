@@ -27,7 +27,7 @@ def event_of(body: DownBody, parts: Parts) -> on.Event | None:
     """What a message downward means to this device; None when it means nothing."""
     match body:
         case Invitation():
-            return on.InvitationArrived(body, parts.heads.must_ask(body))
+            return on.InvitationArrived(body)
         case Order():
             seen = parts.orders.find(body.order_id)
             update_id = (seen.update_id or b"") if seen is not None else b""
@@ -54,10 +54,10 @@ def refusal_of(order: Order, parts: Parts) -> str:
 
 def _receipt(body: Receipt, parts: Parts) -> on.ReceiptArrived | None:
     """A receipt counts only for the very bytes that were sent."""
-    update_id = parts.outbox.find_transfer(body.transfer)
-    if update_id is None or body.update_id not in (update_id, _UNKNOWN_UPDATE):
+    row = parts.outbox.find_transfer(body.transfer)
+    if row is None or body.update_id not in (row.update_id, _UNKNOWN_UPDATE):
         return None
-    return on.ReceiptArrived(update_id, body.verdict, body.transfer, body.reason, body.missing)
+    return on.ReceiptArrived(row.update_id, body.verdict, body.transfer, body.reason, body.missing)
 
 
 def job_ended(result: JobResult, parts: Parts) -> on.Event:

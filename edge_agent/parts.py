@@ -106,6 +106,6 @@ def assemble(
             retention_seconds=storage.retention_days * 86_400.0,
             precision=storage.precision,
         ),
-        heads=Heads(settings.training.max_head_bytes, slots.current),
+        heads=Heads(settings.training.max_head_bytes),
         boot_id=rng.randbytes(16),
     )

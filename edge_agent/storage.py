@@ -28,7 +28,7 @@ from wire.errors import StorageError
 
 DATABASE_NAME: Final = "agent.db"
 MEMORY: Final = ":memory:"
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 1
 DEFAULT_MAX_BYTES: Final = 256 * 1024 * 1024
 _FORMAT_NAME: Final = "FORMAT"
 _FORMAT: Final = "shoal-edge 1"
@@ -52,10 +52,9 @@ _SCHEMA: Final = (
         row INTEGER PRIMARY KEY AUTOINCREMENT, update_id BLOB NOT NULL UNIQUE, order_id BLOB NOT NULL,
         run TEXT NOT NULL, round_number INTEGER NOT NULL, kind TEXT NOT NULL CHECK (kind IN ('up', 'ev')),
         state TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', created REAL NOT NULL, deadline REAL NOT NULL,
-        ended_at REAL NOT NULL DEFAULT 0, at_rest_key_id TEXT NOT NULL DEFAULT '', sha256 BLOB NOT NULL,
-        body BLOB NOT NULL)""",
-    # A change of a row writes all of it again: what comes later than the body lies beside it.
-    "CREATE TABLE sealings (row INTEGER PRIMARY KEY, transfer BLOB NOT NULL, sealed BLOB NOT NULL)",
+        sends INTEGER NOT NULL DEFAULT 0, sent_at REAL NOT NULL DEFAULT 0, ended_at REAL NOT NULL DEFAULT 0,
+        at_rest_key_id TEXT NOT NULL DEFAULT '', sha256 BLOB NOT NULL, transfer BLOB,
+        body BLOB NOT NULL, sealed BLOB)""",
     "CREATE INDEX outbox_by_state ON outbox (state, row)",
     "CREATE TABLE outbox_totals (state TEXT PRIMARY KEY, total INTEGER NOT NULL) WITHOUT ROWID",
     """CREATE TABLE samples (

@@ -9,20 +9,22 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from cloud_server.db.engine import Connection
 from cloud_server.db.releases import RELEASED, ReleaseRow, load_releases
 from cloud_server.db.rounds import RoundRow, UpdateRow, load_rounds, load_updates
 from fleet import report
 from models.bundle import Bundle
-from models.data.federation import Federation, Split
-from models.evaluate import evaluate
+from models.data.federation import Federation, Floats, Labels, Split
+from models.evaluate import anomaly_scores, area_under_curve, evaluate
 from wire.checkpoint import Checkpoint
-from wire.manifest import TEMPLATE
-from wire.materialize import materialize_int8
+from wire.manifest import FLOAT32, TEMPLATE, TaskSpec
+from wire.materialize import materialize_float32, materialize_int8
+
+Variant = Literal["int8", "float32"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ def read_books(connection: Connection, run: str) -> Books:
 
 
 class Judge:
-    """Measures releases.
+    """Measures releases by the task's metric (accuracy, or an anomaly task's mean squared error).
 
     Args:
         checkpoint: gives the parameters of a release by its version.
@@ -57,22 +59,42 @@ class Judge:
     def __init__(self, bundle: Bundle, checkpoint: Callable[[int], Checkpoint]) -> None:
         self._bundle = bundle
         self._checkpoint = checkpoint
-        self._files: dict[int, bytes] = {}
+        self._files: dict[tuple[int, Variant], bytes] = {}
+
+    @property
+    def task(self) -> TaskSpec:
+        """What the model is for."""
+        return self._bundle.manifest.task
 
     @property
     def params_size(self) -> int:
         """P of the model."""
         return self._bundle.manifest.params_size
 
-    def accuracy(self, version: int, x: npt.NDArray[np.float32], y: npt.NDArray[np.int64]) -> float:
-        """Share of right answers of a release's int8 file; 0 where there is nothing to answer."""
-        if not len(x):
-            return 0.0
-        if version not in self._files:
-            template = self._bundle.read(TEMPLATE)
-            checkpoint = self._checkpoint(version)
-            self._files[version] = materialize_int8(template, self._bundle.manifest, checkpoint)
-        return evaluate(self._files[version], self._bundle.manifest.task, x, y).metric
+    def score(self, version: int, x: Floats, y: Labels, variant: Variant = "int8") -> float:
+        """The metric of a release's file; 0 where there is nothing to answer."""
+        return evaluate(self._file(version, variant), self.task, x, y).metric if len(x) else 0.0
+
+    def separation(self, version: int, x: Floats, unseen: Mapping[str, Floats]) -> dict[str, float]:
+        """How well a release's int8 file tells samples of each unseen kind from the usual `x` (AUC)."""
+        if not unseen:
+            return {}
+        usual = anomaly_scores(self._file(version, "int8"), x)
+        return {
+            name: area_under_curve(usual, anomaly_scores(self._file(version, "int8"), unusual))
+            for name, unusual in unseen.items()
+        }
+
+    def _file(self, version: int, variant: Variant) -> bytes:
+        key = (version, variant)
+        if key not in self._files:
+            bundle, checkpoint = self._bundle, self._checkpoint(version)
+            if variant == "int8":
+                made = materialize_int8(bundle.read(TEMPLATE), bundle.manifest, checkpoint)
+            else:
+                made = materialize_float32(bundle.read(FLOAT32), bundle.manifest, checkpoint)
+            self._files[key] = made
+        return self._files[key]
 
 
 def device_row(
@@ -96,8 +118,8 @@ def device_row(
         device=device,
         group=device.rsplit("-", 1)[0],
         test_windows=len(split.test_x),
-        accuracy_first=judge.accuracy(first, split.test_x, split.test_y),
-        accuracy_last=judge.accuracy(last, split.test_x, split.test_y),
+        first=judge.score(first, split.test_x, split.test_y),
+        last=judge.score(last, split.test_x, split.test_y),
         updates=len(updates),
         update_bytes=sum(update.size_bytes for update in updates),
         float32_bytes=len(updates) * 4 * judge.params_size,
@@ -108,10 +130,10 @@ def device_row(
     )
 
 
-def round_rows(books: Books) -> tuple[report.RoundRow, ...]:
-    """One row a round, with what the gate said."""
+def round_rows(books: Books, metric: str) -> tuple[report.RoundRow, ...]:
+    """One row a round, with what the gate said; `metric` is the task's."""
     versions = {row.round: row.version for row in books.released if row.run}
-    return tuple(_round_row(row, versions.get(row.number, 0)) for row in books.rounds)
+    return tuple(_round_row(row, versions.get(row.number, 0), metric) for row in books.rounds)
 
 
 def release_rows(books: Books, judge: Judge, federation: Federation) -> tuple[report.ReleaseRow, ...]:
@@ -119,11 +141,18 @@ def release_rows(books: Books, judge: Judge, federation: Federation) -> tuple[re
     x = np.concatenate([split.test_x for split in federation.devices.values()])
     y = np.concatenate([split.test_y for split in federation.devices.values()])
     return tuple(
-        report.ReleaseRow(row.version, row.round, judge.accuracy(row.version, x, y)) for row in books.released
+        report.ReleaseRow(
+            row.version,
+            row.round,
+            judge.score(row.version, x, y),
+            judge.score(row.version, x, y, "float32"),
+            judge.separation(row.version, x, federation.unseen),
+        )
+        for row in books.released
     )
 
 
-def _round_row(row: RoundRow, version: int) -> report.RoundRow:
+def _round_row(row: RoundRow, version: int, metric: str) -> report.RoundRow:
     decision = row.reason
     if row.state == "done":
         decision = f"released {version}" if version else f"held: {row.reason}" if row.reason else ""
@@ -131,7 +160,7 @@ def _round_row(row: RoundRow, version: int) -> report.RoundRow:
         number=row.number,
         state=row.state,
         replies=int(row.metrics.get("train_devices", 0)),
-        validation_accuracy=row.metrics.get("accuracy"),
+        validation=row.metrics.get(metric),
         decision=decision,
         seconds=row.ended - row.started if row.ended else None,
     )

@@ -52,6 +52,9 @@ def _parser() -> CommandParser:
     demo.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
     simulate = commands.add_parser("simulate", help="a whole fleet in one process, on virtual time")
     simulate.add_argument(
+        "--model", metavar="NAME", help="model of the zoo, with its data set (the scenario's; watch_cnn1d)"
+    )
+    simulate.add_argument(
         "--devices", type=whole_number(1, MAX_DEVICES), default=100, help="simulated devices (100)"
     )
     simulate.add_argument(
@@ -75,10 +78,12 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _simulate(options: argparse.Namespace) -> int:
-    from fleet.scenario import load_scenario
+    from fleet.scenario import load_scenario, with_model
     from fleet.simulate import simulate
 
     scenario = load_scenario(options.scenario)
+    if options.model is not None:
+        scenario = with_model(scenario, options.model)
     report = simulate(scenario, devices=options.devices, rounds=options.rounds, seed=options.seed)
     return _show(options, report, options.out)
 

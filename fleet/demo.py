@@ -35,6 +35,7 @@ from fleet.demo_report import make_report
 from fleet.local_agent import LocalAgent
 from fleet.local_cloud import HOLDOUT, LocalCloud, free_port
 from fleet.report import FleetReport
+from fleet.workloads import workload
 from models.data import fashion_mnist, smartwatch
 from models.data.federation import Federation
 from models.first_bundle import make_first_bundle
@@ -72,23 +73,25 @@ class DemoPlan:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A data set with the model and the training that suit it; chosen on validation windows only."""
+    """A data set with a model of the zoo that suits it."""
 
     model: str
     load: Callable[[int], Federation]
-    train: TrainSettings
+
+    @property
+    def train(self) -> TrainSettings:
+        """What devices are asked to do."""
+        return workload(self.model).train
 
 
 DATASETS: dict[str, Dataset] = {
     "smartwatch": Dataset(
         "watch_cnn1d",
         lambda seed: smartwatch.federation(),
-        TrainSettings(epochs=2, batch_size=16, learning_rate=0.02, momentum=0.9, clipping_norm=2.0),
     ),
     "fashion-mnist": Dataset(
         "fashion_cnn",
         lambda seed: fashion_mnist.federation(devices=20, alpha=0.3, seed=seed),
-        TrainSettings(epochs=1, batch_size=32, learning_rate=0.02, momentum=0.9, clipping_norm=2.0),
     ),
 }
 

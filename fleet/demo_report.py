@@ -38,8 +38,10 @@ def make_report(
         seed=seed,
         split_hash=federation.split_hash(),
         devices=tuple(rows),
-        rounds=round_rows(books),
+        rounds=round_rows(books, judge.task.metric),
         releases=release_rows(books, judge, federation),
+        metric=judge.task.metric,
+        higher_is_better=judge.task.higher_is_better,
         swaps=tuple(swap for agent in agents for swap in _swaps(agent)),
         facts={
             "model": bundle.manifest.model,

@@ -1,20 +1,22 @@
 """What a fleet's run came to, as one value: the rows behind the table, the JSON and the page.
 
 Laws of the file: values only, nothing is measured here; `summary` of a simulation holds no times, so that the same seed
-gives the same bytes. Accuracies are shares of right answers (0 to 1) of the int8 model on the reported windows.
+gives the same bytes. A score is the task's metric of the int8 model on the reported windows: the share of right answers
+(0 to 1), or an autoencoder's mean squared error.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceRow:
-    """One device: accuracy on its own later windows, traffic in bytes, inference requests.
+    """One device: scores on its own later windows, traffic in bytes, inference requests.
 
     `update_bytes` are the sealed update messages as published, `float32_bytes` what the same updates would have been
     as plain float32 vectors.
@@ -23,8 +25,8 @@ class DeviceRow:
     device: str
     group: str
     test_windows: int
-    accuracy_first: float
-    accuracy_last: float
+    first: float
+    last: float
     updates: int
     update_bytes: int
     float32_bytes: int
@@ -36,7 +38,7 @@ class DeviceRow:
 
 @dataclass(frozen=True, slots=True)
 class RoundRow:
-    """One round: how it ended, the federated validation accuracy of its head, what the gate said.
+    """One round: how it ended, the federated score of its head on validation windows, what the gate said.
 
     `seconds` is None where time is virtual.
     """
@@ -44,18 +46,32 @@ class RoundRow:
     number: int
     state: str
     replies: int
-    validation_accuracy: float | None
+    validation: float | None
     decision: str
     seconds: float | None = None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the gate kept the round's head from the devices."""
+        return self.decision.startswith("held")
 
 
 @dataclass(frozen=True, slots=True)
 class ReleaseRow:
-    """One release that the fleet ran: its int8 accuracy on all devices' later windows."""
+    """One release that the fleet ran, on all devices' later windows.
+
+    Attributes:
+        round_number: that it came from; 0 for the first bundle.
+        int8: score of the file that devices serve.
+        float32: score of the same parameters as they were before they were quantized.
+        separation: for an anomaly score: how well it tells what nobody trained on from these windows (AUC, 0 to 1).
+    """
 
     version: int
     round_number: int
-    accuracy: float
+    int8: float
+    float32: float
+    separation: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +86,12 @@ class SwapRow:
 
 @dataclass(frozen=True, slots=True)
 class FleetReport:
-    """A whole run. `facts` are named values for the head of the page (model, strategy, broker …)."""
+    """A whole run.
+
+    Attributes:
+        metric: the task's, `accuracy` or `mse`; the scores of all rows are of this one.
+        facts: named values for the head of the page (model, strategy, broker …).
+    """
 
     title: str
     seed: int
@@ -80,27 +101,61 @@ class FleetReport:
     releases: tuple[ReleaseRow, ...]
     swaps: tuple[SwapRow, ...] = ()
     facts: dict[str, str] = field(default_factory=dict)
+    metric: str = "accuracy"
+    higher_is_better: bool = True
 
     @property
-    def accuracy_first(self) -> float:
-        """Share of right answers of the first bundle over all reported windows."""
-        return _pooled(self.devices, "accuracy_first")
+    def first(self) -> float:
+        """Score of the first bundle over all reported windows."""
+        return _pooled(self.devices, "first")
 
     @property
-    def accuracy_last(self) -> float:
+    def last(self) -> float:
         """The same of the last release."""
-        return _pooled(self.devices, "accuracy_last")
+        return _pooled(self.devices, "last")
+
+    def gain(self, row: DeviceRow | None = None) -> float:
+        """How much better the last release is than the first, in the metric's unit, for one device or for all."""
+        first, last = (self.first, self.last) if row is None else (row.first, row.last)
+        return last - first if self.higher_is_better else first - last
+
+    def shown(self, score: float) -> str:
+        """A score for people: a share in per cent, an error as it is."""
+        return f"{score:.1%}" if self.metric == "accuracy" else f"{score:.4f}"
+
+    def shown_gain(self, gain: float) -> str:
+        """A gain for people: in points, or in the metric's unit."""
+        return f"{gain * 100:+.1f} points" if self.metric == "accuracy" else f"{gain:+.4f}"
+
+    @property
+    def update_bytes(self) -> int:
+        """Bytes of all sealed updates."""
+        return sum(row.update_bytes for row in self.devices)
+
+    @property
+    def float32_bytes(self) -> int:
+        """Bytes of the same updates as plain float32."""
+        return sum(row.float32_bytes for row in self.devices)
 
     @property
     def update_bytes_ratio(self) -> float:
-        """Sealed update bytes over the bytes of the same updates as float32; NaN-free: 0 without updates."""
-        plain = sum(row.float32_bytes for row in self.devices)
-        return sum(row.update_bytes for row in self.devices) / plain if plain else 0.0
+        """The one over the other; 0 without updates."""
+        return self.update_bytes / self.float32_bytes if self.float32_bytes else 0.0
+
+    @property
+    def requests(self) -> int:
+        """Inference requests of all devices."""
+        return sum(row.requests for row in self.devices)
+
+    @property
+    def errors(self) -> int:
+        """Inference requests that failed or were not answered."""
+        return sum(row.errors for row in self.devices)
 
     @property
     def hold_backs(self) -> tuple[RoundRow, ...]:
         """Rounds whose head the gate did not let out."""
-        return tuple(row for row in self.rounds if row.decision.startswith("held"))
+        return tuple(row for row in self.rounds if row.is_held)
 
     @property
     def round_seconds_median(self) -> float | None:
@@ -115,15 +170,17 @@ class FleetReport:
             "title": self.title,
             "seed": self.seed,
             "split_hash": self.split_hash,
-            "accuracy_first": round(self.accuracy_first, 4),
-            "accuracy_last": round(self.accuracy_last, 4),
+            "metric": self.metric,
+            "higher_is_better": self.higher_is_better,
+            f"{self.metric}_first": round(self.first, 4),
+            f"{self.metric}_last": round(self.last, 4),
             "update_bytes_ratio": round(self.update_bytes_ratio, 4),
             "rounds": len(self.rounds),
             "devices": len(self.devices),
             "releases": len(self.releases),
             "hold_backs": len(self.hold_backs),
-            "inference_requests": sum(row.requests for row in self.devices),
-            "inference_errors": sum(row.errors for row in self.devices),
+            "inference_requests": self.requests,
+            "inference_errors": self.errors,
             "facts": self.facts,
             "device_rows": [asdict(row) for row in self.devices],
             "round_rows": [asdict(row) for row in self.rounds],
@@ -149,34 +206,40 @@ def _pooled(devices: tuple[DeviceRow, ...], name: str) -> float:
 
 def render_table(report: FleetReport) -> str:
     """The table for a terminal, one line per device and the totals."""
-    head = f"{'device':<16}{'group':<18}{'windows':>8}{'first':>8}{'last':>8}{'gain':>8}{'up kB':>10}{'down kB':>10}"
-    lines = [report.title, "", head, "-" * len(head)]
+    head = f"{'device':<18}{'windows':>8}{'first':>9}{'last':>9}{'gain':>9}{'up kB':>10}{'down kB':>10}"
+    name = f"int8 {report.metric} on later windows, first bundle against last release"
+    lines = [report.title, name, "", head, "-" * len(head)]
     for row in report.devices:
-        gain = row.accuracy_last - row.accuracy_first
-        lines.append(
-            f"{row.device:<16}{row.group:<18}{row.test_windows:>8}{row.accuracy_first:>8.3f}{row.accuracy_last:>8.3f}"
-            f"{gain:>+8.3f}{row.sent_bytes / 1e3:>10.1f}{row.received_bytes / 1e3:>10.1f}"
-        )
+        traffic = f"{row.sent_bytes / 1e3:>10.1f}{row.received_bytes / 1e3:>10.1f}"
+        lines.append(_scores(row.device, row.test_windows, row.first, row.last, report.gain(row)) + traffic)
     lines.append("-" * len(head))
-    lines.append(
-        f"{'all':<34}{sum(row.test_windows for row in report.devices):>8}{report.accuracy_first:>8.3f}"
-        f"{report.accuracy_last:>8.3f}{report.accuracy_last - report.accuracy_first:>+8.3f}"
+    windows = sum(row.test_windows for row in report.devices)
+    sent, received = (
+        sum(getattr(row, key) for row in report.devices) for key in ("sent_bytes", "received_bytes")
     )
+    total = _scores("all", windows, report.first, report.last, report.gain())
+    lines.append(f"{total}{sent / 1e3:>10.1f}{received / 1e3:>10.1f}")
     lines += ["", *(f"{name}: {value}" for name, value in _figures(report).items())]
     return "\n".join(lines) + "\n"
 
 
+def _scores(name: str, windows: int, first: float, last: float, gain: float) -> str:
+    return f"{name:<18}{windows:>8}{first:>9.3f}{last:>9.3f}{gain:>+9.3f}"
+
+
 def _figures(report: FleetReport) -> dict[str, str]:
-    sent = sum(row.update_bytes for row in report.devices)
-    plain = sum(row.float32_bytes for row in report.devices)
-    requests = sum(row.requests for row in report.devices)
-    errors = sum(row.errors for row in report.devices)
+    held = ", ".join(f"{row.number} ({row.decision.removeprefix('held: ')})" for row in report.hold_backs)
     figures = {
-        "updates": f"{sent / 1e3:.0f} kB sealed, {plain / 1e3:.0f} kB as float32 ({report.update_bytes_ratio:.1%})",
+        "updates": f"{report.update_bytes / 1e3:.0f} kB sealed, {report.float32_bytes / 1e3:.0f} kB as float32 "
+        f"({report.update_bytes_ratio:.1%})",
         "rounds": f"{len(report.rounds)}, {len(report.releases)} releases, {len(report.hold_backs)} held back",
-        "inference": f"{requests} requests, {errors} errors, through {len(report.swaps)} swaps",
+        "held back": held or "none",
+        "inference": f"{report.requests} requests, {report.errors} errors, through {len(report.swaps)} swaps",
         "seed": f"{report.seed}, split {report.split_hash[:16]}",
     }
+    if report.releases:
+        figures["last release as float32"] = report.shown(report.releases[-1].float32)
+        figures |= {f"AUC, {name}": f"{auc:.3f}" for name, auc in report.releases[-1].separation.items()}
     if report.round_seconds_median is not None:
         figures["round"] = f"{report.round_seconds_median:.2f} s (median)"
     return {**figures, **report.facts}

@@ -3,6 +3,7 @@
 Example (`docs/reference.md` lists them all):
 
     [run]
+    model = "tiny_transformer"
     strategy = "FedAdam"
     parameters = { eta = 0.01 }
     [faults]
@@ -13,9 +14,9 @@ Example (`docs/reference.md` lists them all):
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct, field
+from msgspec import Meta, Struct, field, structs
 
 from cloud_server.settings import TrainSettings
 from process.settings import load_settings
@@ -26,22 +27,43 @@ def _option(sentence: str, **bounds: Any) -> Meta:
 
 
 class DataScenario(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`[data]`: virtual people made of the smartwatch recordings of the 8 who are not the operator's."""
+    """`[data]`: how a data set becomes that of a fleet.
 
+    The smartwatch's devices are virtual people, made of the recordings of the 8 who are not the operator's, or these
+    people themselves; images are divided by a Dirichlet distribution of their labels.
+    """
+
+    people: Annotated[
+        Literal["virtual", "real"],
+        _option("Smartwatch: any number of virtual people, or the real 8 with a device on each wrist."),
+    ] = "virtual"
     crop: Annotated[
-        float, _option("Share of a recording that a virtual person keeps, as one piece.", gt=0.05, le=1.0)
+        float,
+        _option(
+            "Smartwatch: share of a recording that a virtual person keeps, as one piece.", gt=0.05, le=1.0
+        ),
     ] = 0.35
     rotation_degrees: Annotated[
-        float, _option("Largest rotation of the watch on a virtual wrist.", ge=0.0, le=180.0)
+        float, _option("Smartwatch: largest rotation of the watch on a virtual wrist.", ge=0.0, le=180.0)
     ] = 15.0
     scale: Annotated[
-        float, _option("Largest relative change of the strength of movement.", ge=0.0, lt=1.0)
+        float, _option("Smartwatch: largest relative change of the strength of movement.", ge=0.0, lt=1.0)
     ] = 0.15
+    alpha: Annotated[
+        float,
+        _option("Images: concentration of the labels; below 1 most devices see few.", gt=0.0, le=1e6),
+    ] = 0.3
+    samples: Annotated[int, _option("Fashion-MNIST: images that are divided at most.", ge=1, le=60_000)] = (
+        12_000
+    )
 
 
 class RunScenario(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[run]`"""
 
+    model: Annotated[str, _option("Model of the zoo; its data set comes with it.", min_length=1)] = (
+        "watch_cnn1d"
+    )
     strategy: Annotated[str, _option("Flower strategy, by its class name.", min_length=1)] = "FedAvg"
     parameters: Annotated[dict[str, Any], _option("Parameters of the strategy's constructor.")] = {}
     quorum_share: Annotated[
@@ -69,16 +91,17 @@ class FaultScenario(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Scenario(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A whole scenario."""
+    """A whole scenario. Without `[train]`, devices train as suits the model (`fleet/workloads.py`)."""
 
     data: DataScenario = field(default_factory=DataScenario)
     run: RunScenario = field(default_factory=RunScenario)
-    train: TrainSettings = field(
-        default_factory=lambda: TrainSettings(
-            epochs=2, batch_size=16, learning_rate=0.02, momentum=0.9, clipping_norm=2.0
-        )
-    )
+    train: TrainSettings | None = None
     faults: FaultScenario = field(default_factory=FaultScenario)
+
+
+def with_model(scenario: Scenario, model: str) -> Scenario:
+    """The scenario with another model, and so with its data."""
+    return structs.replace(scenario, run=structs.replace(scenario.run, model=model))
 
 
 def load_scenario(path: Path | None) -> Scenario:

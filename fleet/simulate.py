@@ -14,17 +14,17 @@ from pathlib import Path
 from cloud_server.assembly import RunConfig
 from cloud_server.release.gate import GatePolicy
 from cloud_server.rounds.state import RoundPolicy
+from cloud_server.settings import TrainSettings
 from edge_agent.ports import JobResult
 from edge_agent.settings import EdgeSettings, ReleaseSettings, ReportSettings
 from fleet.books import Judge, device_row, read_books, release_rows, round_rows
 from fleet.report import FleetReport
 from fleet.scenario import FaultScenario, Scenario
 from fleet.simulation import Simulation
-from fleet.virtual_people import virtual_federation
+from fleet.workloads import workload
 from models.first_bundle import make_first_bundle
 from process.progress import Progress
 
-MODEL = "watch_cnn1d"
 RUN = "simulated"
 
 
@@ -32,12 +32,14 @@ def simulate(scenario: Scenario, *, devices: int, rounds: int, seed: int) -> Fle
     """Plays a scenario.
 
     Raises:
-        ConfigurationError: (operator) a strategy or parameter that does not exist.
+        ConfigurationError: (operator) a model, strategy or parameter that does not exist, or data that cannot be
+            divided so.
+        DataError: (operator) the model's data set is not on this machine.
         RoundError: the fleet stands still before the run is finished.
     """
-    federation = virtual_federation(devices, scenario.data, seed=seed)
+    federation = workload(scenario.run.model).federation(devices, scenario.data, seed)
     with tempfile.TemporaryDirectory(prefix="shoal-simulate-") as folder:
-        bundle = make_first_bundle(federation, MODEL, Path(folder) / "bundle", seed=seed)
+        bundle = make_first_bundle(federation, scenario.run.model, Path(folder) / "bundle", seed=seed)
         simulation = Simulation(
             federation,
             bundle,
@@ -68,9 +70,14 @@ def run_config(scenario: Scenario, *, devices: int, rounds: int) -> RunConfig:
             round_seconds=run.deadline_seconds,
             evaluate_every=run.evaluate_every,
         ),
-        train=scenario.train.config(),
+        train=train_settings(scenario).config(),
         gate=GatePolicy(max_operator_drop=run.max_operator_drop),
     )
+
+
+def train_settings(scenario: Scenario) -> TrainSettings:
+    """What the scenario asks of devices, or what suits its model."""
+    return scenario.train or workload(scenario.run.model).train
 
 
 def job_cost(faults: FaultScenario, seed: int) -> Callable[[str, JobResult], float]:
@@ -126,17 +133,21 @@ def report_of(scenario: Scenario, simulation: Simulation, seed: int) -> FleetRep
         traffic = (parts.outgoing.sent_bytes_total, parts.received_bytes_total)
         counts = (parts.serving.total.requests, parts.serving.total.errors)
         rows.append(device_row(device, split, books, judge, traffic=traffic, counts=counts))
+    task = judge.task
     return FleetReport(
-        title=f"Shoal simulation: {len(rows)} devices, {len(books.rounds)} rounds",
+        title=f"Shoal simulation: {bundle.manifest.model}, {len(rows)} devices, {len(books.rounds)} rounds",
         seed=seed,
         split_hash=federation.split_hash(),
         devices=tuple(rows),
-        rounds=tuple(replace(row, seconds=None) for row in round_rows(books)),
+        rounds=tuple(replace(row, seconds=None) for row in round_rows(books, task.metric)),
         releases=release_rows(books, judge, federation),
+        metric=task.metric,
+        higher_is_better=task.higher_is_better,
         facts={
             "model": bundle.manifest.model,
+            "data": federation.name,
             "strategy": scenario.run.strategy,
-            "codec": scenario.train.codec,
+            "codec": train_settings(scenario).codec,
             "head": simulation.runner.head.sha256.hex(),
         },
     )

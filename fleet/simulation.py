@@ -13,6 +13,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from cloud_server.artefacts import Artefacts
 from cloud_server.assembly import Assembled, Base, RunConfig, assemble, make_run_parts, open_base
@@ -32,7 +33,7 @@ from edge_agent.settings import EdgeSettings
 from fleet.simulated_device import FLEET, TENANT, Shared, device_key, make_agent, make_identity
 from fleet.virtual import VirtualTime
 from models.bundle import Bundle
-from models.data.federation import Federation, Split
+from models.data.federation import Federation, Floats, Labels, Split
 from wire.errors import RoundError
 from wire.transport.memory import MemoryBroker, MemoryTransport
 
@@ -230,11 +231,15 @@ class Simulation:
             cost=lambda result: self._cost(device, result),
             notify=lambda: self._wake(device),
         )
-        for x, y in zip(split.train_x, split.train_y, strict=True):
-            agent.observe(x, int(y), "train")
-        for x, y in zip(split.val_x, split.val_y, strict=True):
-            agent.observe(x, int(y), "val")
+        self._observe(agent, split.train_x, split.train_y, "train")
+        self._observe(agent, split.val_x, split.val_y, "val")
         return agent
+
+    def _observe(self, agent: Agent, x: Floats, y: Labels, part: Literal["train", "val"]) -> None:
+        """What the device has seen before the run; nobody labels what a task without labels learns from."""
+        has_labels = self.bundle.manifest.task.kind == "classification"
+        for window, label in zip(x, y, strict=True):
+            agent.observe(window, int(label) if has_labels else None, part)
 
     def _wake(self, device: str) -> None:
         agent = self.agents.get(device)

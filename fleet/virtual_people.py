@@ -14,15 +14,33 @@ import numpy.typing as npt
 from fleet.scenario import DataScenario
 from models.data import smartwatch
 from models.data.federation import Federation, Split
+from wire.errors import ConfigurationError
 
 Floats = npt.NDArray[np.float32]
+
+
+def people_federation(devices: int, scenario: DataScenario, *, seed: int) -> Federation:
+    """The people that a scenario asks for, virtual or real.
+
+    Raises:
+        ConfigurationError: (operator) real people, but not as many devices as they wear.
+    """
+    if scenario.people == "virtual":
+        return virtual_federation(devices, scenario, seed=seed)
+    federation = smartwatch.federation()
+    if devices != len(federation.devices):
+        raise ConfigurationError(
+            f"the real people wear {len(federation.devices)} devices, not {devices}",
+            hint=f'say --devices {len(federation.devices)}, or people = "virtual"',
+        )
+    return replace(federation, name=f"{federation.name}, 8 people with a device on each wrist")
 
 
 def virtual_federation(devices: int, scenario: DataScenario, *, seed: int) -> Federation:
     """A federation of so many virtual wrists."""
     real = smartwatch.participants()
     return Federation(
-        name=f"smartwatch, {devices} virtual",
+        name=f"smartwatch, {devices} virtual people",
         labels=smartwatch.LABELS,
         input_shape=smartwatch.INPUT_SHAPE,
         operator=smartwatch.operator_windows(),

@@ -68,11 +68,47 @@ def answers_of(model: bytes, x: Floats) -> Floats:
     return answers
 
 
+def anomaly_scores(model: bytes, x: Floats) -> npt.NDArray[np.float64]:
+    """The score of each sample by an autoencoder's file: its reconstruction's mean squared error, float64 [N].
+
+    Raises:
+        ModelError: the file does not run, or an answer is not finite.
+    """
+    return _squared_errors(answers_of(model, x), x)
+
+
+def area_under_curve(usual: npt.NDArray[np.float64], unusual: npt.NDArray[np.float64]) -> float:
+    """How well a score tells two kinds of samples apart: the chance that an unusual one has the higher score.
+
+    The area under the receiver operating characteristic, as Mann and Whitney's statistic; ties count half.
+
+    Args:
+        usual: scores float64 [N].
+        unusual: scores float64 [M].
+
+    Returns:
+        0 to 1; 0.5 for a score that says nothing.
+
+    Raises:
+        DataError: no scores of one kind.
+    """
+    if not len(usual) or not len(unusual):
+        raise DataError("there are no samples to tell apart", usual=len(usual), unusual=len(unusual))
+    ordered = np.sort(usual)
+    below = np.searchsorted(ordered, unusual, "left") + np.searchsorted(ordered, unusual, "right")
+    return float(below.mean() / 2 / len(usual))
+
+
+def _squared_errors(answers: Floats, x: Floats) -> npt.NDArray[np.float64]:
+    errors: npt.NDArray[np.float64] = ((answers.astype(np.float64) - x) ** 2).reshape(len(x), -1).mean(axis=1)
+    return errors
+
+
 def _scores(
     task: TaskSpec, answers: Floats, x: Floats, y: Labels
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     if task.kind == "anomaly":
-        errors = ((answers.astype(np.float64) - x) ** 2).reshape(len(x), -1).mean(axis=1)
+        errors = _squared_errors(answers, x)
         return errors, errors
     logits = answers.astype(np.float64)
     shifted = logits - logits.max(axis=1, keepdims=True)

@@ -36,6 +36,7 @@ def make_first_bundle(federation: Federation, model: str, folder: Path, *, seed:
         operator.train_x,
         name=model,
         out_dir=folder,
-        labels=federation.labels,
+        # A task without classes has no names for them, whatever the data were called.
+        labels=federation.labels if entry.task.classes else (),
         evaluation=(operator.val_x, operator.val_y),
     )

@@ -77,9 +77,9 @@ def bare_type(kind: inspect.Type) -> inspect.Type:
 def _leaves(cls: type[msgspec.Struct], at: tuple[str, ...], prefix: str) -> Iterator[Option]:
     for field in fields_of(cls):
         path = (*at, field.encode_name)
-        bare = bare_type(field.type)
-        if isinstance(bare, inspect.StructType):
-            yield from _leaves(bare.cls, path, prefix)
+        section = _section_of(bare_type(field.type))
+        if section is not None:
+            yield from _leaves(section, path, prefix)
             continue
         yield Option(
             key=".".join(path),
@@ -89,6 +89,14 @@ def _leaves(cls: type[msgspec.Struct], at: tuple[str, ...], prefix: str) -> Iter
             description=_description(field.type),
             type=field.type,
         )
+
+
+def _section_of(kind: inspect.Type) -> type[msgspec.Struct] | None:
+    """The class of a section, also of one that may be left out (`Section | None`); None for an option."""
+    choices = kind.types if isinstance(kind, inspect.UnionType) else (kind,)
+    structs = [choice.cls for choice in choices if isinstance(choice, inspect.StructType)]
+    others = [c for c in choices if not isinstance(c, inspect.StructType | inspect.NoneType)]
+    return structs[0] if len(structs) == 1 and not others else None
 
 
 def _sections(settings: msgspec.Struct, at: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], list[str]]]:

@@ -1,9 +1,8 @@
-"""Windows from a topic of a local broker: the same JSON objects as on standard input, or the bytes of a `.npy` file.
+"""Windows from a topic of a local broker: the same JSON objects as on standard input.
 
 Laws of the file: the broker is a local one, without access to anything but these items; a queue that is full
-drops the oldest item and counts it (a sensor does not wait); what cannot be used is answered with an error, counted,
-and logged once (MQTT does not tell who published); a broker that is away is waited for. Answers go to the door's
-answers and to `{topic}/answers`.
+drops the oldest item and counts it (a sensor does not wait). Answers go to the door's answers and to
+`{topic}/answers`.
 """
 
 from __future__ import annotations
@@ -14,12 +13,9 @@ from collections.abc import Callable
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from edge_agent.inputs.item import Answering, Answers, answer_error, answer_item, read_payload
-from process.logs import get_logger
+from edge_agent.inputs.item import Answering, Answers, answer_error, answer_item, read_item
 from wire.errors import ConfigurationError, ShoalError, TransportError
-from wire.transport import Connected, Disconnected, Packet, Received, Transport, TransportEvent
-
-_log = get_logger("edge_agent.inputs")
+from wire.transport import Packet, Received, Transport, TransportEvent
 
 ANSWERS_LEVEL: Final = "/answers"
 MAX_WAITING: Final = 1024
@@ -57,9 +53,7 @@ class TopicInput:
         self._topic = topic
         self._answers = answers
         self._waiting: queue.Queue[bytes] = queue.Queue(MAX_WAITING)
-        self._is_connected: bool | None = None
         self.dropped_total = 0
-        self.refused_total = 0
 
     def run(self, agent: Answering, should_stop: Callable[[], bool]) -> None:
         """Answers until `should_stop`."""
@@ -67,39 +61,19 @@ class TopicInput:
         try:
             while not should_stop():
                 try:
-                    payload = self._waiting.get(timeout=_WAIT_SECONDS)
+                    text = self._waiting.get(timeout=_WAIT_SECONDS)
                 except queue.Empty:
                     continue
-                self._answer(agent, payload)
+                self._answer(agent, text)
         finally:
             self._transport.stop()
-            if self.refused_total or self.dropped_total:
-                _log.info(
-                    "input_ended", topic=self._topic, refused=self.refused_total, dropped=self.dropped_total
-                )
 
     def _deliver(self, event: TransportEvent) -> None:
-        match event:
-            case Connected():
-                self._show(True, "")
-            case Disconnected():
-                self._show(False, event.reason)
-            case Received():
-                self._queue(event.packet.payload)
-
-    def _show(self, is_connected: bool, reason: str) -> None:
-        """A change is worth a line, an attempt is not."""
-        if is_connected != self._is_connected:
-            self._is_connected = is_connected
-            if is_connected:
-                _log.info("input_connected", topic=self._topic)
-            else:
-                _log.warning("input_broker_away", topic=self._topic, reason=reason)
-
-    def _queue(self, payload: bytes) -> None:
+        if not isinstance(event, Received):
+            return
         while True:
             try:
-                self._waiting.put_nowait(payload)
+                self._waiting.put_nowait(event.packet.payload)
                 return
             except queue.Full:
                 self.dropped_total += 1
@@ -111,17 +85,14 @@ class TopicInput:
         except queue.Empty:
             return
 
-    def _answer(self, agent: Answering, payload: bytes) -> None:
+    def _answer(self, agent: Answering, text: bytes) -> None:
         name = ""
         try:
-            item = read_payload(payload)
+            item = read_item(text)
             name = item.id
             answer = answer_item(agent, item)
         except ShoalError as error:
             answer = answer_error(error, name)
-            self.refused_total += 1
-            if self.refused_total == 1:
-                _log.warning("input_refused", topic=self._topic, reason=str(error))
         self._answers(answer)
         self._publish(answer)
 

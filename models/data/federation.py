@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,7 @@ class Federation:
         input_shape: of one sample.
         operator: the operator's own data; their devices do not take part.
         devices: by device id.
+        unseen: for an anomaly score: samples of what no part of the data holds, by what they are.
     """
 
     name: str
@@ -55,10 +56,13 @@ class Federation:
     input_shape: tuple[int, ...]
     operator: Split
     devices: Mapping[str, Split]
+    unseen: Mapping[str, Floats] = field(default_factory=dict)
 
     def split_hash(self) -> str:
         """SHA-256 (hex) over every sample of every part: equal hashes mean the same experiment."""
         state = hashlib.sha256(self.operator.digest())
         for device_id, split in sorted(self.devices.items()):
             state.update(device_id.encode() + b"\0" + split.digest())
+        for name, x in sorted(self.unseen.items()):
+            state.update(f"{name}\0{x.shape}".encode() + np.ascontiguousarray(x, "<f4").tobytes())
         return state.hexdigest()

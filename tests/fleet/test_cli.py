@@ -17,12 +17,16 @@ from fleet.cli import main
         (["simulate", "--scenario", "{tmp}/absent.toml"], 2, "absent.toml"),
         (["simulate", "--scenario", "{tmp}/unknown.toml"], 2, "did you mean 'strategy'?"),
         (["simulate", "--scenario", "{tmp}/bounds.toml"], 2, "slow_share"),
+        (["simulate", "--model", "watch_cnn"], 2, "try watch_cnn1d"),
+        (["simulate", "--model", "digits_mlp", "--devices", "500"], 2, "500 devices"),
+        (["simulate", "--devices", "5", "--scenario", "{tmp}/real.toml"], 2, "--devices 16"),
     ],
 )
 def test_command_with_a_wrong_input_says_what_and_where(
     arguments: list[str], code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "unknown.toml").write_text('[run]\nstrateggy = "FedAvg"\n')
+    (tmp_path / "real.toml").write_text('[data]\npeople = "real"\n')
     (tmp_path / "bounds.toml").write_text("[faults]\nslow_share = 7.0\n")
     before = sorted(path.name for path in tmp_path.iterdir())
     assert main([argument.format(tmp=tmp_path) for argument in arguments]) == code

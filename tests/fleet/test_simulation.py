@@ -9,7 +9,7 @@ import pytest
 from cloud_server.db.releases import RELEASED, load_releases
 from cloud_server.db.rounds import load_rounds, load_updates
 from fleet.scenario import DataScenario, FaultScenario, RunScenario, Scenario
-from fleet.simulate import RUN, job_cost, plan_cuts, report_of, run_config
+from fleet.simulate import RUN, job_cost, plan_cuts, report_of, run_config, simulate
 from fleet.simulation import Simulation
 from fleet.virtual_people import virtual_federation
 from models.bundle import Bundle
@@ -76,6 +76,19 @@ def test_simulation_serves_the_last_release_on_every_device(watch_bundle: Bundle
         answer = agent.infer(next(iter(simulation.federation.devices.values())).test_x[0])
         assert answer.release_version == max(released)
     simulation.close()
+
+
+@pytest.mark.parametrize("model", ["digits_mlp", "watch_autoencoder"])
+def test_simulation_of_another_model_learns_its_own_data(model: str) -> None:
+    """An autoencoder too: from the first round on, without labels, and its gate wants a lower error."""
+    data = DataScenario(alpha=100.0)
+    scenario = Scenario(data=data, run=RunScenario(model=model, evaluate_every=1))
+    report = simulate(scenario, devices=6, rounds=2, seed=3)
+    assert [row.state for row in report.rounds] == ["done", "done"]
+    assert all(row.replies == 6 for row in report.rounds)
+    assert report.releases[-1].version > 1
+    assert report.gain() > 0
+    assert bool(report.releases[-1].separation) == (model == "watch_autoencoder")
 
 
 def test_simulation_without_a_number_of_rounds_is_refused(watch_bundle: Bundle) -> None:
