@@ -4,13 +4,15 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 WORKERS ?= 2
+FUZZ_COUNT   ?= 1000000
+FUZZ_SECONDS ?= 10
 
 export OMP_NUM_THREADS := 1
 export ORT_DISABLE_TELEMETRY := 1
 export FLWR_TELEMETRY_ENABLED := 0
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install demo test test-all bench images lint clean help
+.PHONY: install demo test test-all fuzz bench images lint clean help
 
 help:           ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -34,6 +36,10 @@ test: install   ## the tests, without the slow ones
 
 test-all: install  ## all tests, the slow ones too
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+fuzz: install   ## a million hostile envelopes, every decoder, planted bugs, then a guided search
+	$(BIN)/python -m tests.fuzz --count $(FUZZ_COUNT) --workers $(WORKERS) --planted
+	$(BIN)/python -m tests.fuzz.guided --seconds $(FUZZ_SECONDS)
 
 lint: install   ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -39,9 +39,9 @@ CARD = "CARD.md"
 GRAPH_FILES = (TEMPLATE, FLOAT32, TRAIN_SGD, TRAIN_ADAM)
 
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
-ModelName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}$")]
-HexDigest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+ModelName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
+FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}\Z")]
+HexDigest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Size = Annotated[int, Meta(ge=0, le=MAX_ELEMENTS)]
 Dimension = Annotated[int, Meta(ge=1, le=MAX_ELEMENTS)]
 Shape = Annotated[tuple[Dimension, ...], Meta(max_length=MAX_RANK)]

@@ -157,6 +157,9 @@ CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
     "transpose": lambda m: m["int8"]["layers"][0]["source"].update(shape=[3, 2, 1], transpose=True),
     "epsilon": lambda m: m["int8"]["layers"][0]["source"]["fold"].update(epsilon=0.0),
     "weight_max": lambda m: m["int8"].update(weight_max=128),
+    "newline in the model": lambda m: m.update(model="model\n"),
+    "newline in a file": lambda m: m["files"][0].update(name="template.onnx\n"),
+    "newline in a hash": lambda m: m["files"][0].update(sha256="ab" * 32 + "\n"),
     "huge product": lambda m: m["int8"]["layers"][0]["source"].update(shape=[2**26] * 8),
 }
 
@@ -225,6 +228,7 @@ def test_a_mutated_manifest_gives_a_manifest_or_our_error(data: st.DataObject) -
         {"metrics": {str(i): 0.0 for i in range(33)}},
         {"created": -1.0},
         {"golden_inputs": None},
+        {"golden_outputs": {"name": "golden_outputs.bin\n", "sha256": "ab" * 32, "size_bytes": 3}},
     ],
     ids=lambda change: next(iter(change)),
 )
