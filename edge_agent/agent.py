@@ -9,22 +9,20 @@ Source: docs/architecture.md.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import queue
 import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
-
-import numpy as np
 
 from edge_agent import events as on
+from edge_agent.answers import Answers, Split
 from edge_agent.complaints import Complaints
 from edge_agent.device_state import State, wake_at
-from edge_agent.feedback import Answered, RecentWindows, belongs_to_validation
 from edge_agent.hearing import event_of, job_ended
 from edge_agent.identity import Identity
+from edge_agent.metrics import EdgeMetrics
+from edge_agent.metrics_board import MetricsBoard
 from edge_agent.parts import assemble
 from edge_agent.ports import Engine, Floats, JobResult, Moment, SelfTest, Worker
 from edge_agent.release_source import ReleaseSource
@@ -38,7 +36,7 @@ from edge_agent.status import status_of, write_status
 from edge_agent.storage import Database
 from process.clock import Clock
 from process.logs import get_logger
-from wire.errors import DataError, EnvelopeError, ShoalError
+from wire.errors import EnvelopeError, ShoalError
 from wire.transport import Connected, Disconnected, Packet, Published, Received, Transport, TransportEvent
 
 _log = get_logger("edge_agent")
@@ -48,7 +46,6 @@ _IDLE_SECONDS = 30.0
 # What changes something that a person looks at; the rest is written with the next sweep.
 _SHOWN = (on.Started, on.Connected, on.Disconnected, on.ReleaseInstalled, on.RolledBack, on.JobDone, on.Tick)
 
-Split = Literal["train", "val"]
 Incoming = TransportEvent | on.Event | JobResult
 
 
@@ -64,7 +61,8 @@ class Agent:
         database: the device's, or one in memory.
         engine: loads models; many agents of one process may share one.
         notify: called, from any thread, when something waits for `pump`.
-        status_file: rewritten when something changes that `shoal-edge status` shows.
+        status_file: rewritten when something changes that `shoal-edge status` shows; metrics are shown only
+            where there is one.
         on_close: called at the end of `stop`.
     """
 
@@ -96,10 +94,6 @@ class Agent:
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._complaints = Complaints()
-        self._recent = RecentWindows(
-            max_windows=settings.inference.recent_windows, max_bytes=settings.inference.recent_bytes
-        )
-        self._answers = itertools.count(1)
         self.parts = assemble(
             settings,
             identity,
@@ -116,6 +110,8 @@ class Agent:
         )
         self.state = State(timing=settings.timing(), salt=rng.getrandbits(32))
         self._shell = Shell(self.parts, self._post)
+        self._answers = Answers(self.parts)
+        self._board = self._make_board()
 
     @classmethod
     def from_folder(cls, folder: str | Path, settings: EdgeSettings | None = None) -> Agent:
@@ -171,11 +167,7 @@ class Agent:
             DataError: the window does not fit the model, or is not finite.
             ModelError: there is no model yet, or none could answer.
         """
-        if not sample_id:
-            sample_id = f"{self.parts.boot_id[:4].hex()}-{next(self._answers)}"
-        answer = self.parts.serving.infer(x, sample_id)
-        self._recent.keep(sample_id, Answered(np.asarray(x, np.float32), answer.label))
-        return answer
+        return self._answers.infer(x, sample_id)
 
     def wait_for_model(self, seconds: float | None = None) -> bool:
         """Waits until there is a model to answer with; False when the time ran out."""
@@ -202,25 +194,7 @@ class Agent:
             DataError: not a window that can be kept, or a label that cannot be.
             StorageError: the disk is full.
         """
-        self._check_label(label)
-        now = self.parts.clock.now()
-        window = np.asarray(x, np.float32)
-        if split is None:
-            share = self._settings.training.validation_share
-            held_out = belongs_to_validation(f"{now}-{window.ravel()[:8].tobytes().hex()}", share)
-            split = "val" if held_out else "train"
-        return self.parts.samples.add(window, label, now, split)
-
-    def _check_label(self, label: int | None) -> None:
-        """Before there is a model, nobody knows its classes: then training leaves out what does not fit."""
-        model = self.parts.serving.current
-        if label is None or model is None or model.task.kind != "classification":
-            return
-        if not 0 <= label < model.task.classes:
-            raise DataError(
-                f"label {label} is not one of the model's {model.task.classes} classes",
-                hint=f"labels are class numbers, 0 to {model.task.classes - 1}",
-            )
+        return self._answers.observe(x, label, split)
 
     def feedback(self, sample_id: str, label: int) -> bool:
         """Says what an answered window really was; it becomes a labelled sample.
@@ -232,16 +206,7 @@ class Agent:
             DataError: a label that cannot be.
             StorageError: the disk is full.
         """
-        self._check_label(label)
-        answered = self._recent.take(sample_id)
-        if answered is None:
-            return False
-        share = self._settings.training.validation_share
-        split: Split = "val" if belongs_to_validation(sample_id, share) else "train"
-        self.parts.samples.add(answered.window, label, self.parts.clock.now(), split)
-        self.parts.feedback_total += 1
-        self.parts.feedback_correct += int(answered.label == label)
-        return True
+        return self._answers.feedback(sample_id, label)
 
     # --- the loop's thread --------------------------------------------------------------------------------
 
@@ -249,8 +214,12 @@ class Agent:
         """Loads the current model, reads what is owed to the cloud, and connects.
 
         Raises:
+            ConfigurationError: the metrics have no address to listen on.
             StorageError: the state folder cannot be used.
+            TransportError: the metrics' port is taken.
         """
+        if self._board is not None:
+            self._board.open()
         self.parts.started_at = self.parts.clock.monotonic()
         contents = self._shell.load_current()
         interrupted = tuple(
@@ -285,6 +254,8 @@ class Agent:
         self.parts.worker.stop()
         self._shell.note_clean_stop()
         self._write_status("stopped")
+        if self._board is not None:
+            self._board.close()
         self.parts.database.close()
         self._on_close()
 
@@ -297,6 +268,7 @@ class Agent:
                 self.parts.max_packet_bytes = event.max_packet_bytes
                 self._step(on.Connected())
             case Disconnected():
+                self._complaints.note("broker_away", event.reason)
                 self.parts.outgoing.connection_lost()
                 self._step(on.Disconnected())
             case Published():
@@ -356,16 +328,28 @@ class Agent:
         return Moment(self.parts.clock.now(), self.parts.clock.monotonic())
 
     def _step(self, event: on.Event) -> None:
-        self.state, actions = step(self.state, event, self._now())
+        before, now = self.state, self._now()
+        self.state, actions = step(before, event, now)
+        self.parts.tally.stepped(event, before, self.state, actions, now.elapsed)
         for action in actions:
             self._shell.perform(action)
         if isinstance(event, _SHOWN):
             self._write_status("running")
 
+    def _make_board(self) -> MetricsBoard | None:
+        """Only for a device with a state folder: nobody reads the metrics of a simulated one."""
+        if self._status_file is None:
+            return None
+        metrics, folder = EdgeMetrics(), self._status_file.parent
+        metrics.read_from(self.parts, lambda: self.state, lambda: self._complaints.total, folder)
+        return MetricsBoard(metrics, self._settings.metrics, folder, self.parts.clock)
+
     def _write_status(self, status: str) -> None:
-        if self._status_file is not None:
+        if self._status_file is not None and self._board is not None:
             with contextlib.suppress(ShoalError):
-                write_status(self._status_file, status_of(self.parts, self.state, status))
+                shown = status_of(self.parts, self.state, status)
+                shown["metrics"] = self._board.refresh(now=status == "stopped")
+                write_status(self._status_file, shown)
 
     def _receive(self, packet: Packet) -> None:
         self.parts.received_bytes_total += len(packet.payload) + len(packet.topic)
@@ -393,8 +377,8 @@ class Agent:
             return on.JobFailed(result.kind, result.key, str(error))
 
     def _take_chunk(self, chunk: BlobChunk) -> None:
-        is_new, is_complete = self.parts.heads.add(chunk.sha256, chunk.index, chunk.piece)
-        if is_complete:
-            self._step(on.HeadReady(chunk.sha256))
-        elif is_new:
-            self._step(on.ChunkArrived(chunk.sha256))
+        progress = self.parts.heads.add(chunk.sha256, chunk.index, chunk.piece)
+        if progress is None:
+            return
+        event = on.HeadReady if progress.is_complete else on.ChunkArrived
+        self._step(event(progress.head_sha256))

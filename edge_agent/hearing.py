@@ -12,10 +12,12 @@ from typing import Any, Final
 
 from edge_agent import events as on
 from edge_agent.install import Checked
+from edge_agent.online_keys import ONLINE_KEYS_FACT, OnlineKeys
 from edge_agent.parts import PROBATION_STARTS_FACT, Parts
 from edge_agent.ports import JobResult
 from edge_agent.speaker import DownBody
 from process.logs import get_logger
+from wire.errors import StorageError
 from wire.messages import Announcement, Evaluation, Invitation, Order, Receipt
 
 _log = get_logger("edge_agent")
@@ -27,7 +29,7 @@ def event_of(body: DownBody, parts: Parts) -> on.Event | None:
     """What a message downward means to this device; None when it means nothing."""
     match body:
         case Invitation():
-            return on.InvitationArrived(body)
+            return on.InvitationArrived(body, parts.heads.must_ask(body))
         case Order():
             seen = parts.orders.find(body.order_id)
             update_id = (seen.update_id or b"") if seen is not None else b""
@@ -54,10 +56,10 @@ def refusal_of(order: Order, parts: Parts) -> str:
 
 def _receipt(body: Receipt, parts: Parts) -> on.ReceiptArrived | None:
     """A receipt counts only for the very bytes that were sent."""
-    row = parts.outbox.find_transfer(body.transfer)
-    if row is None or body.update_id not in (row.update_id, _UNKNOWN_UPDATE):
+    update_id = parts.outbox.find_transfer(body.transfer)
+    if update_id is None or body.update_id not in (update_id, _UNKNOWN_UPDATE):
         return None
-    return on.ReceiptArrived(row.update_id, body.verdict, body.transfer, body.reason, body.missing)
+    return on.ReceiptArrived(update_id, body.verdict, body.transfer, body.reason, body.missing)
 
 
 def job_ended(result: JobResult, parts: Parts) -> on.Event:
@@ -81,8 +83,19 @@ def job_ended(result: JobResult, parts: Parts) -> on.Event:
     return on.JobDone(result.key, update)
 
 
+def _take_keys(keys: OnlineKeys, parts: Parts) -> None:
+    """Trusts the keys of today, and after a restart too; a full disk costs only that."""
+    if keys == parts.speaker.keys:
+        return
+    parts.speaker.trust(keys)
+    try:
+        parts.database.set_fact(ONLINE_KEYS_FACT, keys.to_json())
+    except StorageError as error:
+        _log.warning("online_keys_not_kept", reason=str(error))
+
+
 def _checked(checked: Checked, parts: Parts) -> on.Event:
-    parts.speaker.trust(checked.keys)
+    _take_keys(checked.keys, parts)
     parts.received_bytes_total += checked.fetched_bytes
     serving = parts.serving
     if checked.installed is None:

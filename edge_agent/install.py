@@ -8,23 +8,26 @@ docs/architecture.md, laws 2 and 5.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from edge_agent import tuf_client
 from edge_agent.fetcher import Fetcher
 from edge_agent.identity import Identity
+from edge_agent.online_keys import OnlineKeys
 from edge_agent.ports import Engine, SelfTest, Variant
 from edge_agent.release_files import SlotContents, read_source
-from edge_agent.release_source import Held, Offer, ReleaseSource
+from edge_agent.release_source import Held, Known, Offer, ReleaseSource
 from edge_agent.serving import ServedModel
 from edge_agent.slots import SlotStore
 from edge_agent.storage import Database
-from edge_agent.tuf_client import OnlineKeys
 from process.clock import Clock
 from process.logs import get_logger
-from wire.manifest import GRAPH_FILES, MANIFEST
+from wire.errors import BundleError
+from wire.manifest import GOLDEN_INPUTS, GRAPH_FILES, MANIFEST
 
 _log = get_logger("edge_agent.install")
 
@@ -46,12 +49,14 @@ class TufReleases:
         self._fetcher = fetcher
         self._clock = clock
 
-    def fetch(self, current_version: int, held: Held) -> Offer:
+    def fetch(self, current_version: int, held: Held, known: Known) -> Offer:
         before = self._fetcher.fetched_bytes_total
         info = tuf_client.check(
             self._folder, self._identity.tuf_root, self._fetcher, self._identity.ring, self._clock
         )
         is_new = info.release_version not in (0, current_version)
+        if is_new:
+            tuf_client.seed_staging(self._folder, known)
         files = tuf_client.download(info, held=held) if is_new else {}
         fetched = self._fetcher.fetched_bytes_total - before
         return Offer(info.keys, info.release_version, info.rollback, info.serial, fetched, files)
@@ -72,22 +77,23 @@ class SharedTufReleases:
         self._fetcher = fetcher
         self._checked: dict[bytes, Offer] = {}
 
-    def fetch(self, current_version: int, held: Held) -> Offer:
+    def fetch(self, current_version: int, held: Held, known: Known) -> Offer:
         path = f"{tuf_client.METADATA_PATH}/timestamp.json"
         timestamp = b"".join(self._fetcher.fetch(path, limit_bytes=MAX_TIMESTAMP_BYTES))
         name = hashlib.sha256(timestamp).digest()
         if name not in self._checked:
             # Everything is fetched, whatever this device holds: the next one may hold nothing.
-            offer = self._releases.fetch(0, lambda _: frozenset())
+            offer = self._releases.fetch(0, lambda _: frozenset(), {})
             files = {key: read_source(source) for key, source in offer.files.items()}
             self._checked = {name: replace(offer, files=files)}
         offer = self._checked[name]
         if offer.release_version == current_version:
             return replace(offer, fetched_bytes=len(timestamp), files={})
-        # What this device would have fetched by itself: the graphs only once.
-        wanted = offer.files.keys() - ({MANIFEST, *GRAPH_FILES} if current_version else frozenset())
-        fetched = len(timestamp) + sum(len(read_source(offer.files[key])) for key in wanted)
-        return replace(offer, fetched_bytes=fetched)
+        # What this device would have fetched by itself: the graphs only once, and nothing that it has.
+        wanted = offer.files.keys() - (frozenset(GRAPH_FILES) if current_version else frozenset())
+        missing = [read_source(offer.files[key]) for key in wanted]
+        fetched = sum(len(data) for data in missing if hashlib.sha256(data).hexdigest() not in known)
+        return replace(offer, fetched_bytes=len(timestamp) + fetched)
 
     def clear(self) -> None:
         """What is shared stays: another device may need it."""
@@ -130,8 +136,11 @@ class Installer:
         self._database = database
         self._variant = variant
 
-    def check(self) -> Checked:
+    def check(self, heads: Known = MappingProxyType({})) -> Checked:
         """Looks for a release and makes it current, on probation.
+
+        Args:
+            heads: checkpoints that this device has gathered, one of which may be the release's.
 
         Raises:
             ReleaseError: metadata or files that do not verify, or a release that may not follow.
@@ -140,7 +149,9 @@ class Installer:
             StorageError: the disk is full.
         """
         current = self._slots.current()
-        offer = self._source.fetch(current.version if current is not None else 0, self._slots.held)
+        version = current.version if current is not None else 0
+        known = {**heads, **(_lasting_files(current) if current is not None else {})}
+        offer = self._source.fetch(version, self._slots.held, known)
         if not offer.files:
             return Checked(offer.keys, offer.fetched_bytes, None)
         staged = self._slots.stage(offer.files, serial=offer.serial, rollback=offer.rollback)
@@ -184,3 +195,13 @@ class Installer:
             name, _, measured = str(self._database.fact(VARIANT_FACT) or "").partition(":")
             chosen = measured if name == contents.release_sha256 else "int8"
         return "float32" if chosen == "float32" else "int8"
+
+
+def _lasting_files(contents: SlotContents) -> dict[str, bytes]:
+    """Files of a release that the next one often has too, by hash; without those that are damaged."""
+    found = {}
+    for name in (MANIFEST, GOLDEN_INPUTS):
+        with contextlib.suppress(BundleError):
+            data = contents.manifest.to_bytes() if name == MANIFEST else contents.read(name)
+            found[hashlib.sha256(data).hexdigest()] = data
+    return found

@@ -29,15 +29,19 @@ ENDED_ROWS_KEPT: Final = 1024
 _OPEN: Final = "open"
 # Whatever is not a terminal state is open: a flipped bit in this column must not make a row invisible.
 _IS_OPEN: Final = f"state NOT IN ({', '.join(repr(state) for state in END_STATES)})"
+_OPEN_BYTES: Final = (
+    "SELECT total(length(body) + coalesce(length(sealed), 0)) FROM outbox LEFT JOIN sealings USING (row)"
+    f" WHERE {_IS_OPEN}"
+)
 _VERDICTS: Final[dict[str, EndState]] = {
     "stored": "stored",
     "duplicate": "stored",
     "refused": "refused",
     "expired": "expired",
 }
-_COLUMNS: Final = (
-    "row, update_id, order_id, run, round_number, kind, body, sha256, sealed, transfer, created, deadline,"
-    " sends, sent_at"
+_SELECT: Final = (
+    "SELECT row, update_id, order_id, run, round_number, kind, body, sha256, sealed, transfer, created, deadline"
+    f" FROM outbox LEFT JOIN sealings USING (row) WHERE {_IS_OPEN}"
 )
 
 
@@ -50,7 +54,6 @@ class OutboxRow:
         body: the encoded message body, before sealing (it is sealed anew after a change of keys).
         sealed: the sealed message as it is sent, or None when it has to be sealed (again).
         transfer: SHA-256 of `sealed`; the receipt names it.
-        sends: how often it was handed to the transport.
     """
 
     row: int
@@ -64,8 +67,6 @@ class OutboxRow:
     transfer: bytes | None
     created: float
     deadline: float
-    sends: int
-    sent_at: float
 
 
 class Outbox:
@@ -126,38 +127,34 @@ class Outbox:
             raise StorageError("transfer digest is not that of the sealed bytes")
         with self._database.transaction() as connection:
             changed = connection.execute(
-                f"UPDATE outbox SET sealed = ?, transfer = ?, sends = 0 WHERE update_id = ? AND {_IS_OPEN}",
-                (sealed, transfer, update_id),
+                "INSERT OR REPLACE INTO sealings (row, transfer, sealed)"
+                f" SELECT row, ?, ? FROM outbox WHERE update_id = ? AND {_IS_OPEN}",
+                (transfer, sealed, update_id),
             ).rowcount
             if not changed:
                 raise StorageError("no open outbox row with this update id", update_id=update_id.hex())
-
-    def mark_sent(self, update_id: bytes, now: float) -> None:
-        """Counts one hand-over to the transport. Not fsynced: losing it costs one more send."""
-        with self._database.transaction(durable=False) as connection:
-            connection.execute(
-                f"UPDATE outbox SET sends = sends + 1, sent_at = ? WHERE update_id = ? AND {_IS_OPEN}",
-                (now, update_id),
-            )
 
     def pending(self, *, limit: int = 64) -> list[OutboxRow]:
         """Open rows, oldest first. A row that fails its digest is quarantined, counted as `destroyed` and
         left out.
         """
-        rows = self._database.read(
-            f"SELECT {_COLUMNS} FROM outbox WHERE {_IS_OPEN} ORDER BY row LIMIT ?", (limit,)
-        )
+        rows = self._database.read(f"{_SELECT} ORDER BY row LIMIT ?", (limit,))
         return [row for row in map(self._checked, rows) if row is not None]
 
     def find(self, update_id: bytes) -> OutboxRow | None:
         """The open row of an update, or None (unknown, ended, or found damaged just now)."""
-        return self._one("update_id", update_id)
+        rows = self._database.read(f"{_SELECT} AND update_id = ?", (update_id,))
+        return self._checked(rows[0]) if rows else None
 
-    def find_transfer(self, transfer: bytes) -> OutboxRow | None:
-        """The open row whose sealed bytes have this SHA-256, or None. A receipt for missing chunks names only
-        this.
+    def find_transfer(self, transfer: bytes) -> bytes | None:
+        """The id of the open update whose sealed bytes have this SHA-256, or None. A receipt for missing chunks names
+        only this.
         """
-        return self._one("transfer", transfer)
+        rows = self._database.read(
+            f"SELECT update_id FROM outbox JOIN sealings USING (row) WHERE transfer = ? AND {_IS_OPEN}",
+            (transfer,),
+        )
+        return rows[0][0] if rows and isinstance(rows[0][0], bytes) else None
 
     def end(
         self,
@@ -183,7 +180,8 @@ class Outbox:
             return False
         with self._database.transaction() as connection:
             row = connection.execute(
-                f"SELECT row, transfer FROM outbox WHERE update_id = ? AND {_IS_OPEN}", (update_id,)
+                f"SELECT row, transfer FROM outbox LEFT JOIN sealings USING (row) WHERE update_id = ? AND {_IS_OPEN}",
+                (update_id,),
             ).fetchone()
             if row is None or (state != "expired" and row[1] != transfer):
                 return False
@@ -199,6 +197,10 @@ class Outbox:
         """How many rows are open."""
         return int(self._database.read(f"SELECT count(*) FROM outbox WHERE {_IS_OPEN}")[0][0])
 
+    def open_bytes(self) -> int:
+        """Bytes of the open rows, bodies and sealed messages; `max_bytes` bounds them."""
+        return int(self._database.read(_OPEN_BYTES)[0][0])
+
     def totals(self) -> dict[str, int]:
         """How many updates ended in each state since the database was made; every state is there."""
         counted = dict(self._database.read("SELECT state, total FROM outbox_totals"))
@@ -210,12 +212,6 @@ class Outbox:
             f"SELECT state, reason FROM outbox WHERE update_id = ? AND NOT ({_IS_OPEN})", (update_id,)
         )
         return (rows[0][0], rows[0][1]) if rows else None
-
-    def _one(self, column: str, value: bytes) -> OutboxRow | None:
-        rows = self._database.read(
-            f"SELECT {_COLUMNS} FROM outbox WHERE {column} = ? AND {_IS_OPEN}", (value,)
-        )
-        return self._checked(rows[0]) if rows else None
 
     def _make_room(self, connection: sqlite3.Connection, needed_bytes: int, now: float) -> None:
         if _open_bytes(connection) + needed_bytes <= self._max_bytes:
@@ -235,14 +231,14 @@ class Outbox:
         return [update_id for _, update_id in late]
 
     def _checked(self, values: tuple[Any, ...]) -> OutboxRow | None:
-        number, update_id, order_id, run, round_number, kind, body, digest, sealed, transfer, *rest = values
+        number, update_id, order_id, run, round_number, kind, body, digest, sealed, transfer, *times = values
         if not _is_intact(digest, update_id, order_id, run, round_number, kind, body):
             self._destroy(number, update_id, body)
             return None
         if sealed is not None and hashlib.sha256(sealed).digest() != transfer:
             # The body is intact, so nothing is lost: it is sealed again.
             sealed = transfer = None
-        return OutboxRow(number, update_id, order_id, run, round_number, kind, body, sealed, transfer, *rest)
+        return OutboxRow(number, update_id, order_id, run, round_number, kind, body, sealed, transfer, *times)
 
     def _destroy(self, row: int, update_id: Any, body: Any) -> None:
         name = f"outbox-{update_id.hex()}" if isinstance(update_id, bytes) else f"outbox-row-{row}"
@@ -255,12 +251,12 @@ class Outbox:
 def _close(connection: sqlite3.Connection, row: int, state: EndState, reason: str, now: float) -> None:
     """The only place where a row leaves the open state; the condition makes it happen once."""
     changed = connection.execute(
-        "UPDATE outbox SET state = ?, reason = ?, ended_at = ?, body = x'', sealed = NULL"
-        f" WHERE row = ? AND {_IS_OPEN}",
+        f"UPDATE outbox SET state = ?, reason = ?, ended_at = ?, body = x'' WHERE row = ? AND {_IS_OPEN}",
         (state, reason[:512], now, row),
     ).rowcount
     if not changed:
         return
+    connection.execute("DELETE FROM sealings WHERE row = ?", (row,))
     connection.execute(
         "INSERT INTO outbox_totals VALUES (?, 1) ON CONFLICT (state) DO UPDATE SET total = total + 1",
         (state,),
@@ -269,10 +265,7 @@ def _close(connection: sqlite3.Connection, row: int, state: EndState, reason: st
 
 
 def _open_bytes(connection: sqlite3.Connection) -> int:
-    total = connection.execute(
-        f"SELECT total(length(body) + coalesce(length(sealed), 0)) FROM outbox WHERE {_IS_OPEN}"
-    ).fetchone()[0]
-    return int(total)
+    return int(connection.execute(_OPEN_BYTES).fetchone()[0])
 
 
 def _digest(update_id: bytes, order_id: bytes, run: str, round_number: int, kind: str, body: bytes) -> bytes:

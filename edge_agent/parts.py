@@ -10,6 +10,7 @@ from typing import Final
 from edge_agent.heads import Heads
 from edge_agent.identity import Identity
 from edge_agent.install import Installer
+from edge_agent.online_keys import ONLINE_KEYS_FACT, OnlineKeys
 from edge_agent.orders import Orders, ReplayWindows
 from edge_agent.outbox import Outbox
 from edge_agent.outgoing import Outgoing
@@ -22,10 +23,15 @@ from edge_agent.settings import EdgeSettings
 from edge_agent.slots import SlotStore
 from edge_agent.speaker import Speaker
 from edge_agent.storage import Database
+from edge_agent.tally import Tally
 from edge_agent.time_floor import FlooredClock
 from process.clock import Clock
+from process.logs import get_logger
 from wire.codec import ErrorFeedback
+from wire.errors import ReleaseError, TrustError
 from wire.transport import Transport
+
+_log = get_logger("edge_agent")
 
 PROBATION_STARTS_FACT: Final = "probation_starts"
 
@@ -61,6 +67,7 @@ class Parts:
     feedback_correct: int = 0
     feedback_total: int = 0
     started_at: float = 0.0
+    tally: Tally = field(default_factory=Tally)
     stopping: bool = False
     sealed_to: dict[bytes, bytes] = field(default_factory=dict)
     left_over: dict[bytes, ErrorFeedback] = field(default_factory=dict)
@@ -94,9 +101,7 @@ def assemble(
         worker=worker,
         installer=Installer(releases, slots, selftest, engine, database, variant=settings.inference.variant),
         serving=Serving(floored, served_badly),
-        speaker=Speaker(
-            identity, sequence=Sequence(database), windows=ReplayWindows(database), clock=floored
-        ),
+        speaker=_speaker(identity, database, floored),
         outgoing=Outgoing(transport),
         outbox=Outbox(database, max_bytes=storage.outbox_bytes),
         orders=Orders(database),
@@ -106,6 +111,19 @@ def assemble(
             retention_seconds=storage.retention_days * 86_400.0,
             precision=storage.precision,
         ),
-        heads=Heads(settings.training.max_head_bytes),
+        heads=Heads(settings.training.max_head_bytes, slots.current),
         boot_id=rng.randbytes(16),
     )
+
+
+def _speaker(identity: Identity, database: Database, clock: Clock) -> Speaker:
+    """With the keys of the last release check, where there was one."""
+    speaker = Speaker(identity, sequence=Sequence(database), windows=ReplayWindows(database), clock=clock)
+    kept = database.fact(ONLINE_KEYS_FACT)
+    if isinstance(kept, bytes):
+        try:
+            speaker.trust(OnlineKeys.from_json(kept))
+        except (ReleaseError, TrustError) as error:
+            # Of another version of this program; the next check brings today's.
+            _log.warning("online_keys_unusable", reason=str(error))
+    return speaker

@@ -21,8 +21,8 @@ from edge_agent import tuf_client
 from edge_agent.child import ChildTimeoutError, run_child
 from edge_agent.fetcher import HttpsFetcher
 from edge_agent.identity import Identity
-from edge_agent.release_source import Held, Offer
-from edge_agent.tuf_client import OnlineKeys
+from edge_agent.online_keys import OnlineKeys
+from edge_agent.release_source import Held, Known, Offer
 from process.clock import Clock, SystemClock
 from process.logs import get_logger
 from wire import errors
@@ -92,7 +92,8 @@ class ChildReleases:
         self._graphs = graphs
         self._checked = checked
 
-    def fetch(self, current_version: int, held: Held) -> Offer:
+    def fetch(self, current_version: int, held: Held, known: Known) -> Offer:
+        tuf_client.seed_staging(self._folder / STAGING_NAME, known)
         graphs = self._graphs()
         request = Request(
             current_version=current_version,
@@ -105,6 +106,8 @@ class ChildReleases:
             self._checked()
         keys = OnlineKeys(found.tenant, found.fleet, found.kem, found.orders)
         files = {name: Path(path) for name, path in found.files.items()}
+        if not files:
+            self.clear()
         return Offer(keys, found.release_version, found.rollback, found.serial, found.fetched_bytes, files)
 
     def clear(self) -> None:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from edge_agent.tuf_client import OnlineKeys
+from edge_agent.online_keys import OnlineKeys
 
 Held = Callable[[str], frozenset[str]]
+Known = Mapping[str, bytes]
+"""Bytes that are here already, by their SHA-256 (hex): what has one of these hashes is not downloaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +36,8 @@ class Offer:
 class ReleaseSource(Protocol):
     """Where verified releases come from."""
 
-    def fetch(self, current_version: int, held: Held) -> Offer:
-        """Checks what the ring shall run, and downloads it when it is not `current_version`.
+    def fetch(self, current_version: int, held: Held, known: Known) -> Offer:
+        """Checks what the ring shall run, and downloads what is not here of it when it is not `current_version`.
 
         Raises:
             ReleaseError: metadata or a file that does not verify.

@@ -139,6 +139,26 @@ class NetworkSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = 600.0
 
 
+class MetricsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[metrics]`: for Prometheus. `shoal-edge status --json` shows the same numbers without either of them."""
+
+    file: Annotated[
+        str,
+        _option(
+            "Text file for node_exporter's textfile collector, its name ending in .prom, relative to the state folder;"
+            " empty for none.",
+            max_length=1024,
+        ),
+    ] = ""
+    listen: Annotated[
+        str,
+        _option(
+            'Where GET /metrics answers, such as "127.0.0.1:9465": plain HTTP without a password; empty for nowhere.',
+            max_length=260,
+        ),
+    ] = ""
+
+
 class LogSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[log]`"""
 
@@ -157,6 +177,7 @@ class EdgeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     release: ReleaseSettings = field(default_factory=ReleaseSettings)
     report: ReportSettings = field(default_factory=ReportSettings)
     network: NetworkSettings = field(default_factory=NetworkSettings)
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
     log: LogSettings = field(default_factory=LogSettings)
 
     def timing(self) -> Timing:

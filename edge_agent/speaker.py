@@ -15,9 +15,9 @@ from functools import cache
 from typing import Final
 
 from edge_agent.identity import Identity
+from edge_agent.online_keys import OnlineKeys
 from edge_agent.orders import ReplayWindows
 from edge_agent.sequence import Sequence
-from edge_agent.tuf_client import OnlineKeys
 from process.clock import Clock
 from wire import envelope
 from wire.chunks import max_payload_bytes, split
@@ -90,7 +90,8 @@ class Speaker:
         self._topics = Topics(identity.tenant, identity.fleet)
         self._recipient: KemPublicKey | None = None
         self._signers: dict[bytes, envelope.Signer] = {}
-        self.trust(keys_of_enrolment(identity))
+        self.keys = OnlineKeys.of_enrolment(identity)
+        self.trust(self.keys)
 
     @property
     def filters(self) -> tuple[tuple[str, int], ...]:
@@ -115,6 +116,7 @@ class Speaker:
         signers = [VerifyKey(public) for _, public in keys.orders]
         if not recipients or not signers:
             raise TrustError("the cloud lists no key for orders, or none to seal to")
+        self.keys = keys
         self._recipient = recipients[0]
         self._signers = {key.key_id: envelope.Signer("", key) for key in signers}
 
@@ -257,13 +259,3 @@ class Speaker:
 def content_algorithm_here() -> ContentAlgorithm:
     """The content algorithm that this machine is faster with, measured once per process."""
     return faster_content_algorithm(time.perf_counter)
-
-
-def keys_of_enrolment(identity: Identity) -> OnlineKeys:
-    """The online keys of the day of enrolment."""
-    return OnlineKeys(
-        tenant=identity.tenant,
-        fleet=identity.fleet,
-        kem=tuple((bytes.fromhex(key.id), key.algorithm, bytes.fromhex(key.public)) for key in identity.kem),
-        orders=tuple((bytes.fromhex(key.id), bytes.fromhex(key.public)) for key in identity.orders),
-    )

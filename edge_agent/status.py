@@ -65,9 +65,14 @@ def status_of(parts: Parts, state: State, status: str) -> dict[str, Any]:
 
 def write_status(path: Path, status: dict[str, Any]) -> None:
     """Replaces the file; a disk that is full keeps the old one."""
+    replace_file(path, json.dumps(status, sort_keys=True))
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Replaces a file that is a convenience: readers see the old one or the new one, a full disk keeps the old."""
     temporary = path.with_name(f".{path.name}.new")
     with contextlib.suppress(OSError):
-        temporary.write_text(json.dumps(status, sort_keys=True), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
 
 

@@ -27,6 +27,11 @@ class FlooredClock:
         """Seconds since 1970."""
         return self._floor
 
+    @property
+    def behind_seconds(self) -> float:
+        """How far the machine's clock is behind the floor; 0 when it is not."""
+        return max(0.0, self._floor - self._clock.now())
+
     def now(self) -> float:
         return max(self._clock.now(), self._floor)
 

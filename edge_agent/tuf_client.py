@@ -14,7 +14,7 @@ import datetime
 import hashlib
 import io
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Final, TypeVar
@@ -23,8 +23,9 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edge_agent.fetcher import Fetcher
+from edge_agent.online_keys import ONLINE_KEYS, OnlineKeys
 from process.clock import Clock
-from wire.enrolment import DeviceId, OnlineKey
+from wire.enrolment import DeviceId
 from wire.errors import RefusedError, ReleaseError, StorageError
 from wire.manifest import (
     CHECKPOINT,
@@ -36,7 +37,6 @@ from wire.manifest import (
     RELEASE,
     Release,
 )
-from wire.primitives import key_id
 
 if TYPE_CHECKING:
     from tuf.api.metadata import TargetFile
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 METADATA_PATH: Final = "/metadata"
 TARGETS_PATH: Final = "/targets"
-ONLINE_KEYS: Final = "keys/online.json"
 MAX_SMALL_TARGET_BYTES: Final = 256 * 1024
 # tuf wants absolute URLs; the scheme and host are ours and go nowhere.
 _BASE: Final = "shoal://fleet"
@@ -53,33 +52,11 @@ _METADATA: Final = "metadata"
 _TARGETS: Final = "targets"
 
 
-class _OnlineKeysFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    kem: Annotated[tuple[OnlineKey, ...], Meta(min_length=1, max_length=8)]
-    orders: Annotated[tuple[OnlineKey, ...], Meta(min_length=1, max_length=8)]
-    tenant: DeviceId
-    fleet: DeviceId
-
-
 class _RingFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ring: DeviceId
     release_version: Annotated[int, Meta(ge=1, le=2**53)]
     rollback: bool
     serial: Annotated[int, Meta(ge=0, le=2**53)]
-
-
-@dataclass(frozen=True, slots=True)
-class OnlineKeys:
-    """The aggregator's keys of today, as TUF vouches for them.
-
-    Attributes:
-        kem: (key id of 8 bytes, algorithm, public key) to seal to, the preferred one first.
-        orders: (key id, raw Ed25519 public key) that may sign messages downward.
-    """
-
-    tenant: str
-    fleet: str
-    kem: tuple[tuple[bytes, str, bytes], ...]
-    orders: tuple[tuple[bytes, bytes], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +160,10 @@ def check(folder: Path, root: bytes, fetcher: Fetcher, ring: str, clock: Clock) 
         TransportError: the repository cannot be reached.
     """
     session = _session(folder, root, fetcher, clock)
-    keys = _online_keys(session.small_target(ONLINE_KEYS))
+    listed = session.small_target(ONLINE_KEYS)
+    if listed is None:
+        raise ReleaseError(f"the signed metadata names no {ONLINE_KEYS}")
+    keys = OnlineKeys.from_json(listed)
     data = session.small_target(f"rings/{ring}.json")
     if data is None:
         return ReleaseInfo(ring, 0, False, 0, keys, session)
@@ -226,6 +206,20 @@ def download(info: ReleaseInfo, *, held: Callable[[str], frozenset[str]]) -> dic
             f"cannot stage release {info.release_version}: {error.strerror or error}"
         ) from error
     return files
+
+
+def seed_staging(folder: Path, known: Mapping[str, bytes]) -> None:
+    """Puts bytes where `download` looks for what an earlier attempt left; it verifies them like everything else.
+
+    Args:
+        known: bytes by their SHA-256 (hex).
+    """
+    place = folder / _TARGETS
+    for name, data in known.items():
+        # What cannot be written is downloaded, or fails there with a reason.
+        with contextlib.suppress(OSError):
+            place.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes(data)
 
 
 def clear_staging(folder: Path) -> None:
@@ -295,21 +289,6 @@ def _location(info: TargetFile) -> str:
     """Where a target is served (consistent snapshots: its hash stands before its file name)."""
     folder, _, name = info.path.rpartition("/")
     return f"{TARGETS_PATH}/{folder}/{info.hashes['sha256']}.{name}"
-
-
-def _online_keys(data: bytes | None) -> OnlineKeys:
-    if data is None:
-        raise ReleaseError(f"the signed metadata names no {ONLINE_KEYS}")
-    listed = _decode(data, _OnlineKeysFile, ONLINE_KEYS)
-    for key in (*listed.kem, *listed.orders):
-        if key_id(bytes.fromhex(key.public)).hex() != key.id:
-            raise ReleaseError(f"{ONLINE_KEYS} lists a key under another key's id", key_id=key.id)
-    return OnlineKeys(
-        tenant=listed.tenant,
-        fleet=listed.fleet,
-        kem=tuple((bytes.fromhex(key.id), key.algorithm, bytes.fromhex(key.public)) for key in listed.kem),
-        orders=tuple((bytes.fromhex(key.id), bytes.fromhex(key.public)) for key in listed.orders),
-    )
 
 
 def _release(data: bytes, version: int) -> Release:

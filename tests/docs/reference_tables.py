@@ -21,6 +21,7 @@ import edge_agent.settings
 import fleet.cli
 from cloud_server.metrics import CloudMetrics
 from cloud_server.settings import CloudSettings
+from edge_agent.metrics import EdgeMetrics
 from edge_agent.settings import EdgeSettings
 from fleet.scenario import Scenario
 from process.exits import EXIT_CODES
@@ -68,6 +69,12 @@ def metrics_table(registry: Registry) -> str:
 
 def aggregator_metrics() -> str:
     metrics = CloudMetrics()
+    register_vitals(metrics.registry, 0.0)
+    return metrics_table(metrics.registry)
+
+
+def device_metrics() -> str:
+    metrics = EdgeMetrics()
     register_vitals(metrics.registry, 0.0)
     return metrics_table(metrics.registry)
 
@@ -150,6 +157,7 @@ PARTS: dict[str, Callable[[], str]] = {
     ),
     "options of a scenario": lambda: settings_table(Scenario),
     "metrics of the aggregator": aggregator_metrics,
+    "metrics of the device": device_metrics,
     "exit codes": exit_codes,
     "errors": error_tree,
     "supported layers": supported_layers,

@@ -216,9 +216,13 @@ class Cloud:
         if announce:
             self.announce(version)
 
+    def announcement(self, version: int) -> Announcement:
+        return Announcement(channel="stable", release_version=version, timestamp=self.repository.timestamp())
+
     def announce(self, version: int) -> None:
-        body = Announcement(channel="stable", release_version=version, timestamp=self.repository.timestamp())
-        self.say(body, device="*", topic=self.topics.announcement("stable"), retain=True)
+        self.say(
+            self.announcement(version), device="*", topic=self.topics.announcement("stable"), retain=True
+        )
 
     def candidate(self, params: Floats | None = None) -> Candidate:
         checkpoint = self.bundle.checkpoint()
@@ -314,8 +318,10 @@ class Lab:
         plan: FaultPlan | None = None,
         seed: int = 0,
         start: bool = True,
+        status_file: Path | None = None,
+        identity: Identity | None = None,
     ) -> Agent:
-        identity = self.identity(device)
+        identity = identity or self.identity(device)
         fetcher = MemoryFetcher(source or self.cloud.repository.read)
         transport: Transport = MemoryTransport(self.broker, device)
         if plan is not None:
@@ -332,6 +338,7 @@ class Lab:
             slots=slots or MemorySlots(self.shared),
             selftest=selftest or InlineSelfTest(self.runtime),
             engine=self.runtime,
+            status_file=status_file,
         )
         self.agents.append(agent)
         if start:
