@@ -28,7 +28,7 @@ from wire.errors import StorageError
 
 DATABASE_NAME: Final = "agent.db"
 MEMORY: Final = ":memory:"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 DEFAULT_MAX_BYTES: Final = 256 * 1024 * 1024
 _FORMAT_NAME: Final = "FORMAT"
 _FORMAT: Final = "shoal-edge 1"
@@ -37,6 +37,8 @@ _MAX_EPOCH: Final = 2**53
 _PAGE_BYTES: Final = 4096
 # A simulated fleet holds a thousand databases in one process: small pages, and one costs 98 kB, not 140.
 _MEMORY_PAGE_BYTES: Final = 1024
+# SQLite would keep 2 MiB of pages for good; samples are read once a round, and the system has the pages too.
+_CACHE_KIB: Final = 256
 _WAL_LIMIT_BYTES: Final = 4 * 1024 * 1024
 _SQLITE_SUFFIXES: Final = ("", "-wal", "-shm")
 _DAMAGED_SUFFIX: Final = ".damaged"
@@ -52,9 +54,10 @@ _SCHEMA: Final = (
         row INTEGER PRIMARY KEY AUTOINCREMENT, update_id BLOB NOT NULL UNIQUE, order_id BLOB NOT NULL,
         run TEXT NOT NULL, round_number INTEGER NOT NULL, kind TEXT NOT NULL CHECK (kind IN ('up', 'ev')),
         state TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', created REAL NOT NULL, deadline REAL NOT NULL,
-        sends INTEGER NOT NULL DEFAULT 0, sent_at REAL NOT NULL DEFAULT 0, ended_at REAL NOT NULL DEFAULT 0,
-        at_rest_key_id TEXT NOT NULL DEFAULT '', sha256 BLOB NOT NULL, transfer BLOB,
-        body BLOB NOT NULL, sealed BLOB)""",
+        ended_at REAL NOT NULL DEFAULT 0, at_rest_key_id TEXT NOT NULL DEFAULT '', sha256 BLOB NOT NULL,
+        body BLOB NOT NULL)""",
+    # A change of a row writes all of it again: what comes later than the body lies beside it.
+    "CREATE TABLE sealings (row INTEGER PRIMARY KEY, transfer BLOB NOT NULL, sealed BLOB NOT NULL)",
     "CREATE INDEX outbox_by_state ON outbox (state, row)",
     "CREATE TABLE outbox_totals (state TEXT PRIMARY KEY, total INTEGER NOT NULL) WITHOUT ROWID",
     """CREATE TABLE samples (
@@ -263,6 +266,7 @@ class Database:
             connection.execute(f"PRAGMA page_size = {page_bytes}")
             connection.execute(f"PRAGMA max_page_count = {max(64, self._max_bytes // page_bytes)}")
             if self.path is not None:
+                connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT_BYTES}")
                 connection.execute("PRAGMA secure_delete = ON")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
+from cryptography.hazmat.bindings._rust import openssl as binding
 from cryptography.hazmat.primitives.asymmetric import ed25519, mlkem, x25519
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from cryptography.hazmat.primitives.hpke import (
@@ -179,7 +180,9 @@ class KemPublicKey:
             )
         self._key: x25519.X25519PublicKey | MLKEM768X25519PublicKey
         try:
-            classic = x25519.X25519PublicKey.from_public_bytes(public[-32:])
+            # X25519PublicKey.from_public_bytes is this call, after 2 MiB of older API have been loaded to ask
+            # whether the library was built with X25519: a device would hold them for ever.
+            classic = binding.x25519.from_public_bytes(public[-32:])
             if algorithm == "x25519":
                 self._key = classic
             else:

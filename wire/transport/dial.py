@@ -134,6 +134,8 @@ class Dial:
     ) -> None:
         self._loop = loop
         self._host = host
+        # For a text, the resolver loads the code of international names (0.4 MiB).
+        self._asked: str | bytes = host.encode("ascii") if host.isascii() else host
         self._port = port
         self._tls = tls
         self._max_read_bytes = max_read_bytes
@@ -154,7 +156,7 @@ class Dial:
     def _resolve(self) -> None:
         try:  # an address needs no resolver
             found = socket.getaddrinfo(
-                self._host, self._port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+                self._asked, self._port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
             )
         except socket.gaierror:
             # The resolver blocks for seconds when there is no network, so it gets a thread of its own.
@@ -166,7 +168,7 @@ class Dial:
         addresses: list[Address] = []
         reason = ""
         try:
-            found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+            found = socket.getaddrinfo(self._asked, self._port, type=socket.SOCK_STREAM)
             addresses = [(family, address) for family, _, _, _, address in found]
         except OSError as error:
             reason = describe(error)
