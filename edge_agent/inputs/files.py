@@ -4,6 +4,8 @@
     x.val.npy          the same, kept for evaluation where labelled; x.train.npy for training
     x.csv              one window a row, flattened; a header row may name the columns `label` and `id`
 
+A row that cannot be used is answered with an error and passed; so are labels without windows, once they have waited.
+
 Laws of the file: no pickle; sizes are checked before anything is read; a file is taken when it has stopped
 growing; files are taken in the order of their times, and the newest one taken is remembered on disk, so that
 a restart goes on there.
@@ -31,6 +33,9 @@ SUFFIXES: Final = (".npy", ".csv")
 LABELS_SUFFIX: Final = ".labels.npy"
 MAX_FILE_BYTES: Final = 512 * 2**20
 POLL_SECONDS: Final = 0.5
+ORPHAN_POLLS: Final = 10
+MAX_BAD_ROWS: Final = 100
+MAX_REMEMBERED: Final = 4096
 
 
 class Bookmark(Protocol):
@@ -90,6 +95,8 @@ class FileInput:
         self._bookmark = bookmark
         self._pause = pause
         self._sizes: dict[str, int] = {}
+        self._orphans: dict[str, int] = {}
+        self._unlabelled: set[str] = set()
 
     def run(self, agent: Answering, should_stop: Callable[[], bool]) -> None:
         """Answers until the file ends, or for a folder until `should_stop`."""
@@ -109,14 +116,18 @@ class FileInput:
     def _ready(self, mark: _Mark) -> list[tuple[_Mark, Path]]:
         """New files whose size did not change since the last poll, oldest first, up to one that grows."""
         found: list[tuple[_Mark, Path, int]] = []
+        labels: list[Path] = []
         try:
             for path in self._path.iterdir():
-                if path.suffix in SUFFIXES and not path.name.endswith(LABELS_SUFFIX) and path.is_file():
+                if path.name.endswith(LABELS_SUFFIX):
+                    labels.append(path)
+                elif path.suffix in SUFFIXES and path.is_file():
                     facts = path.stat()
                     found.append((_Mark(facts.st_mtime_ns, path.name), path, facts.st_size))
         except OSError as error:
             _log.warning("input_folder_unreadable", path=str(self._path), reason=error.strerror)
             return []
+        self._watch_labels(labels)
         ready: list[tuple[_Mark, Path]] = []
         sizes: dict[str, int] = {}
         for place, path, size in sorted(found):
@@ -130,11 +141,38 @@ class FileInput:
         self._sizes = sizes
         return ready
 
+    def _watch_labels(self, labels: list[Path]) -> None:
+        """Labels come before or with their windows; those without windows, or too late for them, are said once."""
+        waited = {}
+        for path in labels:
+            windows = path.with_name(path.name.removesuffix(LABELS_SUFFIX) + ".npy")
+            if windows.name in self._unlabelled:
+                self._unlabelled.discard(windows.name)
+                error = DataError(
+                    f"{path.name} came after its windows were answered", hint="write the labels first"
+                )
+                self._answers(answer_error(error, path.name))
+            elif not windows.exists():
+                waited[path.name] = self._orphans.get(path.name, 0) + 1
+                if waited[path.name] == ORPHAN_POLLS:
+                    error = DataError(f"there is no {windows.name} for the labels in {path.name}")
+                    self._answers(answer_error(error, path.name))
+        self._orphans = waited
+
     def _take(self, agent: Answering, path: Path, should_stop: Callable[[], bool]) -> None:
+        if (
+            path.suffix == ".npy"
+            and not _labels_place(path).exists()
+            and len(self._unlabelled) < MAX_REMEMBERED
+        ):
+            self._unlabelled.add(path.name)
         try:
             for item in read_items(path, self._input_shape()):
                 if should_stop():
                     return
+                if isinstance(item, DataError):
+                    self._answers(answer_error(item, path.name))
+                    continue
                 try:
                     self._answers(answer_item(agent, item))
                 except ShoalError as error:
@@ -143,8 +181,8 @@ class FileInput:
             self._answers(answer_error(error, path.name))
 
 
-def read_items(path: Path, input_shape: tuple[int, ...]) -> Iterator[Item]:
-    """The windows of a file, in order; their ids are the file's name and the row.
+def read_items(path: Path, input_shape: tuple[int, ...]) -> Iterator[Item | DataError]:
+    """The windows of a file, in order, and what is wrong with rows between; ids are the file's name and the row.
 
     Raises:
         DataError: unreadable, too large, or not windows of this shape.
@@ -196,8 +234,12 @@ def _split_of(path: Path) -> Split | None:
     return None
 
 
+def _labels_place(windows: Path) -> Path:
+    return windows.with_name(windows.stem + LABELS_SUFFIX)
+
+
 def _labels_beside(path: Path, count: int) -> np.ndarray[Any, Any] | None:
-    place = path.with_name(path.stem + LABELS_SUFFIX)
+    place = _labels_place(path)
     if not place.is_file():
         return None
     labels = _load(place)
@@ -209,8 +251,9 @@ def _labels_beside(path: Path, count: int) -> np.ndarray[Any, Any] | None:
     return labels
 
 
-def _read_csv(path: Path, input_shape: tuple[int, ...]) -> Iterator[Item]:
+def _read_csv(path: Path, input_shape: tuple[int, ...]) -> Iterator[Item | DataError]:
     size = math.prod(input_shape)
+    bad_rows = 0
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         label_column = id_column = -1
         for row, cells in enumerate(csv.reader(file)):
@@ -221,7 +264,13 @@ def _read_csv(path: Path, input_shape: tuple[int, ...]) -> Iterator[Item]:
                 label_column = names.index("label") if "label" in names else -1
                 id_column = names.index("id") if "id" in names else -1
                 continue
-            yield _csv_item(path.name, row, cells, (label_column, id_column), size).shaped(input_shape)
+            try:
+                yield _csv_item(path.name, row, cells, (label_column, id_column), size).shaped(input_shape)
+            except DataError as error:
+                yield error
+                bad_rows += 1
+                if bad_rows == MAX_BAD_ROWS:
+                    raise DataError(f"{path.name}: too many bad rows, the rest is left out") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,9 @@ they are parsed. Source: docs/reference.md, "Inputs".
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
@@ -19,6 +21,7 @@ from wire.errors import DataError, ShoalError, StorageError
 
 MAX_LINE_BYTES: Final = 16 * 2**20
 MAX_ID_CHARS: Final = 200
+_NPY_MAGIC: Final = b"\x93NUMPY"
 _KEYS: Final = frozenset({"window", "label", "id", "split"})
 _SPLITS: Final = ("train", "val")
 _FORM: Final = (
@@ -69,7 +72,7 @@ def read_item(text: bytes) -> Item:
     label, name, window = plain.get("label"), plain.get("id", ""), plain.get("window")
     if label is not None and (isinstance(label, bool) or not isinstance(label, int)):
         raise DataError(f"a label is a class number, not {str(label)[:50]!r}", hint=_FORM)
-    if not isinstance(name, str | int) or len(str(name)) > MAX_ID_CHARS:
+    if not _is_id(name):
         raise DataError(f"an id is a text of at most {MAX_ID_CHARS} characters", hint=_FORM)
     if window is None and (label is None or name == ""):
         raise DataError("neither a window, nor an id and its label", hint=_FORM)
@@ -77,6 +80,42 @@ def read_item(text: bytes) -> Item:
     if split is not None and (split not in _SPLITS or window is None or label is None):
         raise DataError('"split" is "train" or "val", of a window with its label', hint=_FORM)
     return Item(None if window is None else as_window(window), label, str(name), split)
+
+
+def _is_id(name: Any) -> bool:
+    """JSON can spell half of a surrogate pair, which no stream that answers go to can carry."""
+    return (
+        isinstance(name, str | int)
+        and len(str(name)) <= MAX_ID_CHARS
+        and not any("\ud800" <= character <= "\udfff" for character in str(name))
+    )
+
+
+def read_payload(data: bytes) -> Item:
+    """Reads one message: a JSON object, or a window as a `.npy` file has it.
+
+    Raises:
+        DataError: as `read_item`, or not a `.npy` file of numbers.
+    """
+    if not data.startswith(_NPY_MAGIC):
+        return read_item(data)
+    if len(data) > MAX_LINE_BYTES:
+        raise DataError("a message is too long", size_bytes=len(data), limit_bytes=MAX_LINE_BYTES)
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        reader = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, is_fortran, dtype = reader(stream)
+        rest = memoryview(data)[stream.tell() :]
+        # What the header says is compared with what came before anything of that size is made.
+        if dtype.kind not in "fiu" or math.prod(shape) * dtype.itemsize != len(rest) or not len(rest):
+            raise DataError(f"a .npy message says {dtype} {list(shape)} and holds {len(rest)} bytes"[:300])
+        window = np.frombuffer(rest, dtype).reshape(shape, order="F" if is_fortran else "C")
+    except (ValueError, OverflowError) as error:
+        raise DataError(f"not a .npy file of numbers: {error}"[:300]) from error
+    return Item(_as_floats(window))
 
 
 def as_window(values: Any) -> Floats:
@@ -91,7 +130,12 @@ def as_window(values: Any) -> Floats:
         raise DataError("a window's rows have different lengths") from error
     if array.dtype.kind not in "fiu" or not array.size:
         raise DataError("a window holds something that is not a number")
-    return array.astype(np.float32)
+    return _as_floats(array)
+
+
+def _as_floats(array: Any) -> Floats:
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which the model refuses
+        return np.asarray(array, np.float32)
 
 
 def answer_item(agent: Answering, item: Item) -> dict[str, Any]:
@@ -99,15 +143,20 @@ def answer_item(agent: Answering, item: Item) -> dict[str, Any]:
 
     Returns:
         `id`, `label`, `name`, `score`, `scores`, `release` for a window, and `kept` (false) where its label
-        could not be stored: a full disk costs no answer; `id`, `accepted` for a label alone.
+        could not be stored: a full disk costs no answer; `id`, `accepted` (true) for a label alone.
 
     Raises:
-        DataError: a window or label that does not fit the model.
+        DataError: a window or label that does not fit the model, or a label for a window that is not remembered.
         ModelError: there is no model, or it failed.
         StorageError: a label for a window of before could not be stored.
     """
     if item.window is None:
-        return {"id": item.id, "accepted": agent.feedback(item.id, item.label or 0)}
+        if not agent.feedback(item.id, item.label or 0):
+            raise DataError(
+                f"no answered window {item.id!r} is remembered",
+                hint="label a window once, while it is one of the last that were answered (inference.recent_windows)",
+            )
+        return {"id": item.id, "accepted": True}
     answer = agent.infer(item.window, sample_id=item.id)
     kept = True
     if item.label is not None:
