@@ -83,11 +83,23 @@ class Deployment:
 
     @cached_property
     def database(self) -> Database:
-        """The database, brought to this version's schema."""
-        opened = open_database(
-            self.settings.storage.database or f"sqlite:///{self.folder.database.absolute()}"
-        )
-        opened.migrate()
+        """The database, brought to this version's schema.
+
+        Raises:
+            StorageError: (disk) it cannot be opened; of a complete folder, it is not made anew where it is gone.
+        """
+        url = self.settings.storage.database
+        file = self.folder.database.absolute()
+        if not url and self.folder.is_sealed and not (file.exists() and file.stat().st_size):
+            raise StorageError(
+                f"the database {file} is missing or empty", hint="restore it from its backup", path=str(file)
+            )
+        opened = open_database(url or f"sqlite:///{file}")
+        try:
+            opened.migrate()
+        except BaseException:
+            opened.close()
+            raise
         return opened
 
     @cached_property
@@ -219,8 +231,7 @@ def _url(scheme: str, host: str, port: int) -> str:
 
 
 def initialise(root: Path, settings: CloudSettings, *, clock: Clock | None = None) -> Deployment:
-    """Makes a state folder: settings, keys, CA, database, an empty signed repository. All of it or a folder
-    without FORMAT.
+    """Makes a state folder: settings, keys, CA, database, an empty signed repository. All of it, or nothing.
 
     Raises:
         ConfigurationError: (operator) something lies there already.
@@ -229,6 +240,18 @@ def initialise(root: Path, settings: CloudSettings, *, clock: Clock | None = Non
     folder = StateFolder(root)
     folder.create()
     deployment = Deployment(folder, settings, clock=clock)
+    try:
+        _fill(deployment)
+        folder.seal()
+    except BaseException:  # an interrupt too: half a folder would be in the way of the next try
+        deployment.close()
+        folder.discard()
+        raise
+    return deployment
+
+
+def _fill(deployment: Deployment) -> None:
+    folder, settings = deployment.folder, deployment.settings
     try:
         folder.settings.write_text(render_toml(settings), encoding="utf-8")
     except OSError as error:
@@ -239,5 +262,3 @@ def initialise(root: Path, settings: CloudSettings, *, clock: Clock | None = Non
     with deployment.database.read():
         pass
     deployment.repository.init(online_keys=keys.online_json(tenant=settings.tenant, fleet=settings.fleet))
-    folder.seal()
-    return deployment

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from pathlib import Path
 from wire.errors import ConfigurationError, StorageError
 
 FORMAT = "shoal-cloud 1"
+_MAX_FORMAT_BYTES = 100
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,17 @@ class StateFolder:
 
         Raises:
             ConfigurationError: (operator) it is none, or of another version.
+            StorageError: (operator) it is somebody else's.
         """
         try:
-            found = self.format.read_text(encoding="utf-8").strip()
+            with self.format.open("rb") as file:
+                found = file.read(_MAX_FORMAT_BYTES).decode("utf-8").strip()
+        except PermissionError as error:
+            raise StorageError(
+                f"{self.format} cannot be read: {error.strerror}",
+                hint="run as the user that made the folder",
+                path=str(self.format),
+            ) from error
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigurationError(
                 f"{self.root} is not a state folder of an aggregator",
@@ -108,6 +118,21 @@ class StateFolder:
             raise StorageError(
                 f"{self.root} cannot be made: {error.strerror}", path=str(self.root)
             ) from error
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether the folder is complete."""
+        return self.format.exists()
+
+    def discard(self) -> None:
+        """Takes back what `create` and its caller made; the folder itself stays where it was there before."""
+        for entry in self.root.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.root.rmdir()
 
     def seal(self) -> None:
         """Says that the folder is complete."""

@@ -23,6 +23,7 @@ def _option(sentence: str, **bounds: Any) -> Meta:
 
 
 _ID = r"^[A-Za-z0-9_-]{1,64}\Z"
+_DEVICE = r"^(auto|cpu|cuda(:[0-9]{1,3})?)\Z"
 _Port = Annotated[int, Meta(ge=0, le=65_535)]
 
 
@@ -225,7 +226,8 @@ class ComputeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """`[compute]`"""
 
     device: Annotated[
-        str, _option("Torch device of aggregation and refinement: auto, cpu, cuda or cuda:N.", max_length=16)
+        str,
+        _option("Torch device of aggregation and refinement: auto, cpu, cuda or cuda:N.", pattern=_DEVICE),
     ] = "auto"
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edge_agent.ports import JobKind
-from wire.messages import BlobRef, Evaluation, Invitation, Order, Update
+from wire.messages import BlobRef, Evaluation, HeadPatch, Invitation, Order, Update
 
 Verdict = Literal["stored", "duplicate", "refused"]
 
@@ -46,9 +46,10 @@ class RememberOrder:
 
 @dataclass(frozen=True, slots=True)
 class GatherHead:
-    """Make room for the chunks of a head."""
+    """Make room for the chunks of a head, or of the patch that leads to it."""
 
     head: BlobRef
+    patch: HeadPatch | None = None
 
 
 @dataclass(frozen=True, slots=True)

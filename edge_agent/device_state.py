@@ -23,6 +23,7 @@ class Timing:
 
     Attributes:
         ask_after: silence after which the missing chunks of a head are asked for.
+        ask_spread: a fleet's devices ask for a head that is sent on need only within this time.
         receipt_timeout: silence after which an update is sent again.
         keep_after_deadline: how long after its round's deadline an update is still offered.
         check_every: a release check without an announcement.
@@ -32,6 +33,7 @@ class Timing:
 
     ask_after: float = 2.0
     ask_after_at_most: float = 30.0
+    ask_spread: float = 0.5
     receipt_timeout: float = 10.0
     receipt_timeout_at_most: float = 300.0
     keep_after_deadline: float = 600.0
@@ -132,8 +134,12 @@ def is_wanted(state: State, head: Head) -> bool:
 
 
 def is_missed(state: State, head: Head) -> bool:
-    """Whether chunks of this head are missing that an order waits for."""
-    return not head.complete and is_wanted(state, head)
+    """Whether chunks of this head are missing that an order waits for.
+
+    One that is sent on need only is not missed before the graphs are here: the release with the graphs may bring it.
+    """
+    waits = head.invitation.head_on_need and head.invitation.graphs_sha256 != state.graphs_sha256
+    return not head.complete and not waits and is_wanted(state, head)
 
 
 def is_ready(state: State, task: Task) -> bool:

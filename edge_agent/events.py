@@ -40,9 +40,10 @@ class Disconnected:
 
 @dataclass(frozen=True, slots=True)
 class InvitationArrived:
-    """A verified `rd`."""
+    """A verified `rd`; `must_ask` when its head is sent on need only, and nothing that leads to it is here."""
 
     invitation: Invitation
+    must_ask: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,7 @@ _stdout_lock = threading.Lock()
 
 def print_answer(answer: dict[str, Any]) -> None:
     """One line of JSON on standard output, at once."""
-    line = json.dumps(answer, ensure_ascii=False)
+    line = json.dumps(answer)  # ASCII only: no terminal's or file system's encoding can refuse it
     with _stdout_lock:
         print(line, flush=True)
 

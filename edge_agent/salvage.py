@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 # Most needed first: the fresh database has the same cap and may run full.
-TABLES: Final = ("outbox", "outbox_totals", "tombstones", "orders", "windows", "facts", "samples")
+TABLES: Final = ("outbox", "outbox_totals", "tombstones", "orders", "windows", "facts", "sealings", "samples")
 # The numbers of messages: the fresh database must not go on with them.
 _LEFT_BEHIND: Final = {"facts": "WHERE name NOT IN ('epoch', 'reserved_seq')"}
 

@@ -58,7 +58,7 @@ class Shell:
             do.PublishTelemetry: lambda _: self._say_telemetry(),
             do.PublishReport:    lambda _: self._say_report(),
             do.RememberOrder:    self._remember,
-            do.GatherHead:       lambda action: parts.heads.gather(action.head),
+            do.GatherHead:       self._gather,
             do.DropHead:         lambda action: parts.heads.drop(action.sha256),
             do.AskMissing:       self._ask,
             do.StartJob:         self._start_job,
@@ -146,6 +146,10 @@ class Shell:
         )
         parts.feedback_correct = parts.feedback_total = 0
         parts.outgoing.say(parts.speaker.quick(body))
+
+    def _gather(self, action: do.GatherHead) -> None:
+        if self._parts.heads.gather(action.head, action.patch):
+            self._post(on.HeadReady(action.head.sha256))
 
     def _ask(self, action: do.AskMissing) -> None:
         need = self._parts.heads.need(action.sha256)
@@ -252,7 +256,6 @@ class Shell:
             sealed, row.round_number, max_packet_bytes=parts.max_packet_bytes, parts=action.parts
         )
         parts.outgoing.upload(row.update_id, packets)
-        parts.outbox.mark_sent(row.update_id, parts.clock.now())
 
     def _end(self, action: do.EndUpdate) -> None:
         parts = self._parts

@@ -98,17 +98,20 @@ def _disconnected(state: State, event: on.Disconnected, now: Moment) -> Outcome:
 def _invited(state: State, event: on.InvitationArrived, now: Moment) -> Outcome:
     invitation = event.invitation
     if not invitation.open:
-        return _forget_heads(state, keep=0)
+        # What it names may be the base of the next head.
+        return _forget_heads(state, keep=0, base=invitation.head.sha256)
     known = next((head for head in state.heads if head.sha256 == invitation.head.sha256), None)
     others = tuple(head for head in state.heads if head is not known)
     if known is not None:
         return replace(state, heads=(replace(known, invitation=invitation), *others)), []
-    head = Head(invitation, ask_at=after(state, now, state.timing.ask_after, state.timing.ask_after))
+    timing = state.timing
+    wait, spread = (0.0, timing.ask_spread) if event.must_ask else (timing.ask_after, timing.ask_after)
+    head = Head(invitation, ask_at=after(state, now, wait, spread))
     state = replace(state, heads=(head, *others))
     if invitation.graphs_sha256 != state.graphs_sha256:
         state = _check_soon(state, now)
     state, dropped = _forget_heads(state, keep=MAX_HEADS)
-    return state, [do.GatherHead(invitation.head), *dropped]
+    return state, [do.GatherHead(invitation.head, invitation.patch), *dropped]
 
 
 def _ordered(state: State, event: on.OrderArrived, now: Moment) -> Outcome:
@@ -184,7 +187,16 @@ def _installed(state: State, event: on.ReleaseInstalled, now: Moment) -> Outcome
         check_failures=0,
         probation_until=now.elapsed + timing.probation if is_new else state.probation_until,
     )
-    return state, [do.PublishBirth()] if is_new and state.connected else []
+    state, gathers = _look_again(state, now)
+    return state, [do.PublishBirth(), *gathers] if is_new and state.connected else gathers
+
+
+def _look_again(state: State, now: Moment) -> Outcome:
+    """A head that is missing may be the release that was just installed."""
+    missing = [head for head in state.heads if not head.complete]
+    for head in missing:
+        state = with_head(state, head.sha256, ask_at=after(state, now, 0.0, state.timing.ask_spread))
+    return state, [do.GatherHead(head.invitation.head, head.invitation.patch) for head in missing]
 
 
 def _receipt(state: State, event: on.ReceiptArrived, now: Moment) -> Outcome:
@@ -353,12 +365,12 @@ def _end_job(state: State, key: bytes) -> tuple[State, Task | None]:
     return _move(state, "job ended"), task
 
 
-def _forget_heads(state: State, *, keep: int) -> Outcome:
-    """Drops the oldest heads above `keep` that no order waits for."""
+def _forget_heads(state: State, *, keep: int, base: bytes = b"") -> Outcome:
+    """Drops the oldest heads above `keep` that no order waits for, but not a complete one called `base`."""
     kept: list[Head] = []
     dropped: list[do.Action] = []
     for head in state.heads:
-        if len(kept) < keep or is_wanted(state, head):
+        if len(kept) < keep or is_wanted(state, head) or (head.complete and head.sha256 == base):
             kept.append(head)
         else:
             dropped.append(do.DropHead(head.sha256))

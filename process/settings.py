@@ -279,6 +279,13 @@ def _alternatives(kind: inspect.Type) -> list[inspect.Type]:
     return [kind]
 
 
+def _in_words(text: str) -> str:
+    """msgspec's words for types as TOML has them."""
+    for word, ours in (("object", "table"), ("array", "list")):
+        text = re.sub(rf"\b{word}\b", f"a {ours}", text)
+    return text
+
+
 def _explain(
     error: msgspec.ValidationError,
     sources: Mapping[str, str],
@@ -300,5 +307,5 @@ def _explain(
     hint = hint or "docs/reference.md lists every key with its type"
     if missing and described is not None:
         hint = f"set it in the file, or {described.variable} in the environment. {hint}".strip()
-    problem = "is missing" if missing else text[:1].lower() + text[1:].replace("`", "")
+    problem = "is missing" if missing else _in_words(text[:1].lower() + text[1:].replace("`", ""))
     return ConfigurationError(f"{where}: {key or 'the file'}: {problem}", hint=hint, key=key)

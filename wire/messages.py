@@ -121,9 +121,22 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
 
 
+class HeadPatch(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A head as a difference to an earlier one: the patch (clause 12) and the checkpoint that it is made on."""
+
+    base_sha256: Digest
+    blob: BlobRef
+
+
 class Invitation(Body, frozen=True, kw_only=True):
     """`rd/{round}` and retained `rd/now`: what a round's devices share. An idle fleet has `open=False`
-    there."""
+    there.
+
+    Attributes:
+        head: the checkpoint to train on; its hash decides, whatever way it came.
+        head_on_need: the head's chunks leave only for devices that ask (`Need`): those that can make it from
+        `patch`, or hold it, need none. patch: leads to the head from a checkpoint that most devices hold.
+    """
 
     TYPE: ClassVar[str] = "rd"
     run: Id
@@ -133,6 +146,8 @@ class Invitation(Body, frozen=True, kw_only=True):
     graphs_sha256: Digest
     head: BlobRef
     train: TrainConfig
+    head_on_need: bool = False
+    patch: HeadPatch | None = None
 
 
 class Order(Body, frozen=True, kw_only=True):

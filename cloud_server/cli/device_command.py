@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 from typing import Any
 
 from cloud_server.cli import add_json, add_state
 from cloud_server.cli.output import print_facts, print_json, print_table, say
 from cloud_server.db.devices import DeviceRow, PresenceRow
 from cloud_server.deployment import Deployment
-from cloud_server.enrolment.tokens import MAX_USES, Door, mint_token
+from cloud_server.enrolment.tokens import MAX_LIFE_SECONDS, MAX_USES, Door, mint_token
 from process.arguments import path, whole_number
 from wire.enrolment import EnrolmentToken
 from wire.errors import ConfigurationError
@@ -20,6 +21,7 @@ from wire.primitives import write_private
 _COLUMNS = ("device", "label", "status", "presence", "release_version", "last_seen", "ring", "reason")
 MAX_COUNT = 10_000
 _URL = re.compile(r"https://[^/\s@?#]+")
+_MAX_PORT = 65_535
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -52,9 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _configure_add(add: argparse.ArgumentParser) -> None:
-    add.add_argument(
-        "device", nargs="?", default="", metavar="NAME", help="the only name that the token lets in"
-    )
+    add.add_argument("device", nargs="?", metavar="NAME", help="the only name that the token lets in")
     add.add_argument(
         "--count", type=whole_number(1, MAX_COUNT), default=1, metavar="N", help="print so many tokens (1)"
     )
@@ -65,7 +65,7 @@ def _configure_add(add: argparse.ArgumentParser) -> None:
         metavar="N",
         help="devices that one token lets in (1)",
     )
-    add.add_argument("--hours", type=float, metavar="H", help="life of a token (enrolment.token_hours)")
+    add.add_argument("--hours", type=_hours, metavar="H", help="life of a token (enrolment.token_hours)")
     add.add_argument(
         "--url", metavar="URL", help="https://host:port of enrolment, if devices see another one"
     )
@@ -80,11 +80,48 @@ def _configure_add(add: argparse.ArgumentParser) -> None:
     add.set_defaults(handler=_add)
 
 
+def _hours(text: str) -> float:
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = 0.0
+    if not 0.0 < hours <= MAX_LIFE_SECONDS / 3600.0:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not from 0 up to {MAX_LIFE_SECONDS / 3600.0:.0f} hours"
+        )
+    return hours
+
+
 def _add(options: argparse.Namespace) -> int:
+    if options.device == "":
+        raise ConfigurationError(
+            "the name is empty: is a variable unset?", hint="leave NAME away for any name"
+        )
     if options.device and options.count != 1:
         raise ConfigurationError("a name is for one token", hint="leave NAME or --count away")
     with Deployment.open(options.state, os.environ) as deployment:
-        tokens = _mint(deployment, options)
+        door, hours = _door(deployment, options.url), options.hours
+        deployment.keys  # noqa: B018  without them no device that comes with a token could be let in
+        with deployment.database.transaction() as connection:
+            tokens = [
+                mint_token(
+                    connection,
+                    door,
+                    now=deployment.clock.now(),
+                    device=options.device or "",
+                    uses=options.uses,
+                    approves=True if options.approved else None,
+                    life_seconds=(hours or deployment.settings.enrolment.token_hours) * 3600.0,
+                )
+                for _ in range(options.count)
+            ]
+            # Inside: a token that could not be handed over is not let in.
+            _hand_over(tokens, options)
+    say("on the device: shoal-edge enroll TOKEN (or --token-file FILE)")
+    return 0
+
+
+def _hand_over(tokens: list[EnrolmentToken], options: argparse.Namespace) -> None:
     if options.output is not None:
         write_private(options.output, "".join(f"{token}\n" for token in tokens).encode())
         say(f"wrote {len(tokens)} tokens to {options.output}")
@@ -93,35 +130,18 @@ def _add(options: argparse.Namespace) -> int:
     else:
         for token in tokens:
             print(token)
-    say("on the device: shoal-edge enroll TOKEN (or --token-file FILE)")
-    return 0
+    sys.stdout.flush()
 
 
-def _mint(deployment: Deployment, options: argparse.Namespace) -> list[EnrolmentToken]:
-    hours = options.hours if options.hours is not None else deployment.settings.enrolment.token_hours
-    if options.url:
-        if not _URL.fullmatch(options.url):
-            raise ConfigurationError(
-                f"--url {options.url} is not an address of enrolment",
-                hint="https://host:port, and nothing after it",
-            )
-        listen = deployment.settings.listen
-        door = Door(options.url, listen.tls_name, deployment.authority.fingerprint)
-    else:
-        door = deployment.door()
-    with deployment.database.transaction() as connection:
-        return [
-            mint_token(
-                connection,
-                door,
-                now=deployment.clock.now(),
-                device=options.device,
-                uses=options.uses,
-                approves=True if options.approved else None,
-                life_seconds=hours * 3600.0,
-            )
-            for _ in range(options.count)
-        ]
+def _door(deployment: Deployment, url: str | None) -> Door:
+    if url is None:
+        return deployment.door()
+    port = url.rpartition(":")[2]
+    if not _URL.fullmatch(url) or (port.isdecimal() and not 0 < int(port) <= _MAX_PORT):
+        raise ConfigurationError(
+            f"--url {url} is not an address of enrolment", hint="https://host:port, and nothing after it"
+        )
+    return Door(url, deployment.settings.listen.tls_name, deployment.authority.fingerprint)
 
 
 def _token_facts(token: EnrolmentToken) -> dict[str, Any]:

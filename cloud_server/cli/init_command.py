@@ -11,10 +11,12 @@ import msgspec
 from cloud_server.cli import add_state
 from cloud_server.cli.output import say
 from cloud_server.deployment import initialise
-from cloud_server.settings import CloudSettings, load_cloud_settings
+from cloud_server.settings import BrokerSettings, CloudSettings, load_cloud_settings
 from process.arguments import path
 from process.settings import check_settings
+from wire.errors import ConfigurationError
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 S = TypeVar("S", bound=msgspec.Struct)
 
 
@@ -71,7 +73,22 @@ def _settings(options: argparse.Namespace) -> CloudSettings:
         tls=options.broker_tls,
     )
     settings = _changed(base, tenant=options.tenant, fleet=options.fleet, listen=listen, broker=broker)
-    return check_settings(settings, "the command line")
+    settings = check_settings(settings, "the command line")
+    _check_broker(settings.broker)
+    return settings
+
+
+def _check_broker(broker: BrokerSettings) -> None:
+    """What `shoal-cloud run` would refuse, while there is nothing to take back."""
+    if broker.kind == "embedded" and broker.tls:
+        raise ConfigurationError(
+            "the embedded broker verifies no certificates", hint="use --broker mosquitto with --broker-tls"
+        )
+    if broker.kind != "external" and not broker.tls and broker.host not in LOOPBACK:
+        raise ConfigurationError(
+            f"without TLS a broker lets everybody in, and does not listen on {broker.host}",
+            hint="use --broker mosquitto with --broker-tls, or --broker-host 127.0.0.1",
+        )
 
 
 def _changed(section: S, **given: object) -> S:

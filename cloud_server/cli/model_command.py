@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -16,8 +18,11 @@ from cloud_server.db.releases import ModelRow, load_models
 from cloud_server.deployment import Deployment
 from cloud_server.release.publish import DEFAULT_RING
 from process.arguments import path, whole_number
-from wire.errors import ConfigurationError
+from wire.errors import ConfigurationError, ShoalError
 from wire.manifest import Manifest
+
+if TYPE_CHECKING:  # a list of models must not load the tools that make them
+    from models.bundle import Bundle
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -135,20 +140,46 @@ def _import(options: argparse.Namespace) -> int:
     from models.build import check_bundle
     from models.bundle import Bundle
 
-    bundle = Bundle.open(options.bundle)
-    check_bundle(bundle)  # what cannot answer here would stop the service and every device later
     with Deployment.open(options.state, os.environ) as deployment:
-        deployment.keep_bundle(bundle)
-        row = deployment.publisher.import_model(bundle)
-        version = 0
-        if not options.no_release:
-            version = deployment.publisher.propose_bundle(bundle).version
-            deployment.publisher.publish(version, options.ring)
-    result = {"name": row.name, "graphs_sha256": row.graphs_sha256, "release_version": version}
+        bundle = Bundle.open(options.bundle)
+        check_bundle(bundle)  # what cannot answer here would stop the service and every device later
+        version = _take_in(deployment, bundle, "" if options.no_release else options.ring)
+    name, graphs = bundle.manifest.model, bundle.manifest.graphs_sha256
     if options.json:
-        print_json(result)
-    say(f"imported {row.name} ({row.graphs_sha256[:12]})" + (f", release {version}" if version else ""))
+        print_json({"name": name, "graphs_sha256": graphs, "release_version": version})
+    say(f"imported {name} ({graphs[:12]})" + (f", release {version}" if version else ""))
     return 0
+
+
+def _take_in(deployment: Deployment, bundle: Bundle, ring: str) -> int:
+    """Imports a bundle and releases it to a ring (none, if empty), or leaves no trace that the service would follow.
+
+    Returns:
+        The release's version; 0 without one.
+    """
+    publisher, graphs = deployment.publisher, bundle.manifest.graphs_sha256
+    is_known = publisher.is_imported(graphs)
+    version = 0
+    try:
+        deployment.keep_bundle(bundle)
+        publisher.import_model(bundle)
+        if ring:
+            version = publisher.propose_bundle(bundle).version
+            publisher.publish(version, ring)
+    except BaseException:  # an interrupt too
+        if not is_known:
+            _withdraw(deployment, graphs, version)
+        raise
+    return version
+
+
+def _withdraw(deployment: Deployment, graphs: str, version: int) -> None:
+    # Whatever it is that fails now, the first error is the one to tell.
+    with contextlib.suppress(ShoalError):
+        # Once its parameters are signed the version is taken for good, and asking again finishes the books.
+        if version not in deployment.repository.releases():
+            deployment.publisher.withdraw(graphs)
+            shutil.rmtree(deployment.folder.bundle(graphs), ignore_errors=True)
 
 
 def find_model(rows: list[ModelRow], text: str) -> ModelRow:

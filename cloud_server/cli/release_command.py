@@ -8,6 +8,7 @@ from typing import Any
 
 from cloud_server.cli import add_json, add_state, ring_name
 from cloud_server.cli.output import print_facts, print_json, print_table, say
+from cloud_server.db.engine import Connection
 from cloud_server.db.releases import ReleaseRow, load_release, load_releases, load_rollouts
 from cloud_server.deployment import Deployment
 from cloud_server.release.publish import DEFAULT_RING
@@ -55,12 +56,8 @@ def _list(options: argparse.Namespace) -> int:
 
 def _show(options: argparse.Namespace) -> int:
     with Deployment.open(options.state, os.environ) as deployment, deployment.database.read() as connection:
-        row = load_release(connection, options.version)
+        row = _existing(connection, options.version)
         rollouts = load_rollouts(connection)
-    if row is None:
-        raise ConfigurationError(
-            f"there is no release {options.version}", hint="`shoal-cloud release list` shows them all"
-        )
     facts = _facts(row, _rings(rollouts))
     facts["history"] = [
         f"{'rolled back' if one.rollback else 'set'} {one.ring} {one.previous_version} -> {one.release_version}"
@@ -73,16 +70,36 @@ def _show(options: argparse.Namespace) -> int:
 
 def _promote(options: argparse.Namespace) -> int:
     with Deployment.open(options.state, os.environ) as deployment:
+        with deployment.database.read() as connection:
+            _existing(connection, options.version)
+        current = deployment.publisher.current_version(options.ring)
+        if options.version < current:
+            raise ConfigurationError(
+                f"ring {options.ring} runs release {current}, which is newer than {options.version}",
+                hint=f"shoal-cloud release rollback {options.version} --ring {options.ring}",
+            )
         deployment.publisher.publish(options.version, options.ring)
     return _tell(options, options.version)
 
 
 def _rollback(options: argparse.Namespace) -> int:
     with Deployment.open(options.state, os.environ) as deployment:
+        if options.version:
+            with deployment.database.read() as connection:
+                _existing(connection, options.version)
         announcement = deployment.publisher.rollback(
             options.ring, version=options.version, reason=options.reason
         )
     return _tell(options, announcement.release_version)
+
+
+def _existing(connection: Connection, version: int) -> ReleaseRow:
+    row = load_release(connection, version)
+    if row is None:
+        raise ConfigurationError(
+            f"there is no release {version}", hint="`shoal-cloud release list` shows them all"
+        )
+    return row
 
 
 def _tell(options: argparse.Namespace, version: int) -> int:

@@ -14,6 +14,7 @@ from cloud_server.deployment import Deployment
 from process.arguments import whole_number
 from wire.errors import ConfigurationError
 
+MAX_ROUND = 2**31 - 1
 _COLUMNS = ("run", "round", "state", "cohort", "seconds", "metrics", "reason", "started")
 
 
@@ -25,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     listing.set_defaults(handler=_list)
     show = actions.add_parser("show", help="one round, with every order and update")
-    show.add_argument("round", type=whole_number(1))
+    show.add_argument("round", type=whole_number(1, MAX_ROUND))
     show.set_defaults(handler=_show)
     pause = actions.add_parser("pause", help="open no further round; one under way ends well")
     pause.set_defaults(handler=lambda options: _set_status(options, "paused"))

@@ -75,6 +75,19 @@ def load_model(connection: Connection, graphs_sha256: str) -> ModelRow | None:
     return None if row is None else ModelRow(**row._mapping)
 
 
+def delete_model(connection: Connection, graphs_sha256: str) -> bool:
+    """Removes a model and those of its releases that no ring ever ran; False when there is none.
+
+    Its newest version may be given anew: nothing of it was announced.
+    """
+    connection.execute(
+        sa.delete(releases).where(
+            (releases.c.graphs_sha256 == graphs_sha256) & (releases.c.state == CANDIDATE)
+        )
+    )
+    return bool(connection.execute(sa.delete(models).where(models.c.graphs_sha256 == graphs_sha256)).rowcount)
+
+
 def next_version(connection: Connection) -> int:
     """The version after the highest that was ever used, candidates included."""
     return (

@@ -51,6 +51,23 @@ class RoundRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeadRow:
+    """One head of a run.
+
+    Attributes:
+        round_number: that it came out of; 0: the run began with it.
+        base_sha256, patch_key: the head that its patch is made on, and the patch's blob; empty without one.
+        residual_key: the blob of what the patch left out, which the next one owes.
+    """
+
+    round_number: int
+    sha256: bytes
+    base_sha256: bytes = b""
+    patch_key: str = ""
+    residual_key: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OrderRow:
     """One order to one device."""
 
@@ -125,17 +142,56 @@ def set_run_status(connection: Connection, run: str, status: str) -> None:
 # ---- heads and strategy state ------------------------------------------------------------------------------
 
 
-def insert_head(connection: Connection, run: str, round_number: int, sha256: bytes, now: float) -> None:
-    """The checkpoint that came out of a round; round 0 is what the run began with. Its bytes are a blob."""
-    values = {"run": run, "round": round_number, "sha256": sha256.hex(), "artefact_key": sha256.hex()}
+def insert_head(connection: Connection, run: str, row: HeadRow, now: float) -> None:
+    """The checkpoint that came out of a round. Its bytes, its patch and its residual are blobs."""
+    values = {
+        "run": run,
+        "round": row.round_number,
+        "sha256": row.sha256.hex(),
+        "artefact_key": row.sha256.hex(),
+        "base_sha256": row.base_sha256.hex() or None,
+        "patch_key": row.patch_key or None,
+        "residual_key": row.residual_key or None,
+    }
     connection.execute(sa.insert(checkpoints).values(**values, created=now))
+
+
+def load_head_row(connection: Connection, run: str) -> HeadRow | None:
+    """The newest head of a run."""
+    newest = sa.select(checkpoints).where(checkpoints.c.run == run).order_by(checkpoints.c.round.desc())
+    found = connection.execute(newest.limit(1)).one_or_none()
+    if found is None:
+        return None
+    return HeadRow(
+        round_number=found.round,
+        sha256=bytes.fromhex(found.sha256),
+        base_sha256=bytes.fromhex(found.base_sha256 or ""),
+        patch_key=found.patch_key or "",
+        residual_key=found.residual_key or "",
+    )
 
 
 def load_head(connection: Connection, run: str) -> bytes | None:
     """SHA-256 of the newest head of a run."""
-    newest = sa.select(checkpoints.c.sha256).where(checkpoints.c.run == run)
-    found = connection.execute(newest.order_by(checkpoints.c.round.desc()).limit(1)).scalar_one_or_none()
-    return None if found is None else bytes.fromhex(found)
+    found = load_head_row(connection, run)
+    return None if found is None else found.sha256
+
+
+def forget_patches(connection: Connection, run: str, round_number: int) -> list[str]:
+    """Drops patches and residuals of heads before a round's; returns the blobs that no row names any more."""
+    table = checkpoints
+    is_old = (table.c.run == run) & (table.c.round < round_number) & table.c.patch_key.is_not(None)
+    query = sa.select(table.c.patch_key, table.c.residual_key).where(is_old)
+    dropped = {key for row in connection.execute(query) for key in row if key}
+    nothing = {"base_sha256": None, "patch_key": None, "residual_key": None}
+    connection.execute(sa.update(table).where(is_old).values(**nothing))
+    columns = (table.c.patch_key, table.c.residual_key)
+    kept = {
+        key
+        for column in columns
+        for key in connection.execute(sa.select(column).where(column.in_(dropped))).scalars()
+    }
+    return sorted(dropped - kept)
 
 
 def insert_strategy_state(

@@ -30,7 +30,7 @@ from sqlalchemy import (
 )
 
 FORMAT = 1
-HEAD = "0001"
+HEAD = "0002"
 """The newest migration, which these tables are."""
 
 metadata = MetaData(
@@ -255,6 +255,10 @@ checkpoints = Table(
     Column("sha256", Digest, primary_key=True),
     Column("artefact_key", String(256), nullable=False),
     Column("created", Double, nullable=False),
+    # Of a run's newest head alone: the head that its patch is made on, the patch, and what it left out.
+    Column("base_sha256", Digest),
+    Column("patch_key", String(256)),
+    Column("residual_key", String(256)),
     Index("ix_checkpoints_sha256", "sha256"),
 )
 

@@ -23,6 +23,7 @@ from cloud_server.flower.records import AppArrays, to_config
 from cloud_server.rounds import events as ev
 from cloud_server.rounds.desk import Desk
 from cloud_server.rounds.draws import draw_seed
+from cloud_server.rounds.head_step import StepTaken
 from cloud_server.rounds.intake import Intake
 from cloud_server.rounds.orders import expected_reply, make_orders, round_train
 from cloud_server.rounds.plan import RunPlan, RunPorts
@@ -168,8 +169,10 @@ class ExchangeDesk(Desk):
         seed = draw_seed(self._seed, "round", number)
         head = self.head
         if (request.params != head.params).any() or (request.buffers != head.buffers).any():
-            finish = draw_seed(seed, "finish")
-            head = self._ports.finisher.finish(request.params, request.buffers, head, finish)
+            finisher = self._ports.finisher
+            params = finisher.refine(request.params, request.buffers, draw_seed(seed, "finish"))
+            # As it is, not as a patch: an app of somebody else may make steps of any size.
+            head = finisher.finish(params, request.buffers, head)
             head.check(self._plan.manifest)
             self._ports.blobs.put_blob(head.to_bytes())
         is_moved = head is not self.head
@@ -198,9 +201,10 @@ class ExchangeDesk(Desk):
             books.insert_round(connection, self._plan.run, row)
             books.insert_orders(connection, self._plan.run, orders, now)
             if is_moved:
-                books.insert_head(connection, self._plan.run, number, head.sha256, now)
+                row_of_head = books.HeadRow(round_number=number, sha256=head.sha256)
+                books.insert_head(connection, self._plan.run, row_of_head, now)
         if is_moved:
-            self._head, self._published = head, None
+            self._move_head(StepTaken(head), number)
         self._round, self._last_number, self._active = row, number, request
         self._listen(orders, set())
         _log.info(
@@ -299,7 +303,8 @@ class ExchangeDesk(Desk):
         cap = nodes.max_examples(update.device)
         expected = {update.order_id: expected_reply(self._plan, order, round_train(row), cap)}
         node_ids = {update.device: order.node_id}
-        return StoredReplies(self._database, self._ports.blobs, [update], expected, node_ids)
+        kept = self._intake.kept
+        return StoredReplies(self._database, self._ports.blobs, [update], expected, node_ids, kept)
 
     def _deliver_errors(self, exchange: Exchange) -> None:
         """An error reply for every message that has no other."""

@@ -18,7 +18,7 @@ from cloud_server.db.releases import CANDIDATE, HELD, RELEASED, ROLLED_BACK, Mod
 from cloud_server.release.tuf_repository import TufRepository
 from process.clock import Clock
 from wire.checkpoint import Checkpoint
-from wire.errors import ReleaseError
+from wire.errors import ConfigurationError, ReleaseError
 from wire.manifest import CHECKPOINT, GOLDEN_INPUTS, GOLDEN_OUTPUTS, GRAPH_FILES, MANIFEST, RELEASE, Release
 from wire.messages import Announcement
 
@@ -90,6 +90,23 @@ class Publisher:
                 if row.run == "" and row.checkpoint_sha256 == bundle.release.checkpoint_sha256:
                     return row
         return self._propose(bundle.release, {name: bundle.read(name) for name in _FILES}, "", 0)
+
+    def is_imported(self, graphs_sha256: str) -> bool:
+        """Whether a model is registered."""
+        with self._database.read() as connection:
+            return table.load_model(connection, graphs_sha256) is not None
+
+    def withdraw(self, graphs_sha256: str) -> None:
+        """Takes back an import whose release did not come to be: the service would go on with its model.
+
+        What was signed and stored of it stays, unlisted in the books, and is used again by the next try.
+
+        Raises:
+            StorageError: (disk) the database refused, as it does where a run or a ring uses the model already.
+        """
+        with self._database.transaction(fence=self._fence) as connection:
+            if table.delete_model(connection, graphs_sha256):
+                append_audit(connection, "model.withdrawn", self._clock.now(), {"graphs": graphs_sha256})
 
     # ---- candidates ----
 
@@ -176,7 +193,7 @@ class Publisher:
             version: where to; 0 for what the ring ran before its present release.
 
         Raises:
-            ReleaseError: (operator) the ring was never set, has nothing before, or the version is not older.
+            ConfigurationError: (operator) the ring was never set, has nothing before, or the version is not older.
         """
         current, _ = self._repository.ring(ring)
         with self._database.read() as connection:
@@ -185,7 +202,7 @@ class Publisher:
             (row.previous_version for row in rows[::-1] if row.release_version == current), 0
         )
         if not 0 < target < current:
-            raise ReleaseError(
+            raise ConfigurationError(
                 f"ring {ring} runs release {current} and cannot go back to {target or 'nothing'}",
                 hint="`shoal-cloud release list` shows what there is",
                 current=current,

@@ -53,13 +53,18 @@ class CalibratingFinisher:
         self._refinery = refinery
         self._timed = timed
 
-    def finish(self, params: Vector, buffers: Vector, base: Checkpoint, seed: int) -> Checkpoint:
+    def refine(self, params: Vector, buffers: Vector, seed: int) -> Vector:
+        """See `cloud_server.rounds.ports.Finisher`."""
+        if self._refinery is None:
+            return params
+        with self._timed():
+            refined = self._refinery.refine(params, buffers, seed)
+        _log.info("head_refined", change=refined.change, was_cut=refined.was_cut)
+        return refined.params
+
+    def finish(self, params: Vector, buffers: Vector, base: Checkpoint) -> Checkpoint:
         """See `cloud_server.rounds.ports.Finisher`."""
         with self._timed():
-            if self._refinery is not None:
-                refined = self._refinery.refine(params, buffers, seed)
-                _log.info("head_refined", change=refined.change, was_cut=refined.was_cut)
-                params = refined.params
             return self._maker.checkpoint(params, buffers)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from cloud_server.db import rounds as books
 from cloud_server.rounds import events as ev
+from cloud_server.rounds.head_step import StepTaken
 from cloud_server.rounds.intake import Intake
 from cloud_server.rounds.orders import expected_reply, order_message, round_train
 from cloud_server.rounds.plan import RunPlan, RunPorts
@@ -20,8 +21,9 @@ from cloud_server.rounds.state import NEVER, Collection, Phase, RoundState, Stan
 from cloud_server.screening import Expected
 from process.logs import get_logger
 from wire.checkpoint import Checkpoint
+from wire.codec import ErrorFeedback
 from wire.errors import RoundError, StorageError
-from wire.messages import BlobRef, Invitation, TrainConfig
+from wire.messages import BlobRef, HeadPatch, Invitation, TrainConfig
 
 _log = get_logger("cloud.rounds")
 
@@ -35,10 +37,11 @@ class Desk(ABC):
         self._intake = intake
         self._database = ports.database
         self._seed = 0
-        self._head: Checkpoint | None = None
+        self._taken: StepTaken | None = None
+        self._moved_by = 0  # the round that the head came out of; 0: the run began with it
         self._round: books.RoundRow | None = None
         self._orders: dict[str, books.OrderRow] = {}
-        self._published: BlobRef | None = None
+        self._published: tuple[BlobRef, HeadPatch | None] | None = None
         self._last_number = 0
         self.metrics: Mapping[str, float] = {}
         self._performers: dict[type[ev.Action], Callable[[Any], ev.Event | None]] = {
@@ -57,9 +60,14 @@ class Desk(ABC):
         Raises:
             RoundError: (us) before `restore`.
         """
-        if self._head is None:
+        return self._step.head
+
+    @property
+    def _step(self) -> StepTaken:
+        """How the newest head came about."""
+        if self._taken is None:
             raise RoundError("the run was not resumed")
-        return self._head
+        return self._taken
 
     @abstractmethod
     def restore(self, row: books.RunRow) -> RoundState:
@@ -142,11 +150,11 @@ class Desk(ABC):
         self._ports.outbox.send_order(order.device, order_message(self._plan, order, self._train()))
 
     def _invite(self, *, is_open: bool, deadline: float) -> None:
-        published = self._published
-        if published is None:
-            # A closed invitation names the head, but nobody trains on it.
-            published = self._ports.outbox.publish_blob(self.head.to_bytes(), broadcast=is_open)
-            self._published = published if is_open else None
+        if is_open and self._published is None:
+            self._published = self._publish_head()
+        # A closed invitation names the head, but nobody trains on it.
+        named = self._published if is_open else None
+        head, patch = named or (self._ports.outbox.publish_blob(self.head.to_bytes(), broadcast=False), None)
         self._ports.outbox.send_invitation(
             Invitation(
                 run=self._plan.run,
@@ -154,10 +162,43 @@ class Desk(ABC):
                 open=is_open,
                 deadline=deadline,
                 graphs_sha256=self._plan.graphs_sha256,
-                head=published,
+                head=head,
                 train=self._train(),
+                head_on_need=is_open and self._is_on_need,
+                patch=patch,
             )
         )
+
+    @property
+    def _is_on_need(self) -> bool:
+        """Whether most devices can have the head without being sent it: from a patch, or from the release that the
+        run began with."""
+        return bool(self._step.patch) or self._moved_by == 0
+
+    def _publish_head(self) -> tuple[BlobRef, HeadPatch | None]:
+        """The patch goes out to all; the whole head only where there is none, or to who asks."""
+        step, outbox = self._step, self._ports.outbox
+        head = outbox.publish_blob(step.head.to_bytes(), broadcast=not self._is_on_need)
+        if not step.patch:
+            return head, None
+        return head, HeadPatch(base_sha256=step.base_sha256, blob=outbox.publish_blob(step.patch))
+
+    def _keep_step(self, round_number: int, step: StepTaken) -> books.HeadRow:
+        """Puts a new head, its patch and what is owed where the row that is committed next says that they are."""
+        blobs = self._ports.blobs
+        blobs.put_blob(step.head.to_bytes())
+        residual = b"" if step.residual is None else ErrorFeedback(step.residual).to_bytes()
+        return books.HeadRow(
+            round_number=round_number,
+            sha256=step.head.sha256,
+            base_sha256=step.base_sha256,
+            patch_key=blobs.put_blob(step.patch) if step.patch else "",
+            residual_key=blobs.put_blob(residual) if residual else "",
+        )
+
+    def _move_head(self, step: StepTaken, round_number: int) -> None:
+        """After the commit."""
+        self._taken, self._moved_by, self._published = step, round_number, None
 
     def _stored_replies(self, row: books.RoundRow) -> StoredReplies:
         """The committed updates of a round."""
@@ -171,23 +212,30 @@ class Desk(ABC):
             for order in orders
         }
         node_ids = {order.device: nodes.node_id(order.device) for order in orders}
-        return StoredReplies(self._database, self._ports.blobs, rows, expected, node_ids)
+        kept = self._intake.kept
+        return StoredReplies(self._database, self._ports.blobs, rows, expected, node_ids, kept)
 
-    def _forget(self, rows: Iterable[books.UpdateRow]) -> None:
+    def _forget(self, keys: Iterable[str]) -> None:
         """After the commit; a blob that stays behind because the process ends here is only space."""
-        for row in rows:
-            if row.artefact_key:
-                self._ports.blobs.delete_blob(row.artefact_key)
+        for key in keys:
+            if key:
+                self._ports.blobs.delete_blob(key)
 
     # ---- after a restart ----
 
     def _restore_head(self, row: books.RunRow) -> None:
         self._seed = row.seed
         with self._database.read() as connection:
-            head = books.load_head(connection, row.run)
-        if head is None:
+            found = books.load_head_row(connection, row.run)
+        if found is None:
             raise StorageError(f"the run {row.run} has no head", run=row.run)
-        self._head = Checkpoint.from_bytes(self._ports.blobs.get_blob(head.hex()))
+        blobs = self._ports.blobs
+        head = Checkpoint.from_bytes(blobs.get_blob(found.sha256.hex()))
+        step = StepTaken(head)
+        if found.patch_key:
+            feedback = ErrorFeedback.from_bytes(blobs.get_blob(found.residual_key), len(head.params))
+            step = StepTaken(head, found.base_sha256, blobs.get_blob(found.patch_key), feedback.residual)
+        self._move_head(step, found.round_number)
 
     def _restore_collection(self, row: books.RoundRow, kind: str, state: RoundState) -> RoundState:
         """Takes replies to the committed orders again."""

@@ -14,8 +14,16 @@ from dataclasses import dataclass
 from cloud_server.db import rounds as books
 from cloud_server.db.engine import Connection, Database
 from cloud_server.rounds.events import Event, ReplyRefused, ReplyStored
+from cloud_server.rounds.kept import KeptUpdates
 from cloud_server.rounds.ports import Blobs
-from cloud_server.screening import LATE, Expected, Refusal, screen_evaluation, screen_update
+from cloud_server.screening import (
+    LATE,
+    Expected,
+    Refusal,
+    Screened,
+    screen_evaluation,
+    screen_update,
+)
 from process.clock import Clock
 from wire.errors import MessageError, ReplayError
 from wire.header import Header
@@ -40,7 +48,11 @@ class Arrival:
 
 class Intake:
     """Takes the replies of one run. `open` names what is asked for now; everything else is late or
-    unknown."""
+    unknown.
+
+    Attributes:
+        kept: updates that were committed in the collection that was opened last, decoded.
+    """
 
     def __init__(self, database: Database, fence: int | None, blobs: Blobs, run: str, clock: Clock) -> None:
         self._database = database
@@ -50,15 +62,17 @@ class Intake:
         self._clock = clock
         self._expected: Mapping[bytes, Expected] = {}
         self._answered: set[bytes] = set()
+        self.kept = KeptUpdates()
 
     def open(self, expected: Mapping[bytes, Expected], answered: set[bytes]) -> None:
         """Begins a collection: what each order asks for, and the orders that have their reply already."""
         self._expected = expected
         self._answered = answered
+        self.kept.clear()
 
     def close(self) -> None:
-        """Ends the collection."""
-        self.open({}, set())
+        """Ends the collection; what it kept is for its fold."""
+        self._expected, self._answered = {}, set()
 
     def take(self, arrival: Arrival) -> tuple[Receipt, Event | None]:
         """Screens and stores one reply.
@@ -73,7 +87,8 @@ class Intake:
             reply = _decoded(arrival)
         except MessageError:
             return _receipt(_NO_ID, arrival, Refusal.MALFORMED), None
-        outcome = self._screen(reply, arrival)
+        screened = self._screen(reply, arrival)
+        outcome = screened.num_examples if isinstance(screened, Screened) else screened
         blob = self._keep_large(arrival.body) if not isinstance(outcome, Refusal) else ""
         with self._database.transaction(fence=self._fence) as connection:
             known = books.load_update(connection, reply.update_id)
@@ -86,18 +101,20 @@ class Intake:
             if outcome is Refusal.UNKNOWN_ORDER:
                 outcome = self._past_order(connection, reply, arrival.device)
             self._insert(connection, reply, arrival, outcome, blob)
+        if isinstance(screened, Screened):
+            self.kept.put(reply.update_id, screened)
         return self._concluded(reply, arrival, outcome)
 
-    def _screen(self, reply: Update | Evaluation, arrival: Arrival) -> int | Refusal:
-        """The weight of a sound reply, or why it is refused."""
+    def _screen(self, reply: Update | Evaluation, arrival: Arrival) -> Screened | int | Refusal:
+        """A sound update, the weight of a sound evaluation, or why a reply is refused."""
         expected = self._expected.get(reply.order_id)
         if expected is None:
             return Refusal.UNKNOWN_ORDER
         if arrival.header.schema not in (b"", expected.graphs_sha256):
             return Refusal.WRONG_MODEL
+        outcome: Screened | int | Refusal
         if isinstance(reply, Update):
-            screened = screen_update(reply, arrival.device, expected)
-            outcome = screened if isinstance(screened, Refusal) else screened.num_examples
+            outcome = screen_update(reply, arrival.device, expected)
         else:
             outcome = screen_evaluation(reply, arrival.device, expected)
         if not isinstance(outcome, Refusal) and reply.order_id in self._answered:

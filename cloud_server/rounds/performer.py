@@ -17,10 +17,11 @@ from cloud_server.db import rounds as books
 from cloud_server.rounds import events as ev
 from cloud_server.rounds.desk import Desk
 from cloud_server.rounds.draws import draw_seed
+from cloud_server.rounds.head_step import StepTaken, take_step
 from cloud_server.rounds.intake import Intake
 from cloud_server.rounds.orders import make_orders, merged_train
 from cloud_server.rounds.plan import RunPlan, RunPorts
-from cloud_server.rounds.ports import Candidate, Decision, Measured, Plan, Vector
+from cloud_server.rounds.ports import Aggregate, Candidate, Decision, Measured, Plan, Vector
 from cloud_server.rounds.state import Phase, RoundState
 from cloud_server.screening import l2_norm
 from process.logs import get_logger
@@ -42,7 +43,7 @@ class Performer(Desk):
 
     def __init__(self, plan: RunPlan, ports: RunPorts, intake: Intake) -> None:
         super().__init__(plan, ports, intake)
-        self._folded: tuple[Checkpoint, Mapping[str, float]] | None = None
+        self._folded: tuple[StepTaken, Mapping[str, float]] | None = None
         self._decision = Decision()
         self._performers |= {
             ev.OpenRound: self._open_round,
@@ -96,14 +97,25 @@ class Performer(Desk):
             seed = draw_seed(row.seed, "aggregate")
             folded = ports.strategy.aggregate_train(row.number, base, replies, seed)
             self._check_bound(base, folded.params)
-            seed = draw_seed(row.seed, "finish")
-            head = ports.finisher.finish(folded.params, folded.buffers, base, seed)
-            head.check(self._plan.manifest)
-            self._check_bound(base, head.params)
+            step = self._take_step(row, base, folded)
+            step.head.check(self._plan.manifest)
+            self._check_bound(base, step.head.params)
         except (RoundError, ModelError, PeerError) as error:
             return ev.FoldDone(str(error))
-        self._folded = (head, {**folded.metrics, "train_devices": float(len(replies))})
+        self._folded = (step, {**folded.metrics, "train_devices": float(len(replies))})
         return ev.FoldDone()
+
+    def _take_step(self, row: books.RoundRow, base: Checkpoint, folded: Aggregate) -> StepTaken:
+        finisher, buffers = self._ports.finisher, folded.buffers
+        params = finisher.refine(folded.params, buffers, draw_seed(row.seed, "finish"))
+        return take_step(
+            base,
+            params,
+            self._step.residual,
+            lambda vector: finisher.finish(vector, buffers, base),
+            codec=self._plan.patch_codec,
+            seed=draw_seed(row.seed, "patch"),
+        )
 
     def _check_bound(self, base: Checkpoint, params: Vector) -> None:
         if not np.isfinite(params).all():
@@ -118,21 +130,22 @@ class Performer(Desk):
         if self._folded is None:
             raise RoundError("nothing was folded")
         row, now, run = self._open_row(), self._ports.clock.now(), self._plan.run
-        head, metrics = self._folded
-        state = "evaluating" if action.is_evaluated else "done"
+        step, metrics = self._folded
+        state, head = "evaluating" if action.is_evaluated else "done", self._keep_step(row.number, step)
         values = {"state": state, "head_sha256": head.sha256, "metrics": dict(metrics), "ended": now}
-        self._ports.blobs.put_blob(head.to_bytes())
         with self._database.transaction(fence=self._ports.fence) as connection:
             rows = books.load_updates(connection, run, row.number, "train")
-            books.insert_head(connection, run, row.number, head.sha256, now)
+            books.insert_head(connection, run, head, now)
+            outdated = books.forget_patches(connection, run, row.number)
             exported = self._ports.strategy.export_state()
             books.insert_strategy_state(connection, run, row.number, exported)
             books.end_updates(connection, run, row.number, "train", "folded")
             books.update_round(connection, run, row.number, **values)
         self._round = replace(row, state=state, head_sha256=head.sha256, metrics=metrics)
-        self._head, self._folded, self._published, self._orders = head, None, None, {}
+        self._move_head(step, row.number)
+        self._folded, self._orders = None, {}
         self.metrics = metrics
-        self._forget(rows)
+        self._forget([*(each.artefact_key for each in rows), *outdated])
         _log.info("round_folded", run=run, round=row.number, updates=int(metrics["train_devices"]))
 
     # ---- evaluation and decision ----
@@ -190,7 +203,7 @@ class Performer(Desk):
             rows = books.load_updates(connection, run, row.number, "evaluate")
             books.end_updates(connection, run, row.number, "evaluate", "folded")
             books.update_round(connection, run, row.number, **values)
-        self._forget(rows)
+        self._forget(each.artefact_key for each in rows)
         said = {"release": self._decision.release_version, "held": self._decision.reason}
         _log.info("round_done", run=run, round=row.number, **said)
         self._end_round()
@@ -206,7 +219,7 @@ class Performer(Desk):
             books.update_round(connection, run, row.number, state="failed", ended=now, reason=action.reason)
             state = books.load_strategy_state(connection, run)
         self._ports.strategy.import_state(state)
-        self._forget(rows)
+        self._forget(each.artefact_key for each in rows)
         self._end_round()
         self._invite(is_open=False, deadline=0.0)
         _log.warning("round_failed", run=run, round=row.number, reason=action.reason)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from cloud_server.db.engine import Database
 from cloud_server.rounds.ports import Blobs, Finisher, NodeDirectory, Outbox, Releaser, Strategy
 from cloud_server.rounds.state import Phase, RoundPolicy
 from process.clock import Clock
 from wire.manifest import Manifest
-from wire.messages import TrainConfig
+from wire.messages import CodecName, TrainConfig
+from wire.patch import DEFAULT_PATCH_CODEC
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +25,7 @@ class RunPlan:
         policy: when rounds open, close and fail.
         train: how devices train; a strategy may change `proximal_mu` and `clipping_norm` per round.
         max_head_change: a round whose head lies further (L2 norm) from its base is rejected.
+        patch_codec: how the step from head to head is coded; empty: heads move exactly and travel whole.
     """
 
     run: str
@@ -30,6 +33,7 @@ class RunPlan:
     policy: RoundPolicy
     train: TrainConfig
     max_head_change: float = 1e6
+    patch_codec: CodecName | Literal[""] = DEFAULT_PATCH_CODEC
 
     @property
     def graphs_sha256(self) -> bytes:

@@ -66,15 +66,22 @@ class Blobs(Protocol):
 
 
 class Finisher(Protocol):
-    """Makes an aggregate a whole head: refinement on the operator's data where configured, then activation
-    ranges."""
+    """Makes an aggregate a whole head: refinement on the operator's data where configured, and activation
+    ranges. Both give the same for the same arguments."""
 
-    def finish(self, params: Vector, buffers: Vector, base: Checkpoint, seed: int) -> Checkpoint:
-        """Returns the head to commit; the same for the same arguments.
+    def refine(self, params: Vector, buffers: Vector, seed: int) -> Vector:
+        """The parameters that the head should have, float32 [P].
 
         Args:
             params: float32 [P], the aggregate.
             buffers: float32 [Q].
+        """
+        ...
+
+    def finish(self, params: Vector, buffers: Vector, base: Checkpoint) -> Checkpoint:
+        """The head of these parameters, as it is committed.
+
+        Args:
             base: the round's base, whose ranges may be kept.
         """
         ...

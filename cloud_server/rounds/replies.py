@@ -1,8 +1,8 @@
 """The committed replies of a round, read back from the store one at a time.
 
-Laws of the file: the order is that of the update ids, whatever the order of arrival; each pass decodes anew
-and holds one reply; what was screened when it arrived is checked again against the digest that was
-committed with it.
+Laws of the file: the order is that of the update ids, whatever the order of arrival; each pass holds one
+reply, decoded anew unless it was kept since it was screened; what is read back is checked against the digest
+that was committed with it; a reply weighs what was committed, however its numbers came here.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from cloud_server.db import rounds as books
 from cloud_server.db.engine import Database
+from cloud_server.rounds.kept import KeptUpdates
 from cloud_server.rounds.ports import Blobs, Reply
 from cloud_server.screening import Expected, Screened, decode_update
 from wire.errors import RoundError
@@ -25,6 +26,7 @@ class StoredReplies:
         rows: from `load_updates`, in the canonical order.
         expected: what each order asked for, by order id.
         node_ids: device → node id.
+        kept: updates that this process has decoded already; the first pass takes them out.
     """
 
     def __init__(
@@ -34,12 +36,14 @@ class StoredReplies:
         rows: Sequence[books.UpdateRow],
         expected: Mapping[bytes, Expected],
         node_ids: Mapping[str, int],
+        kept: KeptUpdates | None = None,
     ) -> None:
         self._database = database
         self._blobs = blobs
         self._rows = rows
         self._expected = expected
         self._node_ids = node_ids
+        self._kept = KeptUpdates() if kept is None else kept
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -54,6 +58,17 @@ class StoredReplies:
             yield self._reply(row)
 
     def _reply(self, row: books.UpdateRow) -> Reply:
+        screened = self._kept.take(row.update_id) or self._read(row)
+        return Reply(
+            node_id=self._node_ids[row.device],
+            num_examples=row.num_examples,
+            metrics=row.metrics,
+            update=screened.update,
+            buffers=screened.buffers,
+            norm=screened.norm,
+        )
+
+    def _read(self, row: books.UpdateRow) -> Screened:
         if row.artefact_key:
             body = self._blobs.get_blob(row.artefact_key)
         else:
@@ -64,11 +79,4 @@ class StoredReplies:
         screened = decode_update(decode_body(body, Update), self._expected[row.order_id])
         if not isinstance(screened, Screened):
             raise RoundError("a stored update does not decode any more", update_id=row.update_id.hex())
-        return Reply(
-            node_id=self._node_ids[row.device],
-            num_examples=screened.num_examples,
-            metrics=row.metrics,
-            update=screened.update,
-            buffers=screened.buffers,
-            norm=screened.norm,
-        )
+        return screened

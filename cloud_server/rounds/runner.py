@@ -198,5 +198,6 @@ class RoundRunner:
         self._ports.blobs.put_blob(initial.to_bytes())
         with self._ports.database.transaction(fence=self._ports.fence) as connection:
             books.insert_run(connection, row, now)
-            books.insert_head(connection, row.run, 0, initial.sha256, now)
+            head = books.HeadRow(round_number=0, sha256=initial.sha256)
+            books.insert_head(connection, row.run, head, now)
         return row

@@ -236,6 +236,7 @@ class Lab:
         buffers: int = 0,
         train: TrainConfig | None = None,
         seed: int = 7,
+        patch_codec: Any = "",
         **policy: Any,
     ) -> None:
         manifest = make_manifest(buffers=buffers)
@@ -245,6 +246,7 @@ class Lab:
             manifest=manifest,
             policy=RoundPolicy(**rules),
             train=train or TrainConfig(codec="int8", clipping_norm=100.0),
+            patch_codec=patch_codec,
         )
         self._make_strategy = make_strategy or (
             lambda: StrategyDriver(
@@ -265,6 +267,7 @@ class Lab:
         self.inbox: deque[tuple[str, Order]] = deque()
         self.orders: list[tuple[str, Order]] = []
         self.invitations: list[Invitation] = []
+        self.broadcast: list[bytes] = []
         self.candidates: dict[int, Candidate] = {}
         self.initial = Checkpoint(
             params=rng_of("initial").normal(0, 0.1, manifest.params_size).astype(np.float32),
@@ -342,6 +345,8 @@ class Lab:
         self.blobs.delete_blob(sha256)
 
     def publish_blob(self, data: bytes, *, broadcast: bool = True) -> BlobRef:
+        if broadcast:
+            self.broadcast.append(data)
         return make_ref(data)[0]
 
     def send_invitation(self, invitation: Invitation) -> None:
@@ -353,8 +358,13 @@ class Lab:
         self.inbox.append((device, order))
         self.orders.append((device, order))
 
+    def refine(
+        self, params: NDArray[np.float32], buffers: NDArray[np.float32], seed: int
+    ) -> NDArray[np.float32]:
+        return params
+
     def finish(
-        self, params: NDArray[np.float32], buffers: NDArray[np.float32], base: Checkpoint, seed: int
+        self, params: NDArray[np.float32], buffers: NDArray[np.float32], base: Checkpoint
     ) -> Checkpoint:
         return Checkpoint(params=params, buffers=buffers, ranges=base.ranges)
 

@@ -12,7 +12,7 @@ from cloud_server.db.releases import CANDIDATE, HELD, RELEASED, ROLLED_BACK
 from cloud_server.release.publish import Publisher
 from tests.cloud.deployment import Deployment
 from tests.cloud.small_bundle import make_candidate, make_manifest, write_bundle
-from wire.errors import ReleaseError, StorageError
+from wire.errors import ConfigurationError, ReleaseError, StorageError
 from wire.manifest import Release
 
 
@@ -162,12 +162,12 @@ def test_rollback_to_a_release_that_left_the_metadata_signs_it_again(
 
 @pytest.mark.parametrize("version", [0, 1, 2, 9])
 def test_rollback_to_nothing_older_is_refused(publisher: Publisher, version: int) -> None:
-    with pytest.raises(ReleaseError, match="cannot go back"):
+    with pytest.raises(ConfigurationError, match="cannot go back"):
         publisher.rollback(version=version)
 
 
 def test_rollback_of_a_ring_that_was_never_set_is_refused(publisher: Publisher) -> None:
-    with pytest.raises(ReleaseError, match="canary"):
+    with pytest.raises(ConfigurationError, match="canary"):
         publisher.rollback("canary")
 
 

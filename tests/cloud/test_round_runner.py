@@ -463,10 +463,10 @@ def test_head_that_leaves_its_bound_fails_the_round() -> None:
 
 def test_refinement_that_fails_fails_the_round_and_not_the_run() -> None:
     class Broken(Lab):
-        def finish(self, params: Any, buffers: Any, base: Checkpoint, seed: int) -> Checkpoint:
+        def finish(self, params: Any, buffers: Any, base: Checkpoint) -> Checkpoint:
             if not self.runner.view().failures:
                 raise RoundError("no ranges")
-            return super().finish(params, buffers, base, seed)
+            return super().finish(params, buffers, base)
 
     lab = Broken(3, rounds=1)
     lab.run()

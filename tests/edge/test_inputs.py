@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -14,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_agent.inputs.files import FileInput, read_items
-from edge_agent.inputs.item import Item, as_window, read_item
+from edge_agent.inputs.files import MAX_BAD_ROWS, ORPHAN_POLLS, FileInput, read_items
+from edge_agent.inputs.item import Item, as_window, read_item, read_payload
 from edge_agent.inputs.lines import LineInput
 from edge_agent.inputs.topic import TopicInput, parse_topic_url
 from edge_agent.ports import Floats
@@ -115,7 +116,10 @@ def test_labelled_window_may_name_its_split() -> None:
 def test_label_alone_corrects_an_answer() -> None:
     agent, answers = run_lines(line(id="w1", label=2) + line(id="gone", label=1))
     assert agent.known == {"w1": 2}
-    assert answers == [{"id": "w1", "accepted": True}, {"id": "gone", "accepted": False}]
+    assert answers[0] == {"id": "w1", "accepted": True}
+    assert answers[1]["id"] == "gone"
+    assert "no answered window 'gone'" in answers[1]["error"]
+    assert answers[1]["hint"]
 
 
 @pytest.mark.parametrize(
@@ -128,6 +132,7 @@ def test_label_alone_corrects_an_answer() -> None:
         (line(windw=WINDOW), "not an object with"),
         (line(window=[[1, 2], [3]]), "different lengths"),
         (line(window=[["a"]]), "not a number"),
+        (b'{"window": [[1e39, 2, 3], [0, 0, 0]], "id": "half \\ud800"}\n', "an id is a text"),
         (line(window=[]), "not a number"),
         (line(window=[[1, 2, 3]]), "the model takes"),
         (line(window=WINDOW, label="x"), "class number"),
@@ -229,10 +234,32 @@ def test_bad_file_is_a_data_error_that_says_where(
     tmp_path: Path, name: str, data: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(DataError) as caught:
-        take(tmp_path / name)
-    assert message in f"{caught.value} {caught.value.hint}"
-    assert name in str(caught.value)
+    answers: list[dict[str, Any]] = []
+    FileInput(tmp_path / name, answers.append, input_shape=lambda: SHAPE, bookmark=Mark()).run(
+        Ledger(), never
+    )
+    assert message in f"{answers[-1]['error']} {answers[-1].get('hint')}"
+    assert name in answers[-1]["error"]
+
+
+def test_bad_row_of_a_csv_file_is_passed(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("1,2,3,4,5,6\n1,2\n1,2,3,4,5,six\n6,5,4,3,2,1\n")
+    answers: list[dict[str, Any]] = []
+    FileInput(tmp_path / "a.csv", answers.append, input_shape=lambda: SHAPE, bookmark=Mark()).run(
+        Ledger(), never
+    )
+    assert [answer["id"] for answer in answers] == ["a.csv#0", "a.csv", "a.csv", "a.csv#3"]
+    assert ["row 2" in answers[1]["error"], "row 3" in answers[2]["error"]] == [True, True]
+
+
+def test_csv_file_with_nothing_but_bad_rows_is_given_up(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("1,2\n" * 1000)
+    answers: list[dict[str, Any]] = []
+    FileInput(tmp_path / "a.csv", answers.append, input_shape=lambda: SHAPE, bookmark=Mark()).run(
+        Ledger(), never
+    )
+    assert len(answers) == MAX_BAD_ROWS + 1
+    assert "the rest is left out" in answers[-1]["error"]
 
 
 def test_labels_that_are_not_as_many_as_windows_are_a_data_error(tmp_path: Path) -> None:
@@ -313,6 +340,26 @@ def test_bad_file_in_a_folder_is_answered_and_passed(tmp_path: Path) -> None:
     assert "error" in run.answers[0]
 
 
+def test_labels_without_windows_are_said_once(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.labels.npy", np.array([1]))
+    run = FolderRun(tmp_path, Mark())
+    assert run.poll(polls=ORPHAN_POLLS - 2) == []
+    run = FolderRun(tmp_path, Mark())
+    assert run.poll(polls=3 * ORPHAN_POLLS) == ["a.labels.npy"]
+    assert "there is no a.npy" in run.answers[0]["error"]
+
+
+def test_labels_after_their_windows_are_said_once(tmp_path: Path) -> None:
+    put(tmp_path, "a.npy", 1_000)
+    run = FolderRun(tmp_path, Mark())
+
+    def late() -> None:
+        np.save(tmp_path / "a.labels.npy", np.array([1]))
+
+    assert run.poll(lambda: None, lambda: None, late, polls=8) == ["a.npy#0", "a.labels.npy"]
+    assert "after its windows were answered" in run.answers[1]["error"]
+
+
 @pytest.mark.parametrize("name", ["missing", "notes.txt"])
 def test_path_that_cannot_be_a_door_is_a_configuration_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "notes.txt").write_text("x")
@@ -370,6 +417,47 @@ def test_topic_that_is_flooded_drops_the_oldest_and_counts(monkeypatch: pytest.M
     asked = iter([False, False, True])
     door.run(Ledger(), lambda: next(asked))
     assert [answer["id"] for answer in answers] == ["b", "c"]
+
+
+def npy(array: Any, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, **options)
+    return stream.getvalue()
+
+
+def test_npy_payload_is_a_window() -> None:
+    window = np.asfortranarray(np.arange(6, dtype=np.float64).reshape(SHAPE))
+    item = read_payload(npy(window))
+    assert item.window is not None
+    assert (item.window.dtype, item.window.tolist(), item.label) == (np.float32, window.tolist(), None)
+
+
+def huge_header() -> bytes:
+    return npy(np.zeros(3)).replace(b"(3,)", b"(1000000000000,)")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        npy(np.ones(SHAPE))[:-1],
+        npy(np.ones(SHAPE)) + b"x",
+        npy(np.array([{}], dtype=object), allow_pickle=True),
+        npy(np.array(["a"])),
+        npy(np.ones((0, 3))),
+        huge_header(),
+        b"\x93NUMPY",
+        b"\x93NUMPY\x01\x00\xff\xff{",
+    ],
+)
+def test_npy_payload_that_is_damaged_is_a_data_error(data: bytes) -> None:
+    with pytest.raises(DataError):
+        read_payload(data)
+
+
+@given(st.binary(max_size=200))
+def test_any_npy_bytes_are_a_window_or_a_data_error(data: bytes) -> None:
+    with contextlib.suppress(DataError):
+        read_payload(b"\x93NUMPY\x01\x00" + data)
 
 
 @pytest.mark.parametrize(

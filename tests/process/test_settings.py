@@ -91,7 +91,7 @@ def test_paths_start_at_the_file_or_for_a_variable_at_the_working_folder(
         ("fleet = 'a'\nzzz = 1", "unknown key 'zzz'", "known keys here: broker, fleet"),
         ("fleet = 'a'\n[broker]\nport = 0", "broker.port: expected int >= 1", "Its TLS port."),
         ("fleet = 'a'\n[broker]\nport = 'x'", "broker.port: expected int, got str", "Its TLS port."),
-        ("fleet = 'a'\nbroker = 3", "broker: expected object, got int", ""),
+        ("fleet = 'a'\nbroker = 3", "broker: expected a table, got int", ""),
         ("fleet = 'A'", "fleet: expected str matching regex", "Name of the fleet."),
         ("fleet = 'a'\n[broker]\nkind = 'rabbit'", "broker.kind: invalid enum value 'rabbit'", "Which"),
         ("fleet = 'a'\n[broker]\nca_file = 3", "broker.ca_file: expected a path", "PEM"),
