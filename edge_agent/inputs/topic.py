@@ -2,8 +2,8 @@
 
 Laws of the file: the broker is a local one, without access to anything but these items; a queue that is full
 drops the oldest item and counts it (a sensor does not wait); what cannot be used is answered with an error, counted,
-and logged once (MQTT does not tell who published); a broker that is away is waited for. Answers go to the door's
-answers and to `{topic}/answers`.
+and logged at the first and at every tenfold (MQTT does not tell who published); a broker that is away is waited for.
+Answers go to the door's answers and to `{topic}/answers`.
 """
 
 from __future__ import annotations
@@ -73,10 +73,6 @@ class TopicInput:
                 self._answer(agent, payload)
         finally:
             self._transport.stop()
-            if self.refused_total or self.dropped_total:
-                _log.info(
-                    "input_ended", topic=self._topic, refused=self.refused_total, dropped=self.dropped_total
-                )
 
     def _deliver(self, event: TransportEvent) -> None:
         match event:
@@ -103,6 +99,8 @@ class TopicInput:
                 return
             except queue.Full:
                 self.dropped_total += 1
+                if _is_worth_a_line(self.dropped_total):
+                    _log.warning("input_too_fast", topic=self._topic, dropped=self.dropped_total)
                 self._drop_oldest()
 
     def _drop_oldest(self) -> None:
@@ -120,8 +118,8 @@ class TopicInput:
         except ShoalError as error:
             answer = answer_error(error, name)
             self.refused_total += 1
-            if self.refused_total == 1:
-                _log.warning("input_refused", topic=self._topic, reason=str(error))
+            if _is_worth_a_line(self.refused_total):
+                _log.warning("input_refused", topic=self._topic, reason=str(error), total=self.refused_total)
         self._answers(answer)
         self._publish(answer)
 
@@ -131,3 +129,8 @@ class TopicInput:
         except TransportError:
             # The answer has gone to the door's own answers; a local broker that is away loses only the copy.
             self.dropped_total += 1
+
+
+def _is_worth_a_line(total: int) -> bool:
+    """1, 10, 100, …: a sender must not fill the log."""
+    return str(total).rstrip("0") == "1"
