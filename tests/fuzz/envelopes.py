@@ -322,7 +322,7 @@ def _thief(random: Random, base: Base) -> bytes | None:
 
 def _sealing(random: Random, base: Base) -> bytes | None:
     """Sealed by a device that does not keep to the rules for records, keys or padding."""
-    return _sealed_oddly(random, random.choice(_ODD_SEALINGS))
+    return sealed_oddly(random, random.choice(_ODD_SEALINGS), random.choice(list(KEMS.values())))
 
 
 _ODD_SEALINGS = (
@@ -330,8 +330,8 @@ _ODD_SEALINGS = (
 )  # fmt: skip
 
 
-def _sealed_oddly(random: Random, odd: str) -> bytes:
-    kem: KemPrivateKey = random.choice(list(KEMS.values()))
+def sealed_oddly(random: Random, odd: str, kem: KemPrivateKey) -> bytes:
+    """An update of `watch-1` in which one thing is done in another way than the protocol says."""
     algorithm, number = random.choice((("A256GCM", 3), ("C20P", 24)))
     header = up_header()
     bound = header_bytes(up_header(seq=42) if odd == "header" else header)

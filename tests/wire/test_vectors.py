@@ -20,13 +20,16 @@ from cryptography.hazmat.primitives.asymmetric import ed25519, mlkem, x25519
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, MLKEM768X25519PrivateKey, Suite
 
+from tests.fuzz.decoders import DECODERS
 from tests.wire.parties import SIGNERS, open_down, open_up
 from tests.wire.vectors.make_vectors import byte_vectors
+from tests.wire.vectors.refusals import refused_bytes, replay_vectors
 from wire.chunks import parse
 from wire.codec import decode
 from wire.envelope import Opened
-from wire.errors import EnvelopeError
+from wire.errors import EnvelopeError, ReplayError, ShoalError
 from wire.messages import BODIES, decode_body, encode_body
+from wire.replay import Window
 
 FOLDER = Path(__file__).parent / "vectors"
 
@@ -56,6 +59,44 @@ def test_stored_message_fails_for_its_reason(vector: dict[str, Any]) -> None:
         # Every enrolled key is known, so that what fails is not just the key.
         open_vector(vector, signers=SIGNERS)
     assert caught.value.reason == vector["reason"]
+
+
+def test_stored_failures_cover_every_reason_of_the_protocol() -> None:
+    reasons = (
+        "size cbor structure algorithm signature signer header direction fleet type sender device expired extension "
+        "recipient key digest content padding"
+    )
+    assert {vector["reason"] for vector in BAD} == set(reasons.split())
+    assert len({vector["name"] for vector in ENVELOPES}) == len(ENVELOPES)
+
+
+REFUSED: dict[str, dict[str, str]] = load("refused.json")
+DECODE = {decoder.name: decoder.decode for decoder in DECODERS}
+
+
+@pytest.mark.parametrize(
+    ("decoder", "name"), [(decoder, name) for decoder, cases in REFUSED.items() for name in cases]
+)
+def test_stored_bytes_are_refused(decoder: str, name: str) -> None:
+    with pytest.raises(ShoalError):
+        DECODE[decoder](bytes.fromhex(REFUSED[decoder][name]))
+
+
+@pytest.mark.parametrize("vector", load("replay.json"), ids=lambda vector: vector["name"])
+def test_stored_arrivals_move_the_window_as_they_did(vector: dict[str, Any]) -> None:
+    window = Window()
+    for arrival in vector["arrivals"]:
+        try:
+            window = Window.from_row(*window.accept(arrival["epoch"], arrival["seq"]).to_row())
+            verdict = "in"
+        except ReplayError as error:
+            verdict = error.reason
+        assert verdict == arrival["verdict"], arrival
+
+
+def test_refusals_are_what_they_were() -> None:
+    assert refused_bytes() == REFUSED
+    assert replay_vectors() == load("replay.json")
 
 
 def test_bytes_are_what_they_were() -> None:

@@ -1,9 +1,9 @@
 """Writes the test vectors of the wire: `python -m tests.wire.vectors.make_vectors`.
 
 Keys, headers and bodies are fixed (tests/wire/parties.py). Sealing draws a content key, an IV and HPKE's own
-randomness, so sealed messages differ from run to run: what lies in envelope.json must open for ever, and is written
-anew only when the wire's version changes. codec.json may differ with another numpy or zlib, and must decode for ever.
-bytes.json comes out the same every time.
+randomness, so sealed messages differ from run to run: what lies in envelope.json must open (or fail) for ever, and is
+kept; only vectors of new names are added. codec.json may differ with another numpy or zlib, and must decode for ever.
+bytes.json, refused.json and replay.json come out the same every time.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tests.wire.parties import (
     up_header,
 )
 from tests.wire.test_messages import EXAMPLES
+from tests.wire.vectors.refusals import refused_bytes, refused_envelopes, replay_vectors
 from wire.cbor import decode_canonical, encode_canonical
 from wire.chunks import split
 from wire.codec import encode
@@ -164,7 +165,18 @@ def write(name: str, value: object) -> None:
     (FOLDER / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
+def kept(name: str, fresh: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is stored, which must open or fail for ever, and the vectors whose names are new."""
+    path = FOLDER / name
+    old: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    names = {vector["name"] for vector in old}
+    return old + [vector for vector in fresh if vector["name"] not in names]
+
+
 if __name__ == "__main__":
-    write("envelope.json", envelope_vectors())
+    refused = [fails(*refusal) for refusal in refused_envelopes()]
+    write("envelope.json", kept("envelope.json", envelope_vectors() + refused))
+    write("refused.json", refused_bytes())
+    write("replay.json", replay_vectors())
     write("bytes.json", byte_vectors())
     write("codec.json", codec_vectors())
