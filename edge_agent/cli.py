@@ -112,10 +112,15 @@ def _token(options: argparse.Namespace) -> str:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from edge_agent.running import run_agent
+    from edge_agent.running import check_source, run_agent
     from process.logs import configure_logs
+    from wire.errors import ConfigurationError
 
     settings = _settings(options)
+    if options.once and not options.input:
+        raise ConfigurationError("--once waits for inputs, and there is none", hint="name one with --input")
+    for source in options.input:
+        check_source(source, once=options.once)
     configure_logs("json" if settings.log.json else "logfmt", settings.log.level)
     refused = _enrol_at_first_run(options)
     if refused:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import math
 import time
+import tokenize
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,16 +63,35 @@ class _Mark:
         return f"{self.modified_ns} {self.name}"
 
 
+def check_path(path: Path) -> None:
+    """Looks whether windows can be read from a path, before anything is opened.
+
+    Raises:
+        ConfigurationError: (operator) no such path, or another kind of file.
+    """
+    if not path.exists():
+        raise ConfigurationError(f"there is no {path} to read windows from", hint="give a file or a folder")
+    if path.is_dir():
+        return
+    if not path.is_file():
+        raise ConfigurationError(
+            f"{path} is neither a file nor a folder", hint="for a stream, `--input -` reads lines of JSON"
+        )
+    if path.suffix not in SUFFIXES:
+        raise ConfigurationError(f"{path} is neither .npy nor .csv", hint="convert it, or name a folder")
+
+
 class FileInput:
     """Answers every window of one file, or of the files of a folder.
 
     Args:
         path: a `.npy` or `.csv` file (read once), or a folder (polled until the door closes).
         input_shape: gives the model's shape of one window.
+        once: of a folder, only what lies there is taken.
         pause: waits that many seconds between polls.
 
     Raises:
-        ConfigurationError: (operator) no such path, or another kind of file.
+        ConfigurationError: (operator) as `check_path`.
     """
 
     def __init__(
@@ -81,15 +101,12 @@ class FileInput:
         *,
         input_shape: Callable[[], tuple[int, ...]],
         bookmark: Bookmark,
+        once: bool = False,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
-        if not path.exists():
-            raise ConfigurationError(
-                f"there is no {path} to read windows from", hint="give a file or a folder"
-            )
-        if path.is_file() and path.suffix not in SUFFIXES:
-            raise ConfigurationError(f"{path} is neither .npy nor .csv", hint="convert it, or name a folder")
+        check_path(path)
         self._path = path
+        self._once = once
         self._answers = answers
         self._input_shape = input_shape
         self._bookmark = bookmark
@@ -111,6 +128,8 @@ class FileInput:
                 self._take(agent, path, should_stop)
                 mark = place
                 self._bookmark.write(str(mark))
+            if self._once and not self._sizes:
+                return
             self._pause(POLL_SECONDS)
 
     def _ready(self, mark: _Mark) -> list[tuple[_Mark, Path]]:
@@ -202,7 +221,8 @@ def read_items(path: Path, input_shape: tuple[int, ...]) -> Iterator[Item | Data
 def _load(path: Path) -> np.ndarray[Any, Any]:
     try:
         return np.load(path, allow_pickle=False, mmap_mode="r")  # type: ignore[no-any-return]
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, OverflowError, SyntaxError, tokenize.TokenError) as error:
+        # The last two: numpy reads a header as Python's literals.
         raise DataError(f"{path.name} is not a .npy file of numbers: {error}"[:300]) from error
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import tokenize
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
@@ -113,7 +114,7 @@ def read_payload(data: bytes) -> Item:
         if dtype.kind not in "fiu" or math.prod(shape) * dtype.itemsize != len(rest) or not len(rest):
             raise DataError(f"a .npy message says {dtype} {list(shape)} and holds {len(rest)} bytes"[:300])
         window = np.frombuffer(rest, dtype).reshape(shape, order="F" if is_fortran else "C")
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError, SyntaxError, tokenize.TokenError) as error:
         raise DataError(f"not a .npy file of numbers: {error}"[:300]) from error
     return Item(_as_floats(window))
 
