@@ -22,7 +22,7 @@ h1{font-size:1.5rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin:2.2rem 0 .3r
 .card b{display:block;font-size:1.35rem;color:#1d2733}
 .wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:13px;font-variant-numeric:tabular-nums}
 td,th{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #e5eaf0;vertical-align:bottom}
-th{color:#56616e;font-weight:600}td:first-child,th:first-child,.text{text-align:left}
+th{color:#56616e;font-weight:600}td:first-child,th:first-child,.text{text-align:left}td:first-child{white-space:nowrap}
 tr.held td{background:#fdeee4}tr.total td{font-weight:600;border-top:2px solid #b8c2cd}
 svg{width:100%;height:auto}summary{cursor:pointer;color:#0072b2}code{overflow-wrap:anywhere}
 """
@@ -82,8 +82,8 @@ def _cards(report: FleetReport) -> str:
     values = {
         f"{report.metric}, first bundle": report.shown(report.first),
         f"{report.metric}, last release": report.shown(report.last),
-        "gain": report.shown_gain(report.gain()),
-        "sealed update bytes, of float32": f"{report.update_bytes_ratio:.1%}",
+        "gain": f"{report.shown_gain(report.gain())} {report.gain_unit}",
+        "update bytes / float32": f"{report.update_bytes_ratio:.1%}",
         "releases": str(len(report.releases)),
         "held back": str(len(report.hold_backs)),
         "inference requests": f"{report.requests:,}",
@@ -96,7 +96,8 @@ def _cards(report: FleetReport) -> str:
 
 
 def _device_table(report: FleetReport) -> str:
-    scores, traffic = ("device", "samples", "first", "last", "gain"), ("sent, kB", "received, kB")
+    scores = ("device", "samples", "first", "last", f"gain, {report.gain_unit}")
+    traffic = ("sent, kB", "received, kB")
     head = (*scores, "updates", "updates, kB", "as float32, kB", *traffic, "requests", "errors")
     rows = [("", _device_cells(report, row)) for row in report.devices]
     counts = ("test_windows", "updates", "update_bytes", "float32_bytes", "sent_bytes", "received_bytes")
@@ -143,7 +144,7 @@ def _release_table(report: FleetReport) -> str:
         "from round",
         "int8",
         "float32",
-        "int8 against float32",
+        f"int8 against float32, {report.gain_unit}",
         *(f"AUC: {kind}" for kind in kinds),
     )
     note = f"{report.metric} on all devices' later samples."

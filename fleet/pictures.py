@@ -46,6 +46,7 @@ def score_picture(report: FleetReport) -> str:
             [n for n, _ in held], [v for _, v in held], "x", color=HELD, markersize=9, label="held back"
         )
     axes.set_xlabel("round")
+    axes.set_xlim(-0.5, last_round + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _score_axis(axes, report)
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
@@ -70,7 +71,7 @@ def _before_and_after(report: FleetReport) -> str:
     axes.set_xlabel(_axis_name(report))
     _as_share(axes.xaxis, report)
     if report.metric == "accuracy":
-        axes.set_xlim(0, 1)
+        axes.set_xlim(0, 1.02)
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return _svg(figure, f"{report.metric} of each device, first bundle and last release")
@@ -96,7 +97,7 @@ def _score_axis(axes: Axes, report: FleetReport) -> None:
     axes.set_ylabel(_axis_name(report))
     axes.set_ylim(bottom=0)
     if report.metric == "accuracy":
-        axes.set_ylim(0, 1)
+        axes.set_ylim(0, 1.02)
     _as_share(axes.yaxis, report)
     axes.grid(alpha=0.3)
 

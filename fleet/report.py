@@ -124,8 +124,13 @@ class FleetReport:
         return f"{score:.1%}" if self.metric == "accuracy" else f"{score:.4f}"
 
     def shown_gain(self, gain: float) -> str:
-        """A gain for people: in points, or in the metric's unit."""
-        return f"{gain * 100:+.1f} points" if self.metric == "accuracy" else f"{gain:+.4f}"
+        """A gain for people, in `gain_unit`."""
+        return f"{gain * 100:+.1f}" if self.metric == "accuracy" else f"{gain:+.4f}"
+
+    @property
+    def gain_unit(self) -> str:
+        """What gains are counted in."""
+        return "points" if self.metric == "accuracy" else self.metric
 
     @property
     def update_bytes(self) -> int:

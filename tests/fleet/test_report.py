@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+from cloud_server.release.gate import HoldReason
 from fleet.page import render_page
 from fleet.report import DeviceRow, FleetReport, ReleaseRow, RoundRow, SwapRow, render_table
 
@@ -60,8 +61,8 @@ def test_page_states_units_and_what_was_measured() -> None:
         "on 40 later samples",
         "updates, kB",
         "+25.0 points",
-        "int8 against float32",
-        "-1.0 points",
+        "int8 against float32, points",
+        "<td>-1.0</td>",
     ):
         assert words in page, words
     assert "seconds" in page
@@ -91,6 +92,14 @@ def test_report_of_an_anomaly_score_gains_when_the_error_falls() -> None:
     assert "AUC: noise" in page
     assert "+0.2500" in page
     assert "AUC, noise: 0.900" in render_table(error)
+
+
+def test_page_has_words_for_every_reason_of_the_gate() -> None:
+    for reason in HoldReason:
+        rounds = (RoundRow(1, "done", 2, 0.4, f"held: {reason}", 2.0),)
+        row = render_page(report(rounds=rounds)).split("<h2>Held back</h2>")[1].split("</table>")[0]
+        assert f"<td class='text'>{reason}</td>" in row
+        assert "<td class='text'></td>" not in row
 
 
 def test_table_lists_every_hold_back_with_its_reason() -> None:
