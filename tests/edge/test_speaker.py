@@ -77,3 +77,15 @@ def test_device_uses_what_its_machine_is_faster_with(tmp_path: Path) -> None:
     sealed = speaker(tmp_path, None).seal_update("up", b"body", run="", round_number=1, base=b"")
     assert content_algorithm_here() in CONTENT_ALGORITHMS
     assert content_number(sealed) == {"A256GCM": 3, "C20P": 24}[content_algorithm_here()]
+
+
+def test_updates_of_one_size_class_have_one_length(tmp_path: Path) -> None:
+    """1,921 to 1,983 bytes and the padding mark make 1,984: who counts bytes on the wire learns no more."""
+    device = speaker(tmp_path, None)
+    lengths = {
+        len(device.seal_update("up", bytes(size), run="", round_number=1, base=b""))
+        for size in (1921, 1940, 1960, 1983)
+    }
+    assert len(lengths) == 1
+    longer = device.seal_update("up", bytes(1984), run="", round_number=1, base=b"")
+    assert len(longer) == lengths.pop() + 64
