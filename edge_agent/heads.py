@@ -117,6 +117,10 @@ class Heads:
             raise ChunkError("the head is not complete")
         return data
 
+    def complete(self) -> dict[str, bytes]:
+        """The complete heads by their SHA-256 (hex), as they are now."""
+        return {sha256.hex(): data for sha256, data in self._complete.items()}
+
     def drop(self, sha256: bytes) -> None:
         """Forgets a head, complete or not."""
         self._gathering.pop(sha256, None)

@@ -166,7 +166,8 @@ class Shell:
     def _start_job(self, action: do.StartJob) -> None:
         parts = self._parts
         if action.order is None or action.invitation is None:
-            parts.worker.submit("update", b"", parts.installer.check, self._post)
+            heads = parts.heads.complete()
+            parts.worker.submit("update", b"", lambda: parts.installer.check(heads), self._post)
             return
         work = self._assignment(action.order, action.invitation)
         key = action.order.order_id

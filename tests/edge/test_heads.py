@@ -319,3 +319,29 @@ def test_head_that_waits_is_taken_from_the_release_that_comes(lab: Lab) -> None:
     lab.run(40)
     assert set(bases(lab)) == {first.sha256}
     assert lab.cloud.of(Need) == []
+
+
+def test_release_that_was_a_head_brings_no_parameters(lab: Lab) -> None:
+    asked: list[str] = []
+
+    def source(path: str) -> bytes | None:
+        asked.append(path.rsplit(".", 2)[-2].rsplit("/", 1)[-1] + "." + path.rsplit(".", 1)[-1])
+        return lab.cloud.repository.read(path)
+
+    agent = lab.agent(source=source)
+    lab.run(2)
+    feed(agent, lab.bundle, 50)
+    candidate = lab.cloud.candidate(lab.bundle.checkpoint().params * np.float32(1.01))
+    invite(lab, candidate.checkpoint, 2)
+    lab.cloud.order("dev-1", "evaluate")
+    lab.run(1)
+    serve_needs(lab, [candidate.checkpoint.to_bytes()])
+    lab.run(3)
+    assert "checkpoint.bin" in asked
+    asked.clear()
+    lab.cloud.release(candidate, 2)
+    lab.run(5)
+    assert agent.state.release_version == 2
+    assert "release.json" in asked
+    # What was a head is here, and so is what the release before had too.
+    assert not {"checkpoint.bin", "golden_inputs.bin", "manifest.json"} & set(asked)

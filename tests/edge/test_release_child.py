@@ -16,7 +16,7 @@ from tests.edge.aggregator import Aggregator
 from tests.edge.tiny_release import SteppedClock
 from wire.errors import ReleaseError, TransportError
 from wire.manifest import GRAPH_FILES
-from wire.primitives import certificate_not_after
+from wire.primitives import certificate_not_after, sha256
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def nothing(_: str) -> frozenset[str]:
 
 def test_new_release_is_found_and_downloaded(aggregator: Aggregator, state: Path) -> None:
     source, seen = releases(state)
-    offer = source.fetch(0, nothing)
+    offer = source.fetch(0, nothing, {})
     assert (offer.release_version, offer.rollback) == (1, False)
     assert seen == [identity_files.load(state).certificate_pem]
     assert offer.keys.tenant == "acme"
@@ -65,13 +65,44 @@ def test_new_release_is_found_and_downloaded(aggregator: Aggregator, state: Path
 
 def test_what_is_held_is_not_downloaded_again(bundle: Bundle, state: Path) -> None:
     source, _ = releases(state, graphs=bundle.manifest.graphs_sha256)
-    offer = source.fetch(0, lambda graphs: frozenset(GRAPH_FILES))
+    offer = source.fetch(0, lambda graphs: frozenset(GRAPH_FILES), {})
     assert not set(GRAPH_FILES) & set(offer.files)
     assert "checkpoint.bin" in offer.files
 
 
+def test_checkpoint_that_came_as_a_head_is_not_downloaded(bundle: Bundle, state: Path) -> None:
+    head = bundle.checkpoint().to_bytes()
+    source, _ = releases(state, graphs=bundle.manifest.graphs_sha256)
+    source.fetch(0, lambda graphs: frozenset(GRAPH_FILES), {})  # and the metadata
+    source.clear()
+    whole = source.fetch(0, lambda graphs: frozenset(GRAPH_FILES), {})
+    source.clear()
+    rest = source.fetch(0, lambda graphs: frozenset(GRAPH_FILES), {sha256(head).hex(): head})
+    assert rest.files.keys() == whole.files.keys()
+    assert whole.fetched_bytes - rest.fetched_bytes == len(head)
+    place = rest.files["checkpoint.bin"]
+    assert isinstance(place, Path)
+    assert place.read_bytes() == head
+
+
+def test_damaged_head_of_a_release_is_downloaded_anew(bundle: Bundle, state: Path) -> None:
+    head = bundle.checkpoint().to_bytes()
+    spoiled = head[:-1] + bytes([head[-1] ^ 1])
+    source, _ = releases(state, graphs=bundle.manifest.graphs_sha256)
+    offer = source.fetch(0, lambda graphs: frozenset(GRAPH_FILES), {sha256(head).hex(): spoiled})
+    place = offer.files["checkpoint.bin"]
+    assert isinstance(place, Path)
+    assert place.read_bytes() == head
+
+
+def test_heads_of_a_release_that_serves_do_not_stay_on_the_disk(state: Path) -> None:
+    source, _ = releases(state)
+    assert source.fetch(1, nothing, {"ab" * 32: b"head"}).files == {}
+    assert not (state / "tuf" / "targets").exists()
+
+
 def test_release_that_serves_is_not_downloaded(state: Path) -> None:
-    assert releases(state)[0].fetch(1, nothing).files == {}
+    assert releases(state)[0].fetch(1, nothing, {}).files == {}
 
 
 @pytest.mark.parametrize(("age_days", "is_renewed"), [(3.0, False), (4.0, True)])
@@ -80,7 +111,7 @@ def test_certificate_is_renewed_when_half_of_its_life_is_over(
 ) -> None:
     state = enrolled_days_ago(aggregator, tmp_path / "state", age_days)
     source, seen = releases(state)
-    source.fetch(1, nothing)
+    source.fetch(1, nothing, {})
     after = identity_files.load(state).certificate_pem
     assert seen == [after]
     assert (certificate_not_after(after) > time.time() + 6.9 * 86_400) == is_renewed
@@ -90,7 +121,7 @@ def test_certificate_is_renewed_though_the_check_fails(state: Path) -> None:
     before = identity_files.load(state).certificate_pem
     source, seen = releases(state, now=time.time() + 4 * 86_400)
     with pytest.raises(ReleaseError, match="does not verify"):
-        source.fetch(1, nothing)
+        source.fetch(1, nothing, {})
     assert seen == [identity_files.load(state).certificate_pem]
     assert seen != [before]
 
@@ -103,7 +134,7 @@ def test_renewal_that_fails_is_said_and_the_check_goes_on(
     before = identity_files.load(state).certificate_pem
     aggregator.refuses_renewals = True
     try:
-        assert source.fetch(0, nothing).release_version == 1
+        assert source.fetch(0, nothing, {}).release_version == 1
     finally:
         aggregator.refuses_renewals = False
     assert seen == [before]
@@ -113,7 +144,7 @@ def test_renewal_that_fails_is_said_and_the_check_goes_on(
 def test_metadata_that_has_expired_by_our_clock_is_a_release_error(state: Path) -> None:
     source, _ = releases(state, now=time.time() + 20 * 365 * 86_400)
     with pytest.raises(ReleaseError, match="does not verify"):
-        source.fetch(0, nothing)
+        source.fetch(0, nothing, {})
 
 
 def test_aggregator_that_is_away_is_a_transport_error(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,10 +153,10 @@ def test_aggregator_that_is_away_is_a_transport_error(state: Path, monkeypatch: 
     place.write_text(place.read_text().replace(f":{port}", ":1"))
     monkeypatch.setattr("edge_agent.release_child.TIMEOUT_SECONDS", 60.0)
     with pytest.raises(TransportError):
-        releases(state)[0].fetch(0, nothing)
+        releases(state)[0].fetch(0, nothing, {})
 
 
 def test_child_that_dies_is_a_release_error(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edge_agent.child.sys.executable", "/bin/false")
     with pytest.raises(ReleaseError, match="without a result"):
-        releases(state)[0].fetch(0, nothing)
+        releases(state)[0].fetch(0, nothing, {})
