@@ -136,7 +136,8 @@ def _keys_of_attempt(folder: Path, token_id: str) -> tuple[bytes, SigningKey]:
         _forget_attempt(folder)
     tls_key, update_key = generate_tls_key(), SigningKey.generate()
     try:
-        place.mkdir(parents=True, mode=0o700)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # `parents` alone would leave it open to others
+        place.mkdir(mode=0o700)
     except OSError as error:
         raise StorageError(f"cannot write to {folder}: {error.strerror}") from error
     write_private(place / identity_files.TLS_KEY, tls_key)

@@ -173,7 +173,14 @@ def save(identity: Identity, folder: Path, *, tls_key_pem: bytes) -> None:
 
 
 def refuse_second(folder: Path) -> None:
-    """Raises `ConfigurationError` when the state folder holds an identity: it is never overwritten."""
+    """Raises `ConfigurationError` when the state folder is not for a new identity.
+
+    One that is there is never overwritten, and the folder of an aggregator is not a device's.
+    """
+    if (folder / "settings.toml").exists() and (folder / "keys").is_dir():
+        raise ConfigurationError(
+            f"{folder} is the state folder of an aggregator", hint="give each program its own folder"
+        )
     if (folder / FOLDER_NAME).exists():
         raise ConfigurationError(
             f"{folder / FOLDER_NAME} holds an identity already",

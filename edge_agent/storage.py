@@ -253,6 +253,8 @@ class Database:
                 self.quarantine.take(part, f"damaged database; salvaged: {self.salvaged}")
 
     def _open(self) -> sqlite3.Connection:
+        if self.path is not None:
+            _keep_private(self.path)
         connection = sqlite3.connect(
             MEMORY if self.path is None else self.path,
             timeout=5.0,
@@ -374,6 +376,15 @@ def _claim_folder(root: Path) -> None:
         )
     if found != _FORMAT:
         write_durably(path, f"{_FORMAT}\n".encode("ascii"))
+
+
+def _keep_private(path: Path) -> None:
+    """Windows and updates are their owner's alone; SQLite gives the files beside it the same mode."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        path.chmod(0o600)
+    except OSError:
+        return  # whatever it is, SQLite meets it next and says it better
 
 
 def _fact_digest(name: str, value: object) -> bytes:

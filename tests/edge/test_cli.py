@@ -17,6 +17,7 @@ import pytest
 from edge_agent import Agent
 from edge_agent.cli import main
 from edge_agent.status import read_status
+from edge_agent.storage import open_database
 from tests.edge.aggregator import Aggregator
 from tests.transport.mailbox import Mailbox
 from wire import envelope
@@ -321,6 +322,23 @@ def test_token_from_a_file_enrols(aggregator: Aggregator, tmp_path: Path) -> Non
     state = ["--state", str(tmp_path / "state")]
     assert main(["enroll", "--token-file", str(tmp_path / "token"), *state]) == 0
     assert main(["enroll", "--token-file", str(tmp_path / "token"), *state]) == 2
+
+
+def test_state_is_its_owners_alone(enrolled: Path) -> None:
+    open_database(enrolled).close()
+    assert enrolled.stat().st_mode & 0o777 == 0o700
+    files = [enrolled / "agent.db", *(enrolled / "identity").iterdir()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+
+
+def test_folder_of_an_aggregator_is_not_made_a_devices(
+    aggregator: Aggregator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "settings.toml").touch()
+    assert main(["enroll", aggregator.token(), "--state", str(tmp_path)]) == 2
+    assert "state folder of an aggregator" in capsys.readouterr().err
+    assert aggregator.requests == []
 
 
 def test_status_imports_nothing_heavy(enrolled: Path) -> None:
