@@ -58,11 +58,13 @@ def test_device_that_is_not_there_is_an_error_with_a_hint(registry: Registry) ->
 
 def test_presence_follows_births_goodbyes_and_wills(registry: Registry) -> None:
     assert registry.present() == {}
-    registry.note_birth("a", birth())
-    registry.note_birth("b", birth())
+    assert registry.note_birth("a", birth())
+    assert registry.note_birth("b", birth())
+    assert not registry.note_birth("b", birth())
     assert registry.present() == {"a": registry.node_id("a"), "b": registry.node_id("b")}
-    registry.note_birth("a", birth("offline"))
-    registry.note_birth("b", birth("lost"))
+    assert registry.note_birth("a", birth("offline"))
+    assert registry.note_birth("b", birth("lost"))
+    assert not registry.note_birth("b", birth("offline"))
     assert registry.present() == {}
 
 
@@ -77,7 +79,8 @@ def test_device_that_speaks_again_is_here_again(registry: Registry, deployment: 
     registry.note_birth("a", birth())
     registry.note_lost("a")
     assert registry.present() == {}
-    registry.note_seen("a", release_version=4)
+    assert registry.note_seen("a", release_version=4)
+    assert not registry.note_seen("a", release_version=4)
     assert list(registry.present()) == ["a"]
     assert registry.presence()["a"].release_version == 4
     registry.note_seen("b", release_version=4)
