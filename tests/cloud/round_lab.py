@@ -237,6 +237,7 @@ class Lab:
         train: TrainConfig | None = None,
         seed: int = 7,
         patch_codec: Any = "",
+        database: str = "sqlite://",
         **policy: Any,
     ) -> None:
         manifest = make_manifest(buffers=buffers)
@@ -258,7 +259,7 @@ class Lab:
         self.clock = VirtualClock()
         self.fuse = Fuse()
         self.blobs = Artefacts.in_memory()
-        opened = open_database("sqlite://")
+        opened = open_database(database)
         opened.migrate()
         self.database = FusedDatabase(opened._engine)
         self.database.fuse = self.fuse

@@ -1,12 +1,9 @@
-"""The database on a real PostgreSQL: the same schema, fence, chain and enrolment, under writers that race."""
+"""The database on a real PostgreSQL: the same schema, fence, chain, enrolment and rounds, under writers that race."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
-import subprocess
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,37 +16,18 @@ from cloud_server.db import schema
 from cloud_server.db.audit import append_audit, verify_audit
 from cloud_server.db.engine import Database, open_database
 from tests.cloud.deployment import Newcomer, open_deployment
+from tests.cloud.postgres_server import needs_postgres, postgres_server
+from tests.cloud.round_lab import Lab
 from wire.errors import EnrolmentError, StorageError
 
 pytest.importorskip("psycopg", reason="needs psycopg: pip install 'shoal[postgres]'")
-PG_CTL = shutil.which("pg_ctl") or next(map(str, Path("/usr/lib/postgresql").glob("*/bin/pg_ctl")), "")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PG_CTL, reason="needs PostgreSQL's pg_ctl")]
+pytestmark = needs_postgres
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A PostgreSQL of our own; URL of its first database. PostgreSQL refuses to run as root."""
-    folder = tmp_path_factory.mktemp("pg")
-    as_user: list[str] = []
-    if os.geteuid() == 0:
-        as_user = ["runuser", "-u", "postgres", "--"]
-        for place in (folder, *folder.parents[:2]):
-            place.chmod(0o755)
-        shutil.chown(folder, "postgres")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    data = folder / "data"
-    options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
-
-    def control(*words: str) -> None:
-        command = [*as_user, PG_CTL, "-D", str(data), "-s", "-w", *words]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    control("init", "-o", "-A trust -U postgres")
-    control("start", "-o", options, "-l", str(folder / "log"))
-    yield f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres"
-    control("stop", "-m", "immediate")
+def server() -> Iterator[str]:
+    with postgres_server() as url:
+        yield url
 
 
 @pytest.fixture
@@ -138,3 +116,48 @@ def test_one_token_lets_one_of_many_racing_devices_in(url: str, tmp_path: Path) 
             thread.join()
         assert sorted(outcomes) == ["in", *["token_used"] * 5]
         assert len(deployment.registry.devices()) == 1
+
+
+@pytest.mark.parametrize("strategy", ["FedAvg", "FedAdam"])
+def test_rounds_give_the_same_parameters_as_on_sqlite(url: str, strategy: str) -> None:
+    expected = Lab(4, strategy=strategy).run().sha256
+    lab = Lab(4, strategy=strategy, database=url)
+    assert lab.run().sha256 == expected
+    counted = Counter((row.kind, row.state) for row in lab.rows(schema.updates))
+    assert counted == {("train", "folded"): 8, ("evaluate", "folded"): 8}
+    lab.database.close()
+
+
+def test_restart_before_every_turn_gives_the_same_parameters(url: str) -> None:
+    expected = Lab(2, rounds=1).run().sha256
+    lab = Lab(2, rounds=1, database=url)
+    for _ in range(400):
+        if lab.runner.is_finished:
+            break
+        lab.step()
+        lab.restart()
+    assert lab.runner.head.sha256 == expected
+    lab.database.close()
+
+
+def test_second_aggregator_takes_over_and_the_first_can_write_no_more(url: str) -> None:
+    """Two processes' engines on one server, as two hosts would have them."""
+    first, second = open_database(url), open_database(url)
+    first.migrate()
+    old = first.claim_writer()
+    new = second.claim_writer()
+    for _ in range(2):
+        with pytest.raises(StorageError, match="taken over"), first.transaction(fence=old):
+            pass
+        with second.transaction(fence=new) as connection:
+            append_audit(connection, "test", 1.5, {})
+    first.close()
+    second.close()
+
+
+def test_server_that_is_away_is_one_clear_error(url: str) -> None:
+    nowhere = url.replace(url.rpartition(":")[2], "9/postgres")
+    with pytest.raises(StorageError) as caught:
+        open_database(nowhere).migrate()
+    assert caught.value.hint
+    assert len(str(caught.value).splitlines()) == 1

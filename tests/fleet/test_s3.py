@@ -1,4 +1,6 @@
-"""A fleet whose artefacts lie in S3: real processes, a real store, a round, a release, downloads that resume."""
+"""A fleet with its books in PostgreSQL and its artefacts in S3, as a larger one has them: real processes, a round, a
+release, downloads that resume, a store that goes away and comes back.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +32,7 @@ from fleet.local_cloud import LocalCloud, free_port
 from models.bundle import Bundle
 from process.clock import SystemClock
 from process.options import render_toml
+from tests.cloud.postgres_server import needs_postgres, postgres_server
 from tests.cloud.s3_server import BUCKET, S3Server
 from tests.fleet import thirds
 from tests.fleet.waiting import wait_for
@@ -48,12 +51,25 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     server.stop()
 
 
-def settings() -> CloudSettings:
+@pytest.fixture(
+    params=[pytest.param("postgres", marks=needs_postgres), pytest.param("sqlite", marks=pytest.mark.slow)]
+)
+def database(request: pytest.FixtureRequest) -> Iterator[str]:
+    """URL of the database; empty for the one in the state folder."""
+    if request.param == "sqlite":
+        yield ""
+        return
+    pytest.importorskip("psycopg", reason="needs psycopg: pip install 'shoal[postgres]'")
+    with postgres_server() as url:
+        yield url
+
+
+def settings(database: str) -> CloudSettings:
     return CloudSettings(
         fleet="s3",
         listen=ListenSettings(public_port=free_port(), device_port=free_port()),
         broker=BrokerSettings(kind="embedded", port=free_port()),
-        storage=StorageSettings(artefacts=f"s3://{BUCKET}/fleet-a"),
+        storage=StorageSettings(database=database, artefacts=f"s3://{BUCKET}/fleet-a"),
         run=RunSettings(name="s3", seed=5, rounds=1, quorum=len(DEVICES), paused=True, deadline_seconds=60.0),
         train=TrainSettings(epochs=10, batch_size=8, learning_rate=0.1),
         gate=GateSettings(max_operator_drop=1.0),
@@ -130,13 +146,13 @@ def download(state: Path, folder: Path, cloud: LocalCloud, *, breaks: int) -> di
 
 
 def test_fleet_with_its_artefacts_in_s3_learns_releases_and_survives_its_absence(
-    tmp_path: Path, server: S3Server, thirds_bundle: Bundle
+    tmp_path: Path, server: S3Server, database: str, thirds_bundle: Bundle
 ) -> None:
     federation = thirds.make_federation(*DEVICES)
     place = tmp_path / "agent.toml"
     place.write_text(render_toml(EdgeSettings(inference=InferenceSettings(variant="int8"))))
     with ExitStack() as stack:
-        cloud = stack.enter_context(LocalCloud(tmp_path / "cloud", settings(), federation))
+        cloud = stack.enter_context(LocalCloud(tmp_path / "cloud", settings(database), federation))
         cloud.import_model(thirds_bundle)
         cloud.start()
         agents = []
@@ -162,3 +178,4 @@ def test_fleet_with_its_artefacts_in_s3_learns_releases_and_survives_its_absence
     assert {key.split("/")[0] for key in server.stored()} == {"fleet-a"}
     assert {key.split("/")[1] for key in server.stored()} >= {"tuf", "blobs"}
     assert not (tmp_path / "cloud" / "artefacts").exists()
+    assert (tmp_path / "cloud" / "cloud.db").exists() == (database == "")
