@@ -51,6 +51,7 @@ DECODING: dict[str, tuple[str, ...]] = {
         "Float32Layout.check", "_check_spans", "_require",
     ),
     "checkpoint.py": ("Checkpoint.__post_init__", "Checkpoint.from_bytes", "_array"),
+    "patch.py": ("apply_patch", "_check_fields"),
     "enrolment.py": ("EnrolmentToken.parse", "decode_json"),
     "topics.py": ("Topics.parse", "_parse_levels"),
     "replay.py": ("Window.from_row",),

@@ -43,6 +43,7 @@ from wire.envelope import peek
 from wire.header import header_bytes, header_from_map
 from wire.manifest import Manifest, Release
 from wire.messages import CODEC_NAMES, BlobRef, Body, decode_body, encode_body
+from wire.patch import apply_patch, make_patch
 from wire.replay import Window
 from wire.topics import Topics
 
@@ -318,6 +319,22 @@ _CHECKPOINT = Checkpoint(
 )
 
 
+def _patch(data: bytes) -> None:
+    new = apply_patch(_CHECKPOINT, data, limit_bytes=LIMIT_BYTES)
+    sizes = (new.params.size, new.buffers.size, new.ranges.shape)
+    keep(
+        sizes == (_CHECKPOINT.params.size, _CHECKPOINT.buffers.size, _CHECKPOINT.ranges.shape),
+        "the same model",
+    )
+    keep(all(bool(np.isfinite(part).all()) for part in (new.params, new.buffers, new.ranges)), "finite")
+
+
+_NEXT = Checkpoint(
+    params=_CHECKPOINT.params * np.float32(0.9), buffers=_CHECKPOINT.buffers, ranges=_CHECKPOINT.ranges
+)
+_PATCHES = tuple(make_patch(_CHECKPOINT, _NEXT, codec, 5) for codec in ("dithered", "int8", "fp32"))
+
+
 # --- enrolment, topics, rows ---
 
 
@@ -376,7 +393,15 @@ _SEQUENCES: tuple[list[bytes], ...] = (
     [*_CHUNKS[:-1], _CHUNKS[-1][:-1] + b"\0"],
     split(bytes(5000), 1024),
 )
-_LEGAL_TOPICS = ("up/0/watch-1/7/3", "st/watch-1", "rd/now", "rd/12", "md/stable", "bl/" + "ab" * 32 + "/4")
+_LEGAL_TOPICS = (
+    "up/0/watch-1/7/3",
+    "st/watch-1",
+    "rd/now",
+    "rd/12",
+    "md/stable",
+    "bl/" + "ab" * 32 + "/4",
+    "nd/watch-1/" + "cd" * 32,
+)
 _RESPONSE = EnrolResponse(
     tenant="acme", fleet="wrists", device="watch-1", certificate="pem", ca="pem", tuf_root="{}", kem=(), orders=(),
     tls_name="cloud", device_url="https://cloud:2", broker_url="mqtts://cloud:3",
@@ -409,6 +434,7 @@ DECODERS: tuple[Decoder, ...] = (
     Decoder("manifest", _manifest, (MANIFEST.to_bytes(), _PLAIN_MANIFEST.to_bytes()), "json"),
     Decoder("release", _release, (RELEASE.to_bytes(),), "json"),
     Decoder("checkpoint", _checkpoint, (_CHECKPOINT.to_bytes(),), "cbor"),
+    Decoder("patch", _patch, _PATCHES, "cbor"),
     Decoder("token", _token, (str(TOKEN).encode(),)),
     *(Decoder(f"json_{kind.__name__}", _json(kind), (encode_json(value),), "json") for kind, value in _BODIES_JSON),
     Decoder("topic", _topic, tuple(f"{_TOPICS.base}/{levels}".encode() for levels in _LEGAL_TOPICS)),

@@ -414,6 +414,16 @@ def _unprotected(random: Random, base: Base) -> bytes | None:
     )
 
 
+def _signature(random: Random, base: Base) -> bytes | None:
+    """A signature of another length, or another one of the right length."""
+    end = 4 + int.from_bytes(base.message[:4], "big")
+    outer = read_sign1(base.message[4:end], limit_bytes=LIMIT_BYTES)
+    other = random.choice(
+        (b"", outer.signature[1:], outer.signature + b"\0", bytes(64), outer.signature[::-1])
+    )
+    return framed(encode_tagged(18, [outer.protected, {}, outer.payload, other]), base.ciphertext)
+
+
 def _stranger(random: Random, base: Base) -> bytes | None:
     """Signed by a key that is not enrolled, under its own key id or a device's."""
     protected = {1: -8, 3: "application/shoal+cose", 4: random.choice((STRANGER_KEY, base.key)).key_id}
@@ -451,7 +461,7 @@ _SIGNED: tuple[Maker, ...] = (
 )  # fmt: skip
 _UNSIGNED: tuple[Maker, ...] = (
     _damaged, _damaged, _damaged, _damaged, _length, _noise, _framed_noise, _unsigned_structure, _unprotected,
-    _stranger, _splice, _more, _large_head,
+    _signature, _stranger, _splice, _more, _large_head,
 )  # fmt: skip
 _OF_SEALED: tuple[Maker, ...] = (_inner_protected, _ciphertext, _sealing, _thief)
 

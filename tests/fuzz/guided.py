@@ -12,12 +12,19 @@ import importlib.metadata
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
-from tests.fuzz.corpus import store, stored
+from tests.fuzz.corpus import MAX_INPUT_BYTES, store, stored
+
+if TYPE_CHECKING:
+    from tests.fuzz.decoders import Decoder
 
 PIN = "atheris==3.0.0"
 WORK = Path("build/fuzz")
+Arc = tuple[str, int, int]
 
 
 def main() -> int:
@@ -30,13 +37,15 @@ def main() -> int:
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     arguments, rest = parser.parse_known_args()
     if arguments.inside:
-        return search(arguments.inside, rest)
+        return search(arguments.inside, [*rest, *arguments.names])
     if not is_installed():
         print(
             f"{PIN} has no wheel for this interpreter or the package index is out of reach: no guided search"
         )
         return 0
-    from tests.fuzz.decoders import DECODERS
+    from tests.fuzz.decoders import (
+        DECODERS,
+    )  # not at the top: atheris instruments `wire` when it is imported first
 
     by_name = {decoder.name: decoder for decoder in DECODERS}
     failed = []
@@ -60,7 +69,7 @@ def main() -> int:
             print(done.stdout[-2000:] + done.stderr[-2000:], file=sys.stderr)
             failed.append(name)
         elif arguments.keep:
-            keep(name, folder)
+            keep(by_name[name], folder)
     print(f"failed: {', '.join(failed)}" if failed else "nothing found")
     return 1 if failed else 0
 
@@ -79,14 +88,46 @@ def run_inside(name: str, options: list[str], *folders: Path) -> subprocess.Comp
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
-def keep(name: str, folder: Path) -> None:
-    """Stores the smallest set of inputs that reaches what the whole corpus reaches."""
-    least = WORK / "least" / name
-    least.mkdir(parents=True, exist_ok=True)
-    for old in least.iterdir():
-        old.unlink()
-    run_inside(name, ["-merge=1"], least, folder)
-    store(name, (path.read_bytes() for path in least.iterdir()))
+def keep(decoder: Decoder, folder: Path) -> None:
+    """Stores the inputs, short ones first, that take a branch which no stored one before them took."""
+    reached: set[Arc] = set()
+    kept = []
+    for path in sorted(folder.iterdir(), key=lambda path: (path.stat().st_size, path.name)):
+        data = path.read_bytes()
+        arcs = arcs_of(decoder, data) if len(data) <= MAX_INPUT_BYTES else set()
+        if not arcs <= reached:
+            reached |= arcs
+            kept.append(data)
+    store(decoder.name, kept)
+
+
+def arcs_of(decoder: Decoder, data: bytes) -> set[Arc]:
+    """Which line of `wire/` followed which while an input was decoded."""
+    from wire.errors import ShoalError
+
+    arcs: set[Arc] = set()
+
+    def enter(frame: FrameType, event: str, _: Any) -> Callable[..., Any] | None:
+        if Path(frame.f_code.co_filename).parent.name != "wire":
+            return None
+        last = frame.f_lineno
+
+        def step(frame: FrameType, event: str, _: Any) -> Callable[..., Any]:
+            nonlocal last
+            arcs.add((frame.f_code.co_filename, last, frame.f_lineno))
+            last = frame.f_lineno
+            return step
+
+        return step
+
+    sys.settrace(enter)
+    try:
+        decoder.decode(data)
+    except ShoalError:
+        pass
+    finally:
+        sys.settrace(None)
+    return arcs
 
 
 def search(name: str, options: list[str]) -> int:
