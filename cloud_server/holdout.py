@@ -8,7 +8,7 @@ from models.samples import MAX_CLASSES, read_samples
 from wire.manifest import Manifest
 
 
-def load_holdout(deployment: Deployment, manifest: Manifest | None = None) -> Holdout | None:
+def load_holdout(deployment: Deployment, manifest: Manifest) -> Holdout | None:
     """What `gate.holdout` of the settings names (relative to the state folder); None where it is empty.
 
     Raises:
@@ -17,10 +17,10 @@ def load_holdout(deployment: Deployment, manifest: Manifest | None = None) -> Ho
     name = deployment.settings.gate.holdout
     if not name:
         return None
-    path = deployment.folder.root / name
-    if manifest is None:
-        samples = read_samples(path, "classification")
-    else:
-        classes = manifest.task.classes or MAX_CLASSES
-        samples = read_samples(path, manifest.task.kind, input_shape=manifest.input_shape, classes=classes)
+    samples = read_samples(
+        deployment.folder.root / name,
+        manifest.task.kind,
+        input_shape=manifest.input_shape,
+        classes=manifest.task.classes or MAX_CLASSES,
+    )
     return Holdout(samples.x, samples.y)

@@ -58,8 +58,6 @@ def prepare_run(deployment: Deployment, serverapp: str = "") -> PreparedRun | No
         DataError: (operator) held-out or refinement data that cannot be read.
     """
     bundle = chosen_bundle(deployment)
-    if bundle is None:
-        return None
     config = run_config(deployment)
     settings = deployment.settings.run
     app = None
@@ -70,6 +68,8 @@ def prepare_run(deployment: Deployment, serverapp: str = "") -> PreparedRun | No
     # Made again with the run; here to say at once what cannot be made.
     build_strategy(config.strategy, config.strategy_parameters)
     choose_device(config.fold_device)
+    if bundle is None:
+        return None
     holdout, refinery = load_holdout(deployment, bundle.manifest), _refinery(deployment, bundle)
     return PreparedRun(bundle, config, holdout, refinery, app, settings.parameters)
 

@@ -13,6 +13,7 @@ import pytest
 from cloud_server.cli import main
 from cloud_server.cli.model_command import _take_in
 from cloud_server.deployment import Deployment, initialise
+from cloud_server.run_setup import prepare_run
 from cloud_server.settings import BrokerSettings, CloudSettings
 from tests.cloud.small_bundle import write_bundle
 from wire.errors import ConfigurationError, ReleaseError, StorageError
@@ -159,6 +160,28 @@ def test_token_that_nobody_read_is_not_let_in(state: Path, monkeypatch: pytest.M
     os.close(writer)
     monkeypatch.undo()
     assert tokens(state) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "serverapp", "said"),
+    [
+        ("", "no_such_module:app", "no_such_module"),
+        ("", "app", "app"),
+        ("[run]\nstrategy = 'FedNope'", "", "FedNope"),
+        ("[run]\nstrategy = 'FedAvgM'\nparameters = { momentum = 3 }", "", "momentum"),
+        ("[run]\nmodel = 'never-imported'", "", "never-imported"),
+    ],
+)
+def test_run_that_cannot_be_is_refused_before_there_is_a_model(
+    state: Path, settings: str, serverapp: str, said: str
+) -> None:
+    (state / "settings.toml").write_text(settings)
+    with (
+        Deployment.open(state) as deployment,
+        pytest.raises(ConfigurationError) as caught,
+    ):
+        prepare_run(deployment, serverapp)
+    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize(

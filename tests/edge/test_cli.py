@@ -338,7 +338,7 @@ def test_folder_of_an_aggregator_is_not_made_a_devices(
     (tmp_path / "settings.toml").touch()
     assert main(["enroll", aggregator.token(), "--state", str(tmp_path)]) == 2
     assert "state folder of an aggregator" in capsys.readouterr().err
-    assert aggregator.requests == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["keys", "settings.toml"]
 
 
 def test_status_imports_nothing_heavy(enrolled: Path) -> None:
