@@ -25,7 +25,8 @@ from cloud_server.release.announcer import Announcer
 from cloud_server.release.gate import GatePolicy
 from cloud_server.release.publish import DEFAULT_RING, Publisher
 from cloud_server.release.releaser import CalibratingFinisher, GatedReleaser, Holdout
-from cloud_server.release.tuf_repository import TufExpiry, TufRepository
+from cloud_server.release.tuf_repository import TufRepository
+from cloud_server.release.tuf_signing import TufExpiry
 from cloud_server.rounds.plan import RunPlan, RunPorts
 from cloud_server.rounds.state import RoundPolicy
 from cloud_server.sender import Sender

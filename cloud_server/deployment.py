@@ -22,7 +22,8 @@ from cloud_server.keys import CloudKeys, init_keys
 from cloud_server.layout import StateFolder
 from cloud_server.registry import Registry
 from cloud_server.release.publish import Publisher
-from cloud_server.release.tuf_repository import TufExpiry, TufRepository
+from cloud_server.release.tuf_repository import TufRepository
+from cloud_server.release.tuf_signing import TufExpiry
 from cloud_server.settings import CloudSettings, load_cloud_settings
 from process.clock import Clock, SystemClock
 from process.options import render_toml

@@ -1,5 +1,4 @@
-"""The repository that devices trust: The Update Framework's metadata, signed role by role. The cloud's door
-to tuf.
+"""The repository that devices trust: what The Update Framework's metadata lists, and how it is published.
 
 Laws of the file: a version never goes back and a published file never changes; one publication is written
 targets first, timestamp last, so that a device sees all of it or none of it, whatever instruction the writer
@@ -18,57 +17,22 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from typing import Final, TypeVar
 
-from securesystemslib.signer import Signature, SSlibKey
-from securesystemslib.signer import Signer as TufSigner
 from tuf.api.exceptions import RepositoryError
-from tuf.api.metadata import (
-    DelegatedRole,
-    Delegations,
-    Metadata,
-    MetaFile,
-    Root,
-    Signed,
-    Snapshot,
-    TargetFile,
-    Targets,
-    Timestamp,
-)
-from tuf.api.serialization.json import JSONSerializer
+from tuf.api.metadata import Metadata, MetaFile, Root, Signed, Snapshot, TargetFile, Targets, Timestamp
 
 from cloud_server.artefacts import Artefacts, is_key
-from cloud_server.keys import ROOT_THRESHOLD, CloudKeys
+from cloud_server.keys import CloudKeys
+from cloud_server.release.tuf_signing import DELEGATED, RoleSigning, TufExpiry
 from process.clock import Clock
 from wire.errors import ConfigurationError, ReleaseError
 from wire.manifest import RELEASE, Release
-from wire.primitives import SigningKey, sha256
 
-DELEGATED: Final[dict[str, list[str]]] = {
-    "parameters": ["parameters/*/*"],
-    "keys": ["keys/*"],
-    "rings": ["rings/*"],
-}
 ONLINE_JSON: Final = "keys/online.json"
 _PREFIX: Final = "tuf/"
-_DAY: Final = 86_400.0
 
-_Payload = TypeVar("_Payload", Root, Targets, Snapshot, Timestamp)
 _Versioned = TypeVar("_Versioned", Targets, Snapshot)
-
-
-@dataclass(frozen=True)
-class TufExpiry:
-    """How long each role's signature holds, in days. Online roles are signed again at half of it."""
-
-    root: float = 365.0
-    targets: float = 180.0
-    parameters: float = 60.0
-    keys: float = 60.0
-    rings: float = 60.0
-    snapshot: float = 14.0
-    timestamp: float = 1.0
 
 
 @dataclass
@@ -102,9 +66,7 @@ class TufRepository:
         keep_releases: int = 16,
     ) -> None:
         self._store = store
-        self._keys = keys
-        self._clock = clock
-        self._expiry = expiry or TufExpiry()
+        self._signing = RoleSigning(keys, clock, expiry or TufExpiry())
         self._lock: AbstractContextManager[object] = lock or threading.Lock()
         self._keep_releases = keep_releases
 
@@ -163,10 +125,8 @@ class TufRepository:
         with self._lock:
             if self.is_initialised():
                 raise ConfigurationError("there is a TUF repository already", hint="it is never made twice")
-            if len(self._keys.root) < ROOT_THRESHOLD:
-                raise _offline("root shares")
-            self._store.write_new(_PREFIX + "metadata/1.root.json", self._first_root())
-            empty = {name: Targets() for name in DELEGATED} | {"targets": self._top_targets()}
+            self._store.write_new(_PREFIX + "metadata/1.root.json", self._signing.first_root())
+            empty = {name: Targets() for name in DELEGATED} | {"targets": self._signing.top_targets()}
             fresh = _Set(Timestamp(), Snapshot(meta={}), empty)
             for payload in (fresh.timestamp, fresh.snapshot, *empty.values()):
                 payload.version = 0  # publication counts up
@@ -270,7 +230,7 @@ class TufRepository:
             nonlocal is_signed
             online: dict[str, Signed] = {name: current.targets[name] for name in DELEGATED}
             online |= {"snapshot": current.snapshot, "timestamp": current.timestamp}
-            due = {name for name, payload in online.items() if self._is_half_over(name, payload)}
+            due = {name for name, payload in online.items() if self._signing.is_half_over(name, payload)}
             is_signed = bool(due)
             return due
 
@@ -288,24 +248,20 @@ class TufRepository:
                 self._publish(current, roles)
 
     def _publish(self, current: _Set, roles: set[str]) -> None:
-        if "targets" in roles and self._keys.targets is None:
-            raise _offline("targets key")
+        if "targets" in roles:
+            self._signing.require("targets")
         for name in sorted(roles & set(current.targets)):
             role = current.targets[name]
             role.version = self._next_version(name, role.version)
-            role.expires = self._until(name)
-            self._write_versioned(name, role, self._signing_key(name))
+            self._write_versioned(name, role)
             current.snapshot.meta[f"{name}.json"] = MetaFile(version=role.version)
         if roles != {"timestamp"}:
             current.snapshot.version = self._next_version("snapshot", current.snapshot.version)
-            current.snapshot.expires = self._until("snapshot")
-            self._write_versioned("snapshot", current.snapshot, self._keys.snapshot)
+            self._write_versioned("snapshot", current.snapshot)
             current.timestamp.snapshot_meta = MetaFile(version=current.snapshot.version)
         current.timestamp.version += 1
-        current.timestamp.expires = self._until("timestamp")
-        self._store.write(
-            _PREFIX + "metadata/timestamp.json", _signed(current.timestamp, [self._keys.timestamp])
-        )
+        data = self._signing.signed("timestamp", current.timestamp)
+        self._store.write(_PREFIX + "metadata/timestamp.json", data)
 
     def _next_version(self, role: str, version: int) -> int:
         """The next free version: a writer that died before its timestamp leaves versions nobody points at."""
@@ -314,8 +270,9 @@ class TufRepository:
             version += 1
         return version
 
-    def _write_versioned(self, role: str, payload: _Versioned, key: SigningKey) -> None:
-        self._store.write_new(f"{_PREFIX}metadata/{payload.version}.{role}.json", _signed(payload, [key]))
+    def _write_versioned(self, role: str, payload: _Versioned) -> None:
+        data = self._signing.signed(role, payload)
+        self._store.write_new(f"{_PREFIX}metadata/{payload.version}.{role}.json", data)
 
     def _add_files(
         self, current: _Set, role: str, files: Mapping[str, bytes], *, is_replacing: bool = False
@@ -373,31 +330,6 @@ class TufRepository:
         statement = json.loads(self._required(f"targets/rings/{target.hashes['sha256']}.{ring}.json"))
         return int(statement["release_version"]), int(statement["serial"])
 
-    def _first_root(self) -> bytes:
-        root = Root(version=1, expires=self._until("root"), consistent_snapshot=True)
-        for share in self._keys.root:
-            root.add_key(_public(share), "root")
-        root.roles["root"].threshold = ROOT_THRESHOLD
-        for role in ("targets", "snapshot", "timestamp"):
-            root.add_key(_public(self._signing_key(role)), role)
-        return _signed(root, list(self._keys.root))
-
-    def _top_targets(self) -> Targets:
-        """Top-level targets: no graphs yet, and one delegation per online role, none sharing a path."""
-        public = {name: _public(self._signing_key(name)) for name in DELEGATED}
-        roles = {
-            name: DelegatedRole(name, [public[name].keyid], 1, terminating=True, paths=paths)
-            for name, paths in DELEGATED.items()
-        }
-        delegations = Delegations(keys={key.keyid: key for key in public.values()}, roles=roles)
-        return Targets(delegations=delegations)
-
-    def _signing_key(self, role: str) -> SigningKey:
-        key = getattr(self._keys, role)
-        if not isinstance(key, SigningKey):
-            raise _offline(f"{role} key")
-        return key
-
     def _newest_root(self) -> bytes:
         version = 1
         while self._store.size(f"{_PREFIX}metadata/{version + 1}.root.json") is not None:
@@ -412,60 +344,9 @@ class TufRepository:
             )
         return data
 
-    def _until(self, role: str) -> datetime:
-        until = datetime.fromtimestamp(self._clock.now(), tz=UTC) + timedelta(
-            days=getattr(self._expiry, role)
-        )
-        return until.replace(microsecond=0)
-
-    def _is_half_over(self, role: str, payload: Signed) -> bool:
-        life_seconds: float = getattr(self._expiry, role) * _DAY
-        return payload.expires.timestamp() - self._clock.now() < life_seconds / 2
-
 
 def served_key(path: str) -> str | None:
     """Where a path that a device asks for lies in the store; None where it can name nothing of TUF's."""
     name = path.removeprefix("/")
     is_ours = name.startswith(("metadata/", "targets/")) and is_key(name)
     return _PREFIX + name if is_ours else None
-
-
-class _KeySigner(TufSigner):
-    """Our signing key behind securesystemslib's seam (where an HSM or a KMS would stand)."""
-
-    def __init__(self, key: SigningKey) -> None:
-        self._key = key
-
-    @property
-    def public_key(self) -> SSlibKey:
-        return _public(self._key)
-
-    def sign(self, payload: bytes) -> Signature:
-        return Signature(self.public_key.keyid, self._key.sign(payload).hex())
-
-    @classmethod
-    def from_priv_key_uri(
-        cls, priv_key_uri: str, public_key: object, secrets_handler: object = None
-    ) -> _KeySigner:
-        raise NotImplementedError("keys are loaded by cloud_server.keys")
-
-
-def _public(key: SigningKey) -> SSlibKey:
-    # TUF leaves the key id to us: the hash of the raw key, whose first 8 bytes are our own key id.
-    return SSlibKey(
-        keyid=sha256(key.public_bytes).hex(),
-        keytype="ed25519",
-        scheme="ed25519",
-        keyval={"public": key.public_bytes.hex()},
-    )
-
-
-def _signed(payload: _Payload, keys: list[SigningKey]) -> bytes:
-    metadata = Metadata(payload)
-    for key in keys:
-        metadata.sign(_KeySigner(key), append=True)
-    return metadata.to_bytes(JSONSerializer(compact=True))
-
-
-def _offline(what: str) -> ConfigurationError:
-    return ConfigurationError(f"the {what} is not here", hint="put keys/offline back for this command")

@@ -17,7 +17,8 @@ from tuf.ngclient.fetcher import FetcherInterface
 
 from cloud_server.artefacts import Artefacts
 from cloud_server.keys import CloudKeys
-from cloud_server.release.tuf_repository import TufExpiry, TufRepository
+from cloud_server.release.tuf_repository import TufRepository
+from cloud_server.release.tuf_signing import TufExpiry
 from tests.cloud.deployment import SteppedClock
 from wire.errors import ConfigurationError, ReleaseError, StorageError
 from wire.manifest import FileRef, Release
