@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from alembic import command
+from alembic.config import Config
 
 from cloud_server.db import schema
+from cloud_server.db.engine import open_database
+from cloud_server.db.rounds import HeadRow, load_head_row
 from tests.cloud.round_lab import BlownFuseError, Device, Lab, Message
 from wire.checkpoint import Checkpoint
 from wire.codec import decode
@@ -168,3 +173,22 @@ def test_residual_that_is_damaged_on_the_disk_is_a_storage_error() -> None:
     lab.blobs.delete_blob(row.residual_key)
     with pytest.raises(StorageError):
         lab.restart()
+
+
+def test_database_of_the_version_before_keeps_its_head() -> None:
+    database = open_database("sqlite://")
+    config = Config()
+    config.set_main_option("script_location", str(Path(schema.__file__).with_name("migrations")))
+    rows = (
+        "INSERT INTO models VALUES ('aa', 'lab', '', 'bb', 1.0)",
+        "INSERT INTO runs VALUES ('spring', 1.0, 'aa', '{}', 7, 'active')",
+        "INSERT INTO checkpoints VALUES ('spring', 3, 'abcd', 'abcd', 1.0)",
+    )
+    with database.transaction() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        for row in rows:
+            connection.exec_driver_sql(row)
+    database.migrate()
+    with database.read() as connection:
+        assert load_head_row(connection, "spring") == HeadRow(round_number=3, sha256=b"\xab\xcd")

@@ -186,3 +186,22 @@ def test_invitation_says_nothing_of_a_patch_that_there_is_not() -> None:
     patch = HeadPatch(base_sha256=OLD.sha256, blob=make_ref(make_patch(OLD, NEW, "int8", 7))[0])
     invitation = Invitation(**plain, head_on_need=True, patch=patch)
     assert decode_body(encode_body(invitation), Invitation) == invitation
+
+
+def test_bytes_are_the_documented_vector() -> None:
+    old = Checkpoint(
+        np.array([1.0, -2.0], np.float32), np.array([0.5], np.float32), np.array([[-1, 3]], np.float32)
+    )
+    new = Checkpoint(np.array([1.5, -2.25], np.float32), old.buffers, np.array([[-1, 4]], np.float32))
+    # By hand: map of 6, keys by length then bytes; the difference as an update of clause 8.
+    expected = (
+        b"\xa6"
+        + b"\x64base\x58\x20" + old.sha256
+        + b"\x65codec\x64fp32"
+        + b"\x66format\x01"
+        + b"\x66params\x50" + bytes.fromhex("0100000102000000" "0000003f000080be")
+        + b"\x66ranges\x48" + bytes.fromhex("000080bf00008040")
+        + b"\x67buffers\x44" + bytes.fromhex("0000003f")
+    )  # fmt: skip
+    assert make_patch(old, new, "fp32", 0) == expected
+    assert apply_patch(old, expected) == new
