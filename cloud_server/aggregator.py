@@ -29,9 +29,9 @@ from wire.transport import Connected, Disconnected, Published, Received, Transpo
 _log = get_logger("cloud.aggregator")
 
 SWEEP_SECONDS = 10.0
-SILENT_SECONDS = 420.0
-"""A device that said nothing for this long is not asked before it speaks again. An agent's heartbeats come one to two
-minutes apart and are noted once a minute, so two of them may be lost."""
+SILENT_SECONDS = 360.0
+"""A device that said nothing for this long is not asked before it speaks again. An agent's first heartbeat comes one to
+two minutes after its birth, the others 60 to 72 s apart, and we note one a minute: two of them in a row may be lost."""
 
 
 class Aggregator:

@@ -63,12 +63,12 @@ class BrokerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     silent_seconds: Annotated[
         float,
         _option(
-            "Silence after which a device is not asked before it speaks again, in seconds; seven heartbeats of the"
+            "Silence after which a device is not asked before it speaks again, in seconds; six heartbeats of the"
             " fleet (report.telemetry_seconds) survive the loss of two.",
             ge=1.0,
             le=2_592_000.0,
         ),
-    ] = 420.0
+    ] = 360.0
 
 
 class StorageSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -113,7 +113,14 @@ class ReleaseSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class ReportSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[report]`"""
 
-    telemetry_seconds: Annotated[float, _option("Seconds between heartbeats.", ge=1.0, le=86_400.0)] = 60.0
+    telemetry_seconds: Annotated[
+        float,
+        _option(
+            "Seconds between heartbeats; the aggregator's broker.silent_seconds should be six times this.",
+            ge=1.0,
+            le=86_400.0,
+        ),
+    ] = 60.0
     inference_seconds: Annotated[
         float, _option("Seconds between inference statistics.", ge=1.0, le=86_400.0)
     ] = 300.0

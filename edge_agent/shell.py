@@ -18,6 +18,7 @@ from edge_agent.parts import PROBATION_STARTS_FACT, Parts
 from edge_agent.ports import JobResult
 from edge_agent.release_files import SlotContents
 from process.logs import get_logger
+from process.vitals import resident_bytes
 from wire.codec import ErrorFeedback
 from wire.errors import ModelError, ShoalError, StorageError
 from wire.messages import (
@@ -121,7 +122,7 @@ class Shell:
             samples=counts["samples"],
             labelled_samples=counts["labelled"],
             outbox=parts.outbox.depth(),
-            rss_bytes=_resident_bytes(),
+            rss_bytes=resident_bytes(),
             sent_bytes_total=parts.outgoing.sent_bytes_total,
             received_bytes_total=parts.received_bytes_total,
         )
@@ -334,13 +335,4 @@ def _memory_bytes() -> int:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
-        return 0
-
-
-def _resident_bytes() -> int:
-    """Resident memory of this process, 0 where the system does not tell."""
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
         return 0

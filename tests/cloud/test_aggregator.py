@@ -148,7 +148,7 @@ def heartbeat() -> Telemetry:
 
 
 def test_presence_survives_two_lost_heartbeats_and_ends_after_that(hall: Hall) -> None:
-    longest = 2 * EdgeSettings().report.telemetry_seconds
+    longest = 1.2 * EdgeSettings().report.telemetry_seconds
     hall.cloud.aggregator.on_birth("a", birth())
     hall.tick(59.0)
     # Seen, and not noted: the note before is not a minute old.
