@@ -74,13 +74,15 @@ class Branches:
 @contextmanager
 def measured() -> Iterator[Branches]:
     """Counts the branches that are taken inside the block; the figures are there when it ends."""
-    branches = Branches()
+    branches, before = Branches(), _sources()
     tool = coverage.Coverage(branch=True, include=[str(FOLDER / "*.py")], data_file=None, config_file=False)
     tool.start()
     try:
         yield branches
     finally:
         tool.stop()
+    if _sources() != before:
+        raise RuntimeError("the decoders were changed while they were measured: run again")
     with tempfile.NamedTemporaryFile(suffix=".json") as report:
         tool.json_report(outfile=report.name)
         files = json.load(report)["files"]
@@ -92,6 +94,10 @@ def measured() -> Iterator[Branches]:
         branches.taken += len(taken)
         branches.total += len(taken) + len(missed)
         branches.missed += [f"{name}:{start}->{end}" for start, end in missed]
+
+
+def _sources() -> list[bytes]:
+    return [(FOLDER / name).read_bytes() for name in DECODING]
 
 
 def _lines(path: Path, functions: tuple[str, ...]) -> set[int]:

@@ -78,7 +78,7 @@ class Generator:
 
     def __init__(self, seed: int) -> None:
         self._random = Random(seed)
-        self._bases = [*sealed_bases(), *signed_bases()]
+        self._bases = [*_sealed_bases(), *_signed_bases()]
         self._sealed = [base for base in self._bases if base.ciphertext]
 
     def next(self) -> Hostile:
@@ -91,7 +91,7 @@ class Generator:
                 return Hostile(maker.__name__.strip("_"), makers is _SIGNED, base.goes_up, message)
 
 
-def sealed_bases() -> list[Base]:
+def _sealed_bases() -> list[Base]:
     bases = []
     for kem in KEMS.values():
         for algorithm in ("A256GCM", "C20P"):
@@ -106,19 +106,22 @@ def sealed_bases() -> list[Base]:
                     record_bytes=1024,
                     extensions=EXTENSIONS[size % len(EXTENSIONS)],
                 )
-                bases.append(_base(message, DEVICE_KEY, goes_up=True))
+                bases.append(taken_apart(message, DEVICE_KEY, goes_up=True))
     return bases
 
 
-def signed_bases() -> list[Base]:
+def _signed_bases() -> list[Base]:
     headers = (down_header(), down_header(type="cm"), down_header(type="md", device="*"))
     return [
-        _base(sign(header, b"a body", signer=CLOUD_KEY, extensions=extensions), CLOUD_KEY, goes_up=False)
+        taken_apart(
+            sign(header, b"a body", signer=CLOUD_KEY, extensions=extensions), CLOUD_KEY, goes_up=False
+        )
         for header, extensions in zip(headers, EXTENSIONS, strict=True)
     ]
 
 
-def _base(message: bytes, key: SigningKey, *, goes_up: bool) -> Base:
+def taken_apart(message: bytes, key: SigningKey, *, goes_up: bool) -> Base:
+    """A good message of `key`, which must open."""
     end = 4 + int.from_bytes(message[:4], "big")
     content = decode_canonical(
         read_sign1(message[4:end], limit_bytes=LIMIT_BYTES).payload, limit_bytes=LIMIT_BYTES
