@@ -84,8 +84,10 @@ def run(
         ConfigurationError: (operator) a setting cannot be used.
         ModelError: the model, or the operator's data, cannot be loaded.
         TransportError: a port or the broker cannot be had.
+        KeyboardInterrupt: SIGINT ended it; everything is closed.
     """
-    stop = stop or _stopped_by_signals()
+    if stop is None:
+        stop = _Signalled()
     with ExitStack() as stack:
         stack.callback(deployment.close)
         # Before anything is started: what cannot be loaded is one error, and no device saw half a service.
@@ -104,6 +106,8 @@ def run(
         _log.info("service_ready", **ports, metrics=metrics_port)
         on_ready(ready)
         loop.run()
+    if isinstance(stop, _Signalled) and stop.is_interrupt:
+        raise KeyboardInterrupt
     return 0
 
 
@@ -323,13 +327,16 @@ def _transport(deployment: Deployment, host: str, port: int) -> Transport:
     return MqttTransport(AGGREGATOR_NAME, host, port, tls=tls, inflight_window=64, queue_packets=4096)
 
 
-def _stopped_by_signals() -> threading.Event:
-    event = threading.Event()
+class _Signalled(threading.Event):
+    """Set by SIGTERM or SIGINT, when this is the main thread; the service then ends well in either case."""
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        event.set()
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_interrupt = False
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._on_signal)
 
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, on_signal)
-    return event
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self.is_interrupt = number == signal.SIGINT
+        self.set()

@@ -9,6 +9,7 @@ fault in this program; 130 interrupted; 141 the reader of our output went away. 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import traceback
@@ -60,6 +61,7 @@ def run_cli(main: Callable[[], int | None], *, extra: str = "") -> int:
         extra: of the distribution, that brings what the command imports beyond the base install.
     """
     _open_closed_streams()
+    _allow_any_text()
     try:
         code = _outcome(main, extra)
     except SystemExit:
@@ -147,6 +149,13 @@ def _open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(number, mode, closefd=False, encoding="utf-8"))
 
 
+def _allow_any_text() -> None:
+    """A terminal that cannot show a letter gets its number: what a peer is called must not end a command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _missing_extra(error: Exception, extra: str) -> MissingExtraError | None:
     """What to say when a package of an extra is not there; None for any other fault."""
     package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
@@ -177,6 +186,6 @@ def _one_line(text: str) -> str:
 
 def _say(text: str) -> None:
     try:
-        print(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
     except OSError:
         return  # nobody is left who could read it

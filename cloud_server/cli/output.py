@@ -17,8 +17,8 @@ _TIMES = ("_at", "_after", "created", "expires", "last_seen", "deadline", "start
 
 
 def print_json(value: Any) -> None:
-    """One JSON document with sorted keys."""
-    print(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False))
+    """One JSON document with sorted keys; in ASCII, which every pipe and terminal can carry."""
+    print(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:

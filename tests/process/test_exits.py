@@ -110,6 +110,18 @@ def test_full_disk_behind_standard_output_is_an_error() -> None:
     assert len(done.stderr.splitlines()) == 2
 
 
+def test_letter_that_the_terminal_lacks_ends_no_command() -> None:
+    program = "import sys; from process.exits import run_cli\nsys.exit(run_cli(lambda: print('h\\u00e9')))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "h\\xe9\n", "")
+
+
 def test_closed_streams_are_never_the_next_open_file(tmp_path: Path) -> None:
     program = (
         "import sys; from process.exits import run_cli\n"
