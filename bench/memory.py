@@ -39,7 +39,8 @@ from wire.messages import TrainConfig
 
 MODEL = "watch_cnn1d"
 ROUNDS = 3
-_SETTLE_SECONDS = 5.0
+# The agent gives memory back after two seconds without a job; the last release comes after the last round.
+_SETTLE_SECONDS = 10.0
 _NODE_SETTLE_SECONDS = 15.0
 # Long enough to read the peak of the rounds that only train before the last one begins.
 _PAUSE_SECONDS = 3.0

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edge_agent.draws import Draws
 from edge_agent.learning import TrainPolicy, bounded, derive_seed, evaluate, train, usable, with_overrides
 from edge_agent.ports import Engine, Floats, InferenceSession, Integers
 from edge_agent.release_files import SlotContents
@@ -173,12 +174,12 @@ def _metrics_before(engine: Engine, work: Assignment, head: Checkpoint) -> dict[
 def _encode(
     update: Floats, config: TrainConfig, seed: int, feedback: codec.ErrorFeedback | None
 ) -> tuple[bytes, codec.ErrorFeedback | None]:
-    rng = np.random.Generator(np.random.PCG64(derive_seed("codec", seed)))
+    draws = Draws(derive_seed("codec", seed))
     if config.codec not in codec.FEEDBACK_CODECS:
-        return codec.encode(update, config.codec, rng), None
+        return codec.encode(update, config.codec, draws), None
     if feedback is None or len(feedback.residual) != len(update):
         feedback = codec.ErrorFeedback.zero(len(update))
-    return feedback.encode(update, config.codec, rng)
+    return feedback.encode(update, config.codec, draws)
 
 
 def _fitting(update: Update, order: Order) -> Update:

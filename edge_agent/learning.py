@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from edge_agent.draws import Draws
 from edge_agent.ports import Floats, InferenceSession, Integers, TrainInputs, TrainSession
 from wire.checkpoint import Checkpoint
 from wire.errors import DataError, MessageError, ModelError
@@ -119,11 +120,11 @@ def plan_batches(samples: int, config: TrainConfig, seed: int) -> Plan:
     """
     if samples < 1:
         raise DataError("there are no samples to train on")
-    rng = np.random.Generator(np.random.PCG64(seed))
+    draws = Draws(seed)
     size = min(config.batch_size, samples)
     per_epoch = -(-samples // size)
     epochs = min(config.epochs, -(-config.max_steps // per_epoch))
-    index = np.stack([np.resize(rng.permutation(samples), per_epoch * size) for _ in range(epochs)])
+    index = np.stack([np.resize(draws.permutation(samples), per_epoch * size) for _ in range(epochs)])
     weights = np.zeros((epochs, per_epoch * size), np.float32)
     weights[:, :samples] = 1.0
     steps = min(epochs * per_epoch, config.max_steps)

@@ -25,12 +25,13 @@ docs/protocol.md, clause 8.
 
 from __future__ import annotations
 
+import builtins
 import struct
 import zlib
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, TypeAlias, cast
+from typing import Final, Protocol, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,9 +67,13 @@ _MAX_FLOAT16: Final = 65_504.0
 _INT2_STEP: Final = 0.9957
 
 
-def encode(
-    vector: Float32, codec: str, rng: np.random.Generator, *, budget_bits: float = DITHER_BUDGET_BITS
-) -> bytes:
+class Randomness(Protocol):
+    """Where random bytes come from: numpy's `Generator`, or anything lighter that follows from a seed."""
+
+    def bytes(self, length: int, /) -> builtins.bytes: ...
+
+
+def encode(vector: Float32, codec: str, rng: Randomness, *, budget_bits: float = DITHER_BUDGET_BITS) -> bytes:
     """Encodes float32 [P].
 
     Args:
@@ -136,7 +141,7 @@ class ErrorFeedback:
     def zero(cls, params_size: int) -> ErrorFeedback:
         return cls(np.zeros(params_size, np.float32))
 
-    def encode(self, vector: Float32, codec: str, rng: np.random.Generator) -> tuple[bytes, ErrorFeedback]:
+    def encode(self, vector: Float32, codec: str, rng: Randomness) -> tuple[bytes, ErrorFeedback]:
         """Encodes `vector` + residual; returns the bytes and the state for the next update.
 
         Raises:
@@ -210,13 +215,14 @@ def _in_blocks(vector: Float32) -> Float32:
     return (np.pad(vector, (0, missing)) if missing else vector).reshape(-1, BLOCK)
 
 
-def _quantize(blocks: Float32, codec: str, rng: np.random.Generator) -> tuple[bytes, _Bytes]:
+def _quantize(blocks: Float32, codec: str, rng: Randomness) -> tuple[bytes, _Bytes]:
     """Returns float16 scales and packed symbols."""
     largest = np.abs(blocks).max(axis=1)
     if codec in ("int8", "int4"):
         levels = 127 if codec == "int8" else 7
         side, scales = _float16_scales(largest / levels)
-        noise = rng.random(blocks.shape, dtype=np.float32)
+        noise = (np.frombuffer(rng.bytes(4 * blocks.size), "<u4") >> 8).astype(np.float32)
+        noise = noise.reshape(blocks.shape) * np.float32(2**-24)
         symbols = np.clip(np.floor(blocks / scales + noise), -levels, levels)
         if codec == "int8":
             return side, symbols.astype(np.int8).ravel().view(np.uint8)
@@ -251,10 +257,8 @@ def _float16_scales(scales: Float32) -> tuple[bytes, Float32]:
     return rounded.tobytes(), divisors[:, None]
 
 
-def _encode_dithered(
-    vector: Float32, header: tuple[int, int], rng: np.random.Generator, budget_bits: float
-) -> bytes:
-    seed = int(rng.integers(0, 2**64, dtype=np.uint64))
+def _encode_dithered(vector: Float32, header: tuple[int, int], rng: Randomness, budget_bits: float) -> bytes:
+    seed = int.from_bytes(rng.bytes(_SEED_BYTES), "little")
     step = _dither_step(vector, seed, budget_bits)
     codes, packed = [], []
     for start in range(0, len(vector), _TILE):
