@@ -31,6 +31,8 @@ __all__ = ["Connection", "Database", "open_database"]
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _BUSY_TIMEOUT_MS = 30_000
 _READ_ONLY = "shoal_read_only"
+# Made once: composing it takes longer than SQLite takes to execute it, and every reply's transaction asks.
+_FENCE = sa.select(schema.fencing.c.token).with_for_update()
 _HINTS = {
     sqlite3.SQLITE_NOTADB: "it is no database: restore it from its backup",
     sqlite3.SQLITE_CORRUPT: "it is damaged: restore it from its backup",
@@ -246,7 +248,7 @@ def _dump_json(value: Any) -> str:
 def _check_fence(connection: Connection, fence: int) -> None:
     # FOR UPDATE: on PostgreSQL a newer claim must wait until this transaction is over (SQLite has one writer
     # anyway).
-    current = connection.execute(sa.select(schema.fencing.c.token).with_for_update()).scalar_one()
+    current = connection.execute(_FENCE).scalar_one()
     if current != fence:
         raise StorageError(
             "another aggregator has taken over this database",
