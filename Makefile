@@ -20,12 +20,19 @@ help:           ## list the targets
 install: $(STAMP)  ## the whole project with its development tools, in .venv
 
 $(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "error: there is no $(PYTHON) on this machine" >&2; \
+	    echo "hint: install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: Shoal needs Python 3.11 or newer, $(PYTHON) is older" >&2; \
 	    echo "hint: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
+	  { echo "error: $(VENV) cannot be made" >&2; \
+	    echo "hint: $(PYTHON) needs its venv module (Debian: apt install python3-venv), and the disk some space" >&2; exit 2; }
 	@echo "installing Shoal and what it needs into $(VENV) (a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' || \
+	  { echo "error: not everything could be installed, see above" >&2; \
+	    echo "hint: is the package index reachable, and is there space? Then type make again: it goes on from there" >&2; exit 2; }
 	@touch $(STAMP)
 
 demo: install   ## 16 devices learn on the smartwatch data; report in build/demo/

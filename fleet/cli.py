@@ -7,13 +7,16 @@ heavy is imported before a command needs it. Source: docs/reference.md.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from process.arguments import CommandParser, path, whole_number
 from process.exits import run_cli
+from wire.errors import ConfigurationError, StorageError
 
 if TYPE_CHECKING:
     from fleet.report import FleetReport
@@ -78,14 +81,47 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _simulate(options: argparse.Namespace) -> int:
+    from cloud_server.flower.strategies import build_strategy
     from fleet.scenario import load_scenario, with_model
     from fleet.simulate import simulate
 
     scenario = load_scenario(options.scenario)
     if options.model is not None:
         scenario = with_model(scenario, options.model)
-    report = simulate(scenario, devices=options.devices, rounds=options.rounds, seed=options.seed)
+    # Said now, and not after a first model was trained for it.
+    build_strategy(scenario.run.strategy, scenario.run.parameters)
+    with _folder(options.out):
+        report = simulate(scenario, devices=options.devices, rounds=options.rounds, seed=options.seed)
     return _show(options, report, options.out)
+
+
+@contextmanager
+def _folder(out: Path | None) -> Iterator[None]:
+    """Makes sure that the report can be written before there is one; takes an empty folder back on failure.
+
+    Raises:
+        ConfigurationError: (operator) something else lies there.
+        StorageError: (disk) it cannot be made or written.
+    """
+    if out is None:
+        yield
+        return
+    is_new = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise ConfigurationError(f"{out} is not a folder", hint="name a folder with --out") from error
+    except OSError as error:
+        raise StorageError(f"{out} cannot be made: {error.strerror}") from error
+    if not os.access(out, os.W_OK):
+        raise StorageError(f"{out} cannot be written", hint="name a folder of yours with --out")
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with suppress(OSError):
+                out.rmdir()
+        raise
 
 
 def _show(options: argparse.Namespace, report: FleetReport, out: Path | None) -> int:
