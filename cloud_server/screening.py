@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from wire.codec import decode
 from wire.errors import PeerError
 from wire.messages import Evaluation, Update
-
-_TILE = 32_768
+from wire.norm import l2_norm
 
 
 class Refusal(StrEnum):
@@ -128,15 +127,6 @@ def decode_update(update: Update, expected: Expected) -> Screened | Refusal:
     if norm > expected.clipping_norm:
         vector = vector * np.float32(expected.clipping_norm / norm)
     return Screened(vector, buffers, min(update.num_examples, expected.max_examples), norm)
-
-
-def l2_norm(vector: NDArray[np.float32]) -> float:
-    """L2 norm of finite float32 [P]; the squares are summed in float64, where none of them overflows."""
-    total = 0.0
-    # Tile by tile, so that the squares stay in the cache.
-    for start in range(0, len(vector), _TILE):
-        total += float(np.square(vector[start : start + _TILE], dtype=np.float64).sum())
-    return math.sqrt(total)
 
 
 def _check_order(reply: Update | Evaluation, device: str, expected: Expected, kind: str) -> Refusal | None:

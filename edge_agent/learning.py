@@ -21,6 +21,7 @@ from wire.checkpoint import Checkpoint
 from wire.errors import DataError, MessageError, ModelError
 from wire.manifest import TaskSpec
 from wire.messages import TrainConfig
+from wire.norm import l2_norm
 
 # Steps of one session run: between runs a job can be stopped, and memory for the indices stays small.
 STEPS_PER_RUN = 64
@@ -188,20 +189,19 @@ def train(
     update = (params - head.params).astype(np.float32, copy=False)
     if not (np.isfinite(update).all() and np.isfinite(buffers).all() and np.isfinite(loss).all()):
         raise ModelError("training diverged: the update is not finite", steps=len(loss))
-    norm = float(np.linalg.norm(update))
+    norm = l2_norm(update)
     metrics = {
         "loss_first": float(loss[0]),
         "loss_last": float(loss[-1]),
         "steps": float(len(loss)),
         "update_norm": norm,
     }
-    return Trained(clip(update, config.clipping_norm), buffers, plan.num_examples, metrics)
+    return Trained(clip(update, norm, config.clipping_norm), buffers, plan.num_examples, metrics)
 
 
-def clip(update: Floats, norm: float) -> Floats:
-    """The update, scaled down to an L2 norm of at most `norm`."""
-    length = float(np.linalg.norm(update))
-    return update if length <= norm else (update * np.float32(norm / length)).astype(np.float32)
+def clip(update: Floats, norm: float, limit: float) -> Floats:
+    """The update, whose L2 norm is `norm`, scaled down to one of at most `limit`."""
+    return update if norm <= limit else (update * np.float32(limit / norm)).astype(np.float32)
 
 
 def evaluate(session: InferenceSession, x: Floats, y: Integers, task: TaskSpec) -> dict[str, float]:

@@ -23,10 +23,10 @@ from cloud_server.rounds.orders import make_orders, merged_train
 from cloud_server.rounds.plan import RunPlan, RunPorts
 from cloud_server.rounds.ports import Aggregate, Candidate, Decision, Measured, Plan, Vector
 from cloud_server.rounds.state import Phase, RoundState
-from cloud_server.screening import l2_norm
 from process.logs import get_logger
 from wire.checkpoint import Checkpoint
 from wire.errors import ModelError, PeerError, QuorumError, RoundError
+from wire.norm import l2_norm
 
 _log = get_logger("cloud.rounds")
 _PHASES = {

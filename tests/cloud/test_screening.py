@@ -17,12 +17,12 @@ from cloud_server.screening import (
     Expected,
     Refusal,
     Screened,
-    l2_norm,
     screen_evaluation,
     screen_update,
 )
 from wire.codec import encode
 from wire.messages import Evaluation, Update
+from wire.norm import l2_norm
 
 P = 300
 BASE = bytes(range(32))

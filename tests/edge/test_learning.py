@@ -27,6 +27,7 @@ from wire.errors import DataError, MessageError, ModelError
 from wire.manifest import TRAIN_ADAM, TRAIN_SGD, TaskSpec
 from wire.materialize import materialize_float32
 from wire.messages import TrainConfig
+from wire.norm import l2_norm
 
 ANOMALY = TaskSpec(kind="anomaly", loss="mse", metric="mse", higher_is_better=False)
 
@@ -99,7 +100,7 @@ def test_overrides_that_cannot_be_are_a_message_error(overrides: dict[str, float
 @pytest.mark.parametrize(("norm", "expected"), [(100.0, 5.0), (2.5, 2.5)])
 def test_clip_bounds_the_norm_and_keeps_the_direction(norm: float, expected: float) -> None:
     update = np.array([3.0, 4.0], np.float32)
-    clipped = clip(update, norm)
+    clipped = clip(update, l2_norm(update), norm)
     assert np.linalg.norm(clipped) == pytest.approx(expected)
     assert clipped.dtype == np.float32
     np.testing.assert_allclose(clipped / np.linalg.norm(clipped), update / 5.0, rtol=1e-6)
