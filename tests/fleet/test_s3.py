@@ -145,23 +145,30 @@ def download(state: Path, folder: Path, cloud: LocalCloud, *, breaks: int) -> di
         assert line.broken == breaks
 
 
-def test_fleet_with_its_artefacts_in_s3_learns_releases_and_survives_its_absence(
-    tmp_path: Path, server: S3Server, database: str, thirds_bundle: Bundle
-) -> None:
+@contextlib.contextmanager
+def fleet(folder: Path, database: str, bundle: Bundle) -> Iterator[tuple[LocalCloud, list[LocalAgent]]]:
+    """An aggregator and its agents, which have the first release and their labelled windows; the run is paused."""
     federation = thirds.make_federation(*DEVICES)
-    place = tmp_path / "agent.toml"
+    place = folder / "agent.toml"
     place.write_text(render_toml(EdgeSettings(inference=InferenceSettings(variant="int8"))))
     with ExitStack() as stack:
-        cloud = stack.enter_context(LocalCloud(tmp_path / "cloud", settings(database), federation))
-        cloud.import_model(thirds_bundle)
+        cloud = stack.enter_context(LocalCloud(folder / "cloud", settings(database), federation))
+        cloud.import_model(bundle)
         cloud.start()
         agents = []
         for device in DEVICES:
             split = federation.devices[device]
-            agent = LocalAgent(device, tmp_path / device, place, cloud.token(device), split, rate_hz=5.0)
+            agent = LocalAgent(device, folder / device, place, cloud.token(device), split, rate_hz=5.0)
             stack.callback(agent.stop)
             agents.append(agent)
         wait_for(lambda: cloud.has_run and all(agent.is_taught for agent in agents), "the first release")
+        yield cloud, agents
+
+
+def test_fleet_with_its_artefacts_in_s3_learns_releases_and_survives_its_absence(
+    tmp_path: Path, server: S3Server, database: str, thirds_bundle: Bundle
+) -> None:
+    with fleet(tmp_path, database, thirds_bundle) as (cloud, agents):
         cloud.set_paused(False)
         wait_for(lambda: all(agent.release == 2 for agent in agents), "what the round made")
         assert not any(agent.errors for agent in agents)
@@ -179,3 +186,22 @@ def test_fleet_with_its_artefacts_in_s3_learns_releases_and_survives_its_absence
     assert {key.split("/")[1] for key in server.stored()} >= {"tuf", "blobs"}
     assert not (tmp_path / "cloud" / "artefacts").exists()
     assert (tmp_path / "cloud" / "cloud.db").exists() == (database == "")
+
+
+@pytest.mark.slow
+def test_store_that_goes_away_in_a_round_ends_the_service_and_the_next_one_finishes_the_round(
+    tmp_path: Path, server: S3Server, thirds_bundle: Bundle
+) -> None:
+    with fleet(tmp_path, "", thirds_bundle) as (cloud, agents):
+        server.stop()
+        cloud.set_paused(False)
+        try:
+            wait_for(lambda: cloud.log_file.read_text().count("\nerror: ") == 1, "the end of the service")
+        finally:
+            server.start()
+        cloud.stop()
+        assert "error: the artefact store failed at blobs/" in cloud.log_file.read_text()
+        cloud.start()
+        wait_for(lambda: all(agent.release == 2 for agent in agents), "the release of that round")
+        assert cloud.is_finished
+        assert not any(agent.errors for agent in agents)
