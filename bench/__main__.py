@@ -11,7 +11,7 @@ from pathlib import Path
 from bench.table import Row, render
 
 ALL = ("sealing", "folding", "train_step", "gpu", "memory", "flower", "learning")
-BY_NAME = ("learning_fashion",)
+BY_NAME = ("learning_fashion", "cards")
 
 
 def main() -> int:

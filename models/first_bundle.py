@@ -11,6 +11,7 @@ from models.bundle import Bundle
 from models.data.federation import Federation
 from models.pretrain import pretrain
 from models.zoo import load
+from models.zoo_card import card_notes
 
 PRETRAIN_EPOCHS = 20
 
@@ -39,4 +40,5 @@ def make_first_bundle(federation: Federation, model: str, folder: Path, *, seed:
         # A task without classes has no names for them, whatever the data were called.
         labels=federation.labels if entry.task.classes else (),
         evaluation=(operator.val_x, operator.val_y),
+        notes=card_notes(model, module),
     )

@@ -11,6 +11,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from models.pretrain import pretrain
 from models.samples import Samples
 from models.task import Task, TaskKind
 from models.train_step.support import check_supported
-from models.zoo import load
+from models.zoo import ZOO, load
+from models.zoo_card import card_notes
 from wire.errors import BundleError, ConfigurationError, DataError, ModelError
 
 Floats = npt.NDArray[np.float32]
@@ -188,5 +190,14 @@ def build_own_model(
         out_dir=out_dir,
         labels=labels,
         evaluation=(samples.x[test], samples.y[test]),
-        notes=CardNotes(summary=summary),
+        notes=_notes(make_model, module, summary),
     )
+
+
+def _notes(make_model: Callable[[], nn.Module], module: nn.Module, summary: str) -> CardNotes:
+    """What the author says; a model of the zoo, known by where its function stands, brings what is known of it."""
+    name = make_model.__module__.removeprefix("models.zoo.")
+    if name not in ZOO:
+        return CardNotes(summary=summary)
+    known = card_notes(name, module, is_own_data=False)
+    return replace(known, summary=summary) if summary else known

@@ -59,8 +59,7 @@ def _configure_build(build: argparse.ArgumentParser) -> None:
     build.add_argument(
         "--task",
         choices=("classification", "anomaly"),
-        default="classification",
-        help="what it is trained for",
+        help="what it is trained for (classification; a zoo model's own)",
     )
     build.add_argument("--labels", default="", metavar="A,B,…", help="names of the classes, in order")
     build.add_argument(
@@ -105,15 +104,18 @@ def _show(options: argparse.Namespace) -> int:
 def _build(options: argparse.Namespace) -> int:
     from models.own_model import build_own_model, load_maker
     from models.samples import read_samples
+    from models.zoo import load
 
-    samples = read_samples(options.data, options.task)
+    is_of_zoo = ":" not in options.source
+    kind = options.task or (load(options.source).task.kind if is_of_zoo else "classification")
+    samples = read_samples(options.data, kind)
     maker = load_maker(options.source, options.path)
     bundle = build_own_model(
         maker,
         samples,
         name=options.name or options.source.partition(":")[0].rpartition(".")[2],
         out_dir=options.out,
-        kind=options.task,
+        kind=kind,
         labels=tuple(label.strip() for label in options.labels.split(",") if label.strip()),
         epochs=options.epochs,
         seed=options.seed,

@@ -147,6 +147,23 @@ def substitutes() -> str:
     return table(("instead of", "write"), rows)
 
 
+def zoo() -> str:
+    from models.federated import results
+    from models.flat import flatten_params
+    from models.zoo import ZOO, load
+
+    def row(name: str) -> list[str]:
+        result, params = results()[name], flatten_params(load(name).make_model()).size
+        shown = [
+            f"{score:.1%}" if result.metric == "accuracy" else f"{score:.4f}"
+            for score in (result.int8_first, result.int8_last, result.float32_last)
+        ]
+        return [f"`{name}`", ZOO[name].summary, f"{params:,}", result.metric, *shown]
+
+    head = ("model", "what", "parameters", "metric", "int8, first bundle", "int8, last release", "as float32")
+    return table(head, map(row, ZOO))
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "shoal-edge": lambda: helps("shoal-edge", edge_agent.cli.main),
     "shoal-cloud": lambda: helps("shoal-cloud", cloud_server.cli.main),
@@ -158,6 +175,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "options of a scenario": lambda: settings_table(Scenario),
     "metrics of the aggregator": aggregator_metrics,
     "metrics of the device": device_metrics,
+    "zoo": zoo,
     "exit codes": exit_codes,
     "errors": error_tree,
     "supported layers": supported_layers,

@@ -13,6 +13,7 @@ from fleet.simulate import RUN, job_cost, plan_cuts, report_of, run_config, simu
 from fleet.simulation import Simulation
 from fleet.virtual_people import virtual_federation
 from models.bundle import Bundle
+from models.federated import results
 from wire.errors import ConfigurationError, RoundError
 
 DEVICES = 8
@@ -89,6 +90,17 @@ def test_simulation_of_another_model_learns_its_own_data(model: str) -> None:
     assert report.releases[-1].version > 1
     assert report.gain() > 0
     assert bool(report.releases[-1].separation) == (model == "watch_autoencoder")
+
+
+def test_card_of_the_first_bundle_says_what_its_model_reached_in_a_fleet(watch_bundle: Bundle) -> None:
+    card = (watch_bundle.folder / "CARD.md").read_text(encoding="utf-8")
+    for part in (
+        "## Data",
+        "## Trained by federation, served as int8",
+        results()["watch_cnn1d"].text(),
+        "## Limits",
+    ):
+        assert part in card
 
 
 def test_simulation_without_a_number_of_rounds_is_refused(watch_bundle: Bundle) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cloud_server.cli import main
 from models.bundle import Bundle
+from models.federated import results
 from models.own_model import build_own_model, load_maker
 from models.samples import Samples
 from wire.errors import BundleError, ConfigurationError, DataError, ModelError, UnsupportedLayerError
@@ -61,6 +63,32 @@ def test_module_of_a_user_becomes_a_bundle(folder: Path, samples: Samples) -> No
     opened = Bundle.open(folder / "bundle")
     assert (opened.manifest.model, opened.manifest.task.labels) == ("theirs", ("a", "b", "c"))
     assert opened.manifest.params_size == 27
+
+
+def test_card_of_a_zoo_model_built_on_own_samples_says_what_the_zoo_knows(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    samples = Samples(rng.normal(size=(40, 64)).astype(np.float32), np.arange(40) % 10)
+    maker = load_maker("digits_mlp", tmp_path)
+    bundle = build_own_model(
+        maker, samples, name="mine", out_dir=tmp_path / "bundle", summary="Meters.", epochs=0
+    )
+    card = (bundle.folder / "CARD.md").read_text(encoding="utf-8")
+    assert results()["digits_mlp"].text() in card
+    assert "Meters." in card
+    # What it was trained on is the user's to say.
+    assert "UCI" not in card
+    assert "## Data" not in card
+
+
+def test_zoo_model_that_learns_without_labels_needs_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its task is known: the samples have no y, and what is wrong with them is their length alone."""
+    np.savez(tmp_path / "samples.npz", x=np.zeros((4, 6, 50), np.float32))
+    arguments = ["model", "build", "watch_autoencoder", "--data", str(tmp_path / "samples.npz")]
+    assert main([*arguments, "--out", str(tmp_path / "bundle")]) != 0
+    assert "(2, 6, 52) where the task needs (2, 6, 50)" in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from tests.packaging.conftest import PACKAGES, ROOT, clean_environment
 JOB = Path(__file__).with_name("device_job.py")
 COMMANDS = ("shoal-edge", "shoal-cloud", "shoal-fleet")
 # What a package may carry beside its code: the marker for type checkers, and Alembic's template.
-DATA_SUFFIXES = {".typed", ".mako"}
+DATA_SUFFIXES = {".typed", ".mako", ".json"}
 BASE = {"onnxruntime", "numpy", "paho-mqtt", "cryptography", "cbor2", "tuf", "msgspec"}
 
 
