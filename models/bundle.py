@@ -143,6 +143,8 @@ def _read(path: Path, limit_bytes: int = names.MAX_FILE_BYTES) -> bytes:
     try:
         if path.stat().st_size > limit_bytes:
             raise BundleError(f"{path} is longer than {limit_bytes} bytes", hint=_HINT, path=str(path))
+        if path.exists() and not path.is_file():  # a pipe would be waited on for ever
+            raise BundleError(f"{path} is not a file", hint=_HINT, path=str(path))
         return path.read_bytes()
     except OSError as error:
         raise BundleError(f"cannot read {path}: {error.strerror}", hint=_HINT, path=str(path)) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -191,6 +192,8 @@ DAMAGE = {
         f"missing {name}": lambda folder, name=name: (folder / name).unlink()
         for name in (names.MANIFEST, names.RELEASE, names.CHECKPOINT, names.TEMPLATE)
     },
+    "pipe": lambda folder: ((folder / names.TEMPLATE).unlink(), os.mkfifo(folder / names.TEMPLATE)),
+    "folder": lambda folder: ((folder / names.TEMPLATE).unlink(), (folder / names.TEMPLATE).mkdir()),
     "longer file": replace_in(names.TEMPLATE, lambda data: data + b"\0"),
     "checkpoint of another release": replace_in(
         names.CHECKPOINT,
