@@ -10,7 +10,15 @@ from __future__ import annotations
 import ctypes
 from typing import Any, Final
 
-_ARENA_MAX: Final = -8  # M_ARENA_MAX of <malloc.h>
+_TRIM_THRESHOLD: Final = -1  # M_TRIM_THRESHOLD of <malloc.h>, and so on
+_MMAP_THRESHOLD: Final = -3
+_ARENA_MAX: Final = -8
+
+LARGE_BYTES: Final = 4 * 1024 * 1024
+"""From here on a vector's buffers are worth keeping between jobs."""
+_GLIBC_THRESHOLD: Final = 128 * 1024
+_KEPT_BLOCK: Final = 32 * 1024 * 1024  # the most that mallopt takes
+_KEPT_IN_ALL: Final = 256 * 1024 * 1024
 
 
 def share_one_arena() -> bool:
@@ -26,15 +34,34 @@ def share_one_arena() -> bool:
     return mallopt is not None and mallopt(_ARENA_MAX, 1) == 1
 
 
-def give_back() -> bool:
-    """Gives the system every whole page that is free now; takes milliseconds, and later allocations fault anew.
+def keep_large_buffers() -> bool:
+    """Lets the buffers of a large model be used again until `give_back`, instead of being mapped anew each time.
+
+    A train step over 10 MB of parameters takes some ten such buffers; to map and clear their pages costs as much as
+    the step itself.
 
     Returns:
         Whether the C library can.
     """
-    trim = _function("malloc_trim")
-    if trim is None:
+    mallopt = _function("mallopt")
+    if mallopt is None:
         return False
+    return bool(mallopt(_MMAP_THRESHOLD, _KEPT_BLOCK) and mallopt(_TRIM_THRESHOLD, _KEPT_IN_ALL))
+
+
+def give_back() -> bool:
+    """Gives the system every whole page that is free now; takes milliseconds, and later allocations fault anew.
+
+    Ends what `keep_large_buffers` began.
+
+    Returns:
+        Whether the C library can.
+    """
+    mallopt, trim = _function("mallopt"), _function("malloc_trim")
+    if mallopt is None or trim is None:
+        return False
+    mallopt(_MMAP_THRESHOLD, _GLIBC_THRESHOLD)
+    mallopt(_TRIM_THRESHOLD, _GLIBC_THRESHOLD)
     trim(0)
     return True
 

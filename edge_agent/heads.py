@@ -145,7 +145,9 @@ class Heads:
         base = self._complete.get(patch.base_sha256) or self._installed(patch.base_sha256)
         if base is None:
             raise BundleError("patch: its base is not here any more")
-        head = apply_patch(Checkpoint.from_bytes(base), data, limit_bytes=self._max_bytes)
+        # What is complete has the hash that it is kept under, and what is installed was checked when it was read.
+        old = Checkpoint.from_bytes(base, sha256=patch.base_sha256)
+        head = apply_patch(old, data, limit_bytes=self._max_bytes)
         if head.sha256 != head_sha256:
             raise BundleError("patch: it leads to another head than the one that was signed for")
         return head.to_bytes()

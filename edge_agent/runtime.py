@@ -24,6 +24,7 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
+from edge_agent.freed_memory import LARGE_BYTES, keep_large_buffers
 from edge_agent.ports import Floats, InferenceSession, TrainInputs, TrainOutputs, TrainSession, Variant
 from wire.errors import DataError, ModelError
 
@@ -127,6 +128,8 @@ class OrtTraining:
             raise ModelError(f"the train step graph asks for the unknown input {sorted(unknown)[0]}")
 
     def run(self, inputs: TrainInputs) -> TrainOutputs:
+        if inputs.params.nbytes >= LARGE_BYTES:
+            keep_large_buffers()
         feed = {name: _as_fed(getattr(inputs, name), kind) for name, kind in self._inputs.items()}
         wanted = sorted(self._outputs)
         try:

@@ -80,11 +80,14 @@ class Checkpoint:
         return hashlib.sha256(self._encoded).digest()
 
     @classmethod
-    def from_bytes(cls, data: bytes, limit_bytes: int = MAX_CHECKPOINT_BYTES) -> Checkpoint:
+    def from_bytes(
+        cls, data: bytes, limit_bytes: int = MAX_CHECKPOINT_BYTES, *, sha256: bytes | None = None
+    ) -> Checkpoint:
         """Reads a checkpoint.
 
         Args:
             limit_bytes: refused above this size before anything is decoded.
+            sha256: of `data`, from a caller who has compared it; computed when asked for if not given.
 
         Raises:
             BundleError: (peer or disk) not canonical, an unknown or missing key, a wrong type, not finite.
@@ -104,6 +107,8 @@ class Checkpoint:
         )
         # What decodes re-encodes to the same bytes: whoever asks for them or for their hash gets these.
         checkpoint.__dict__["_encoded"] = bytes(data)
+        if sha256 is not None:
+            checkpoint.__dict__["sha256"] = sha256
         return checkpoint
 
     def check(self, manifest: Manifest) -> None:

@@ -39,6 +39,36 @@ print(before - resident())
 """
 
 
+# Faults of pages while ten buffers of 8 MiB are made and let go, with and without keeping them.
+BUFFERS = """
+import resource
+from edge_agent.freed_memory import give_back, keep_large_buffers, share_one_arena
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        bytearray(8 * 2**20)[::4096]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+assert share_one_arena() and give_back()
+plain = faults()
+assert keep_large_buffers()
+faults()
+kept = faults()
+assert give_back()
+print(plain, kept, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_large_buffers_are_kept_until_memory_is_given_back() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BUFFERS], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    plain, kept, after = map(int, done.stdout.split())
+    assert kept * 20 < min(plain, after)
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_freed_memory_goes_back_to_the_system() -> None:
     done = subprocess.run(
@@ -54,3 +84,4 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(ctypes, "CDLL", lambda _: Other())
     assert not freed_memory.give_back()
     assert not freed_memory.share_one_arena()
+    assert not freed_memory.keep_large_buffers()
