@@ -2,8 +2,9 @@
 
 Flower's clients add noise and do not train; Shoal's devices train one step, clip, compress, seal and sign, and every
 update is committed to a database before its receipt leaves. Laws of the file: the same number of rounds, devices and
-parameters on both sides; whatever rounds up or down does so against Shoal (its CPU time is read before the rounds
-begin and after they ended, Flower's between the two); no evaluation on either side.
+parameters on both sides; a first round warms each side up and is in no figure; whatever rounds up or down does so
+against Shoal (its CPU time is read while it rests before the measured rounds and after they ended, Flower's between
+the two); no evaluation on either side.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from models.data.federation import Federation, Split
 from models.task import Task
 
 ROUNDS = 3
+WARM_UP_ROUNDS = 1
 NODES = (4, 10)
 CLASSES = 10
 SAMPLES = 8
@@ -140,13 +142,14 @@ def _flower_costs(folder: Path, count: int, sizes: Sequence[Size], rounds: int) 
 
 def _flower_cost(deployment: FlowerDeployment, count: int, size: Size, rounds: int) -> Cost:
     readings: list[tuple[float, int]] = []
+    first, last = WARM_UP_ROUNDS + 1, WARM_UP_ROUNDS + rounds
 
     def read(mark: Mark) -> None:
-        if (mark.what, mark.round) in (("begin", 1), ("end", rounds)):
+        if (mark.what, mark.round) in (("begin", first), ("end", last)):
             readings.append((cpu_seconds(deployment.process_ids), loopback_bytes()))
 
-    marks = deployment.run(size.params, rounds, read)
-    begins = [mark.time for mark in marks if mark.what == "begin"]
+    marks = deployment.run(size.params, last, read)
+    begins = [mark.time for mark in marks if mark.what == "begin" and mark.round >= first]
     (cpu, bytes_), (cpu_after, bytes_after) = readings
     return Cost(
         _median_round(begins, marks[-1].time),
@@ -162,7 +165,7 @@ def _shoal_cost(folder: Path, count: int, size: Size, bundle: Bundle, rounds: in
     run = RunSettings(
         name="bench",
         seed=1,
-        rounds=rounds,
+        rounds=WARM_UP_ROUNDS + rounds,
         quorum=count,
         deadline_seconds=120.0,
         evaluate_every=0,
@@ -171,17 +174,18 @@ def _shoal_cost(folder: Path, count: int, size: Size, bundle: Bundle, rounds: in
     with ShoalFleet(folder, _federation(size, count), run, _TRAIN) as fleet:
         fleet.import_model(bundle)
         processes = fleet.process_ids()
+        warm = fleet.warm_up(WARM_UP_ROUNDS)
         cpu, bytes_ = cpu_seconds(processes), loopback_bytes()
         fleet.resume()
         fleet.wait(lambda: fleet.cloud.is_finished)
         cpu, bytes_ = cpu_seconds(processes) - cpu, loopback_bytes() - bytes_
-        rows = [row for row in fleet.cloud.rounds() if row.state == "done"]
+        rows = [row for row in fleet.cloud.rounds() if row.state == "done"][warm:]
         updates = _update_sizes(fleet)
     begins = [row.started for row in rows]
     return Cost(
         _median_round(begins, rows[-1].ended),
-        cpu / rounds,
-        bytes_ / rounds / count,
+        cpu / len(rows),
+        bytes_ / len(rows) / count,
         statistics.median(updates),
     )
 

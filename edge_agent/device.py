@@ -15,6 +15,7 @@ from typing import Any
 
 from edge_agent import identity as identity_files
 from edge_agent.agent import Agent
+from edge_agent.freed_memory import give_back
 from edge_agent.identity import Identity
 from edge_agent.lazy_engine import LazyEngine
 from edge_agent.lock import lock_state
@@ -114,13 +115,19 @@ def open_agent(folder: Path, settings: EdgeSettings) -> Agent:
         keepalive_seconds=settings.network.keepalive_seconds,
     )
     certificate = CertificateInUse(identity, tls, transport)
+    engine = LazyEngine()
+
+    def rest() -> None:
+        engine.release()
+        give_back()
+
     return Agent(
         settings,
         identity,
         transport=transport,
         releases=ChildReleases(folder, clock, graphs=graphs, checked=certificate.follow),
         clock=clock,
-        worker=ThreadWorker(),
+        worker=ThreadWorker(rest),
         rng=random.SystemRandom(),
         database=database,
         slots=slots,
@@ -129,7 +136,7 @@ def open_agent(folder: Path, settings: EdgeSettings) -> Agent:
             memory_bytes=settings.release.selftest_memory_bytes,
             timeout_seconds=settings.release.selftest_seconds,
         ),
-        engine=LazyEngine(),
+        engine=engine,
         status_file=folder / STATUS_NAME,
         on_close=lambda: os.close(lock),
     )

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING
 
-from edge_agent.ports import Engine, InferenceSession, TrainSession
+from edge_agent.ports import InferenceSession, TrainSession
+
+if TYPE_CHECKING:
+    from edge_agent.runtime import Runtime
 
 
 class LazyEngine:
@@ -12,7 +16,7 @@ class LazyEngine:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._runtime: Engine | None = None
+        self._runtime: Runtime | None = None
 
     def load_inference(self, model: bytes) -> InferenceSession:
         return self._loaded().load_inference(model)
@@ -20,10 +24,16 @@ class LazyEngine:
     def load_train(self, model: bytes) -> TrainSession:
         return self._loaded().load_train(model)
 
-    def _loaded(self) -> Engine:
+    def release(self) -> None:
+        """Lets go of what was kept for the next job."""
+        with self._lock:
+            if self._runtime is not None:
+                self._runtime.release()
+
+    def _loaded(self) -> Runtime:
         with self._lock:
             if self._runtime is None:
                 from edge_agent.runtime import Runtime
 
-                self._runtime = Runtime()
+                self._runtime = Runtime(kept=1)
             return self._runtime

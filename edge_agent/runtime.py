@@ -156,9 +156,8 @@ class Runtime:
     """Loads graphs, each content once: agents that share a `Runtime` share its sessions.
 
     Args:
-        kept: sessions of each sort that stay loaded when nobody holds them. 0 suits a device (the train
-            session is freed after a job); a simulator keeps some, or every device would load the same file
-            anew.
+        kept: sessions of each sort that stay loaded when nobody holds them, until `release`: jobs that follow
+            each other need the same train step, and in a simulator every device does.
     """
 
     def __init__(self, *, kept: int = 0) -> None:
@@ -173,6 +172,11 @@ class Runtime:
     def load_train(self, model: bytes) -> TrainSession:
         return self._shared("train", model, OrtTraining)
 
+    def release(self) -> None:
+        """Lets go of the sessions that nobody holds."""
+        with self._lock:
+            self._recent.clear()
+
     def _shared(self, sort: str, model: bytes, load: Callable[[bytes], S]) -> S:
         key = (sort, hashlib.sha256(model).digest())
         with self._lock:
@@ -183,8 +187,9 @@ class Runtime:
             if self._kept:
                 self._recent[key] = session
                 self._recent.move_to_end(key)
-                if len(self._recent) > 2 * self._kept:
-                    self._recent.popitem(last=False)
+                of_sort = [each for each in self._recent if each[0] == sort]
+                if len(of_sort) > self._kept:
+                    del self._recent[of_sort[0]]
         return session
 
 

@@ -115,12 +115,15 @@ def test_sessions_are_shared_by_content_and_freed_when_nobody_holds_them() -> No
     assert name
 
 
-def test_runtime_of_a_simulator_keeps_the_newest_sessions() -> None:
+def test_runtime_keeps_the_newest_sessions_of_a_sort_until_release() -> None:
     runtime = Runtime(kept=1)
     for scale in (1.0, 2.0, 3.0):
         runtime.load_inference(linear(scale).SerializeToString())
     gc.collect()
-    assert len(runtime._alive) == 2
+    assert len(runtime._alive) == 1
+    runtime.release()
+    gc.collect()
+    assert not runtime._alive
 
 
 def test_answers_of_many_threads_do_not_mix() -> None:
