@@ -30,7 +30,7 @@ from sqlalchemy import (
 )
 
 FORMAT = 1
-HEAD = "0002"
+HEAD = "0003"
 """The newest migration, which these tables are."""
 
 metadata = MetaData(
@@ -74,6 +74,8 @@ meta = Table(
     Column(
         "devices_version", BigInteger, nullable=False
     ),  # goes up with every change of devices or their keys
+    # Releases are numbered above this: a restored cloud must not give a number a second time.
+    Column("release_floor", BigInteger, nullable=False, server_default="0"),
 )
 
 # One row; the process that last raised `token` is the only one whose round transactions commit.
@@ -316,4 +318,30 @@ audit = Table(
     Column("kind", String(64), nullable=False),
     Column("body", Text, nullable=False),  # canonical JSON, exactly as it was hashed
     UniqueConstraint("hash"),
+)
+
+# What the audit key signed: how long the chain was, and with which hash it ended.
+audit_heads = Table(
+    "audit_heads",
+    metadata,
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("hash", Digest, nullable=False),
+    Column("at", Double, nullable=False),
+    Column("incarnation", Integer, nullable=False),
+    Column("key_id", KeyId, nullable=False),
+    Column("signature", String(128), nullable=False),
+    Column("witnessed", Double),  # null: the external witness does not have it yet
+)
+
+# ---- people ------------------------------------------------------------------------------------------------
+
+operators = Table(
+    "operators",
+    metadata,
+    Column("name", Id, primary_key=True),
+    Column("role", String(16), nullable=False),  # viewer | operator | admin
+    Column("pseudonym", String(32), nullable=False, unique=True),  # what the audit chain says
+    Column("token_hash", Digest, nullable=False, unique=True),
+    Column("created", Double, nullable=False),
+    Column("last_seen", Double, nullable=False, default=0.0),
 )
