@@ -39,6 +39,7 @@ class DeviceRow:
     max_examples: int
     strikes: int = 0
     ring: str = "stable"
+    token: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,7 +30,7 @@ from sqlalchemy import (
 )
 
 FORMAT = 1
-HEAD = "0003"
+HEAD = "0004"
 """The newest migration, which these tables are."""
 
 metadata = MetaData(
@@ -104,6 +104,8 @@ devices = Table(
     Column("max_examples", BigInteger, nullable=False),  # cap of num_examples in one update
     Column("strikes", Integer, nullable=False, default=0),
     Column("ring", Id, nullable=False),
+    # The enrolment token that let it in; empty for one that came without.
+    Column("token", MessageId, nullable=False, default="", server_default=""),
 )
 
 device_keys = Table(
@@ -131,12 +133,14 @@ tokens = Table(
     metadata,
     Column("id", MessageId, primary_key=True),
     Column("secret_hash", Digest, nullable=False),
-    Column("name", Id, nullable=False, default=""),  # the only device name it enrols; empty: any free name
+    Column("name", Id, nullable=False, default=""),  # the name it enrols; `cam-*`: those; empty: any free one
     Column("uses_left", Integer, nullable=False),
     Column("approves", Boolean, nullable=False),  # false: who enrols with it waits in quarantine for approval
     Column("claimed_by", Id, nullable=False, default=""),  # the last device that it enrolled
     Column("expires", Double, nullable=False),
     Column("created", Double, nullable=False),
+    Column("uses", Integer, nullable=False, default=1, server_default="1"),  # devices that it was made for
+    Column("reclaimed", Double),  # when a spent one was claimed by somebody else; null: never
 )
 
 presence = Table(

@@ -15,7 +15,15 @@ from cloud_server.db.schema import tokens
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRow:
-    """One token. `secret_hash` is SHA-256 (hex) of the secret's raw bytes."""
+    """One token.
+
+    Attributes:
+        secret_hash: SHA-256 (hex) of the secret's raw bytes.
+        name: the only name that it enrols; `cam-*` for every name that begins so; empty for any.
+        uses: devices that it was made for.
+        claimed_by: the device that it enrolled last.
+        reclaimed: when somebody else showed it after it was spent; None: never.
+    """
 
     id: str
     secret_hash: str
@@ -25,16 +33,25 @@ class TokenRow:
     claimed_by: str = ""
     expires: float
     created: float
+    uses: int = 1
+    reclaimed: float | None = None
 
 
 def insert_token(connection: Connection, row: TokenRow) -> None:
     connection.execute(sa.insert(tokens).values(**{name: getattr(row, name) for name in row.__slots__}))
 
 
-def load_token(connection: Connection, token_id: str) -> TokenRow | None:
-    """A token, held against other transactions until this one ends."""
-    row = connection.execute(sa.select(tokens).where(tokens.c.id == token_id).with_for_update()).one_or_none()
+def load_token(connection: Connection, token_id: str, *, hold: bool = True) -> TokenRow | None:
+    """A token; with `hold` no other transaction can change it until this one ends."""
+    query = sa.select(tokens).where(tokens.c.id == token_id)
+    row = connection.execute(query.with_for_update() if hold else query).one_or_none()
     return None if row is None else TokenRow(**row._mapping)
+
+
+def load_promised_names(connection: Connection, now: float) -> set[str]:
+    """The names that open tokens are for."""
+    where = (tokens.c.name != "") & (tokens.c.uses_left > 0) & (tokens.c.expires >= now)
+    return set(connection.execute(sa.select(tokens.c.name).where(where)).scalars())
 
 
 def use_token(connection: Connection, token_id: str, device: str) -> bool:
@@ -42,6 +59,12 @@ def use_token(connection: Connection, token_id: str, device: str) -> bool:
     where = (tokens.c.id == token_id) & (tokens.c.uses_left > 0)
     values = {"uses_left": tokens.c.uses_left - 1, "claimed_by": device}
     return bool(connection.execute(sa.update(tokens).where(where).values(**values)).rowcount)
+
+
+def note_reclaimed(connection: Connection, token_id: str, now: float) -> bool:
+    """Marks a spent token that was claimed again; False when it was marked before."""
+    where = (tokens.c.id == token_id) & tokens.c.reclaimed.is_(None)
+    return bool(connection.execute(sa.update(tokens).where(where).values(reclaimed=now)).rowcount)
 
 
 def delete_expired_tokens(connection: Connection, before: float) -> None:
