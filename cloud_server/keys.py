@@ -29,6 +29,7 @@ ROOT_SHARES = 3
 ROOT_THRESHOLD = 2
 ONLINE_ROLES = ("parameters", "keys", "rings", "snapshot", "timestamp")
 _SIGNING = (*ONLINE_ROLES, "order")
+AUDIT_KEY = "audit"
 _SEED_BYTES = 32
 
 
@@ -41,6 +42,7 @@ class CloudKeys:
         targets: signs graphs; None where it is kept offline.
         parameters, keys, rings, snapshot, timestamp: TUF's online roles.
         order: signs every message downward.
+        audit: signs heads of the audit chain.
         kem: what devices seal to, newest first; older ones still open.
     """
 
@@ -52,6 +54,7 @@ class CloudKeys:
     snapshot: SigningKey
     timestamp: SigningKey
     order: SigningKey
+    audit: SigningKey
     kem: tuple[KemPrivateKey, ...]
 
     @classmethod
@@ -76,6 +79,7 @@ class CloudKeys:
         return cls(
             root=tuple(key for key in shares if key is not None),
             targets=_read_signing(offline / "targets.key"),
+            audit=_read_signing(online / f"{AUDIT_KEY}.key") or _replace_lost_audit_key(online),
             kem=tuple(_read_kem(path) for path in _kem_files(online)),
             **{name: _read_required(online / f"{name}.key") for name in _SIGNING},
         )
@@ -124,7 +128,7 @@ def init_keys(folder: Path, *, kem_algorithm: str = "x25519") -> CloudKeys:
         _write_signing(offline / f"root-{share}.key", key)
     if keys.targets is not None:
         _write_signing(offline / "targets.key", keys.targets)
-    for name in _SIGNING:
+    for name in (*_SIGNING, AUDIT_KEY):
         _write_signing(online / f"{name}.key", getattr(keys, name))
     kem = keys.kem[0]
     write_private(online / "kem-1.key", f"{kem.algorithm} {kem.private_bytes().hex()}\n".encode())
@@ -136,8 +140,18 @@ def _draw_all(draw: Callable[[str], bytes], kem_algorithm: str) -> CloudKeys:
         root=tuple(SigningKey.from_bytes(draw(f"root-{share}")) for share in range(1, ROOT_SHARES + 1)),
         targets=SigningKey.from_bytes(draw("targets")),
         kem=(KemPrivateKey.from_bytes(kem_algorithm, draw("kem-1")),),
-        **{name: SigningKey.from_bytes(draw(name)) for name in _SIGNING},
+        **{name: SigningKey.from_bytes(draw(name)) for name in (*_SIGNING, AUDIT_KEY)},
     )
+
+
+def _replace_lost_audit_key(online: Path) -> SigningKey:
+    """A new audit key where there is none: what the one before signed stays verifiable, since its public half stays
+    listed, and a chain that nobody signs would be worse than one with a new key."""
+    if not online.is_dir():
+        raise StorageError(f"there are no keys in {online}", hint="restore keys/ from its backup")
+    key = SigningKey.generate()
+    _write_signing(online / f"{AUDIT_KEY}.key", key)
+    return key
 
 
 def _kem_files(online: Path) -> list[Path]:

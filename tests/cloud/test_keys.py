@@ -12,7 +12,7 @@ from wire.errors import ConfigurationError, StorageError
 
 
 def _all_private(keys: CloudKeys) -> list[bytes]:
-    online = (keys.parameters, keys.keys, keys.rings, keys.snapshot, keys.timestamp, keys.order)
+    online = (keys.parameters, keys.keys, keys.rings, keys.snapshot, keys.timestamp, keys.order, keys.audit)
     kem = [key.private_bytes() for key in keys.kem]
     assert keys.targets is not None
     return [key.private_bytes() for key in (*keys.root, keys.targets, *online)] + kem
@@ -21,13 +21,13 @@ def _all_private(keys: CloudKeys) -> list[bytes]:
 def test_keys_are_read_as_they_were_made(tmp_path: Path) -> None:
     made = init_keys(tmp_path / "keys")
     assert _all_private(CloudKeys.load(tmp_path / "keys")) == _all_private(made)
-    assert len(set(_all_private(made))) == 11
+    assert len(set(_all_private(made))) == 12
 
 
 def test_key_files_are_for_their_owner_only(tmp_path: Path) -> None:
     init_keys(tmp_path / "keys")
     files = [path for path in (tmp_path / "keys").rglob("*") if path.is_file()]
-    assert len(files) == 11
+    assert len(files) == 12
     assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
 
 
@@ -51,6 +51,14 @@ def test_online_key_that_is_missing_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "keys" / "online" / f"{name}.key").unlink()
     with pytest.raises(StorageError, match=r"KEM key|missing"):
         CloudKeys.load(tmp_path / "keys")
+
+
+def test_audit_key_that_is_lost_is_replaced_once(tmp_path: Path) -> None:
+    made = init_keys(tmp_path / "keys")
+    (tmp_path / "keys" / "online" / "audit.key").unlink()
+    fresh = CloudKeys.load(tmp_path / "keys").audit
+    assert fresh.public_bytes != made.audit.public_bytes
+    assert CloudKeys.load(tmp_path / "keys").audit.public_bytes == fresh.public_bytes
 
 
 @pytest.mark.parametrize(
