@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, MetaFile, Root, Signed, Snapshot, TargetFile, Targets, Timestamp
@@ -30,6 +30,7 @@ from wire.errors import ConfigurationError, ReleaseError
 from wire.manifest import RELEASE, Release
 
 ONLINE_JSON: Final = "keys/online.json"
+AUDIT_JSON: Final = "keys/audit.json"
 _PREFIX: Final = "tuf/"
 
 _Versioned = TypeVar("_Versioned", Targets, Snapshot)
@@ -114,6 +115,17 @@ class TufRepository:
         """The release versions that a ring may point at, ascending."""
         return sorted({int(path.split("/")[1]) for path in self._load().targets["parameters"].targets})
 
+    def audit_keys(self) -> bytes | None:
+        """`keys/audit.json`, as signed: the public keys of the audit chain; None where it was never set."""
+        target = self._load().targets["keys"].targets.get(AUDIT_JSON)
+        return None if target is None else self._required(f"targets/{_named_by_hash(target)}")
+
+    def anchors(self) -> dict[str, Mapping[str, Any]]:
+        """What was signed beside each ring's newest statement (`set_ring`), by the target's path."""
+        listed = self._load().targets["rings"].targets
+        found = {path: target.custom for path, target in listed.items()}
+        return {path: custom for path, custom in found.items() if custom is not None}
+
     # ---- writing ----
 
     def init(self, *, online_keys: bytes) -> None:
@@ -181,9 +193,14 @@ class TufRepository:
 
         self._change(change)
 
-    def set_ring(self, ring: str, version: int, *, rollback: bool = False) -> int:
+    def set_ring(
+        self, ring: str, version: int, *, rollback: bool = False, custom: Mapping[str, Any] | None = None
+    ) -> int:
         """Signs which release a ring runs, and returns the statement's serial; the same release changes
         nothing.
+
+        Args:
+            custom: signed beside the statement, as TUF's `custom` of its target; devices ignore it.
 
         Raises:
             ReleaseError: (operator, us) no such release, or an older one without `rollback`.
@@ -212,15 +229,52 @@ class TufRepository:
                 "rollback": rollback and version < before,
                 "serial": serial,
             }
-            data = json.dumps(statement, sort_keys=True, separators=(",", ":")).encode()
-            return self._add_files(current, "rings", {f"rings/{ring}.json": data}, is_replacing=True)
+            return self._state_ring(current, statement, custom)
 
         self._change(change)
         return serial
 
+    def _state_ring(
+        self, current: _Set, statement: Mapping[str, Any], custom: Mapping[str, Any] | None
+    ) -> set[str]:
+        path = f"rings/{statement['ring']}.json"
+        data = json.dumps(statement, sort_keys=True, separators=(",", ":")).encode()
+        changed = self._add_files(current, "rings", {path: data}, is_replacing=True)
+        if custom is not None:
+            current.targets["rings"].targets[path].unrecognized_fields["custom"] = dict(custom)
+        return changed
+
     def set_online_keys(self, data: bytes) -> None:
         """Publishes a newer `keys/online.json`: rotation, or a stolen key taken off the list."""
         self._change(lambda current: self._add_files(current, "keys", {ONLINE_JSON: data}, is_replacing=True))
+
+    def set_audit_keys(self, data: bytes) -> None:
+        """Publishes a newer `keys/audit.json`; the same bytes change nothing."""
+        self._change(lambda current: self._add_files(current, "keys", {AUDIT_JSON: data}, is_replacing=True))
+
+    def outrun(self, floor: int) -> None:
+        """Signs everything anew, with versions and ring serials of at least `floor`: after a restore devices may know
+        newer ones than the backup does, and would take it for an attack. Rings are stated as rollbacks, since a device
+        may run a release that was made after the backup.
+
+        The role of graphs is left as it is where its key is away.
+        """
+
+        def change(current: _Set) -> set[str]:
+            roles = {name for name in current.targets if self._signing.has(name)}
+            for name in roles:
+                current.targets[name].version = max(current.targets[name].version, floor)
+            current.snapshot.version = max(current.snapshot.version, floor)
+            current.timestamp.version = max(current.timestamp.version, floor)
+            for path in list(current.targets["rings"].targets):
+                ring = path.removeprefix("rings/").removesuffix(".json")
+                version, serial = self._ring(current, ring)
+                serial = max(serial, floor) + 1
+                statement = {"release_version": version, "ring": ring, "rollback": True, "serial": serial}
+                self._state_ring(current, statement, None)
+            return roles
+
+        self._change(change)
 
     def refresh(self) -> bool:
         """Signs again every online role that is past half of its life; True if any was."""
@@ -327,7 +381,7 @@ class TufRepository:
         target = current.targets["rings"].targets.get(path)
         if target is None:
             return 0, 0
-        statement = json.loads(self._required(f"targets/rings/{target.hashes['sha256']}.{ring}.json"))
+        statement = json.loads(self._required(f"targets/{_named_by_hash(target)}"))
         return int(statement["release_version"]), int(statement["serial"])
 
     def _newest_root(self) -> bytes:
@@ -343,6 +397,12 @@ class TufRepository:
                 f"the TUF repository has no {path}", hint="make it with `shoal-cloud init`", path=path
             )
         return data
+
+
+def _named_by_hash(target: TargetFile) -> str:
+    """Where a target lies (TUF's consistent snapshots)."""
+    folder, _, name = target.path.rpartition("/")
+    return f"{folder}/{target.hashes['sha256']}.{name}"
 
 
 def served_key(path: str) -> str | None:

@@ -93,6 +93,10 @@ class RoleSigning:
         """Makes sure that a role's key is here; raises like `signed`."""
         self._key(role)
 
+    def has(self, role: str) -> bool:
+        """Whether a role's key is here."""
+        return isinstance(getattr(self._keys, role), SigningKey)
+
     def signed(self, role: str, payload: _Payload) -> bytes:
         """The metadata file of a role, which holds from now on for as long as the role's signatures do.
 
