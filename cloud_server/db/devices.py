@@ -40,6 +40,8 @@ class DeviceRow:
     strikes: int = 0
     ring: str = "stable"
     token: str = ""
+    struck_at: float = 0.0
+    probation_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

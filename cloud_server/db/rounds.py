@@ -102,6 +102,7 @@ class UpdateRow:
     size_bytes: int = 0
     reason: str = ""
     received_at: float = 0.0
+    norm: float = 0.0
 
 
 # ---- statements that every reply needs ---------------------------------------------------------------------
@@ -355,6 +356,7 @@ def insert_update(connection: Connection, run: str, row: UpdateRow) -> None:
         "state": row.state,
         "reason": row.reason,
         "received_at": row.received_at,
+        "norm": row.norm,
     }
     connection.execute(_INSERT_UPDATE, values)
 
@@ -422,6 +424,7 @@ def _update(row: Any, body: bytes) -> UpdateRow:
         size_bytes=row.size_bytes,
         reason=row.reason,
         received_at=row.received_at,
+        norm=row.norm,
     )
 
 

@@ -30,7 +30,7 @@ from sqlalchemy import (
 )
 
 FORMAT = 1
-HEAD = "0004"
+HEAD = "0005"
 """The newest migration, which these tables are."""
 
 metadata = MetaData(
@@ -106,6 +106,9 @@ devices = Table(
     Column("ring", Id, nullable=False),
     # The enrolment token that let it in; empty for one that came without.
     Column("token", MessageId, nullable=False, default="", server_default=""),
+    Column("struck_at", Double, nullable=False, default=0.0, server_default="0"),  # last strike; 0: never
+    # When a device that its strikes quarantined is let back by itself; 0: only by the operator.
+    Column("probation_at", Double, nullable=False, default=0.0, server_default="0"),
 )
 
 device_keys = Table(
@@ -248,6 +251,8 @@ updates = Table(
     Column("state", String(16), nullable=False),  # stored | folded | refused | late | discarded
     Column("reason", Text, nullable=False, default=""),
     Column("received_at", Double, nullable=False),
+    # L2 norm of an update as it came, before it was clipped; 0 for an evaluation and for what was refused.
+    Column("norm", Double, nullable=False, default=0.0, server_default="0"),
     Index("ix_updates_run_round_kind", "run", "round", "kind"),
     Index("ix_updates_order_id", "order_id"),
     Index("ix_updates_device_received_at", "device", "received_at"),
