@@ -3,8 +3,8 @@
 Flower's clients add noise and do not train; Shoal's devices train one step, clip, compress, seal and sign, and every
 update is committed to a database before its receipt leaves. Laws of the file: the same number of rounds, devices and
 parameters on both sides; a first round warms each side up and is in no figure; whatever rounds up or down does so
-against Shoal (its CPU time is read while it rests before the measured rounds and after they ended, Flower's between
-the two); no evaluation on either side.
+against Shoal (its CPU time is read before the warm-up round ended and after the last did, Flower's between the two);
+no evaluation on either side.
 """
 
 from __future__ import annotations
@@ -174,12 +174,20 @@ def _shoal_cost(folder: Path, count: int, size: Size, bundle: Bundle, rounds: in
     with ShoalFleet(folder, _federation(size, count), run, _TRAIN) as fleet:
         fleet.import_model(bundle)
         processes = fleet.process_ids()
-        warm = fleet.warm_up(WARM_UP_ROUNDS)
-        cpu, bytes_ = cpu_seconds(processes), loopback_bytes()
+        cpu, bytes_ = 0.0, 0
+
+        def is_warm() -> bool:
+            nonlocal cpu, bytes_
+            done = [row for row in fleet.cloud.rounds() if row.state == "done"]
+            if len(done) < WARM_UP_ROUNDS:
+                cpu, bytes_ = cpu_seconds(processes), loopback_bytes()
+            return len(done) >= WARM_UP_ROUNDS
+
         fleet.resume()
+        fleet.wait(is_warm)
         fleet.wait(lambda: fleet.cloud.is_finished)
         cpu, bytes_ = cpu_seconds(processes) - cpu, loopback_bytes() - bytes_
-        rows = [row for row in fleet.cloud.rounds() if row.state == "done"][warm:]
+        rows = [row for row in fleet.cloud.rounds() if row.state == "done"][WARM_UP_ROUNDS:]
         updates = _update_sizes(fleet)
     begins = [row.started for row in rows]
     return Cost(

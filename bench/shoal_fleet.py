@@ -31,8 +31,6 @@ from wire.errors import RoundError
 
 POLL_SECONDS = 0.05
 LIMIT_SECONDS = 300.0
-REST_SECONDS = 1.5
-"""Without a new round: the service looks every second whether its run is paused."""
 # Windows come rarely: the figures are about learning and about rest.
 _RATE_HZ = 0.1
 
@@ -64,28 +62,6 @@ class ShoalFleet:
         """Gives the fleet its model and waits until every agent serves it and has its labelled windows."""
         self.cloud.import_model(bundle)
         self.wait(lambda: self.cloud.has_run and all(agent.is_taught for agent in self.agents))
-
-    def warm_up(self, rounds: int) -> int:
-        """Makes the first rounds and pauses; returns how many there were: short ones outrun the pause.
-
-        Raises:
-            RoundError: as `wait`.
-        """
-        self.resume()
-        self.wait(lambda: len(self.cloud.rounds()) >= rounds)
-        self.cloud.set_paused(True)
-        # The run sees the pause at its next turn, and may have begun another round before.
-        quiet_since, done = time.monotonic(), 0
-
-        def is_resting() -> bool:
-            nonlocal quiet_since, done
-            states = [row.state for row in self.cloud.rounds()]
-            if len(states) != done or set(states) != {"done"}:
-                quiet_since, done = time.monotonic(), len(states)
-            return time.monotonic() - quiet_since > REST_SECONDS
-
-        self.wait(is_resting)
-        return done
 
     def resume(self) -> None:
         """Lets rounds begin."""
