@@ -30,7 +30,7 @@ from sqlalchemy import (
 )
 
 FORMAT = 1
-HEAD = "0005"
+HEAD = "0006"
 """The newest migration, which these tables are."""
 
 metadata = MetaData(
@@ -340,6 +340,39 @@ audit_heads = Table(
     Column("key_id", KeyId, nullable=False),
     Column("signature", String(128), nullable=False),
     Column("witnessed", Double),  # null: the external witness does not have it yet
+)
+
+# What each private round was charged; append-only, chained and signed.
+privacy_ledger = Table(
+    "privacy_ledger",
+    metadata,
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("run", Id, nullable=False),
+    Column("round", Integer, nullable=False),
+    Column("mode", String(16), nullable=False),  # central
+    Column("noise_multiplier", Double, nullable=False),
+    Column("clipping_norm", Double, nullable=False),
+    Column("sampling_rate", Double, nullable=False),
+    Column("population", BigInteger, nullable=False),
+    Column("cohort", BigInteger, nullable=False),
+    Column("epsilon", Double, nullable=False),
+    Column("delta", Double, nullable=False),
+    Column("secret_sha256", Digest, nullable=False),
+    Column("at", Double, nullable=False),
+    Column("prev", Digest, nullable=False),
+    Column("hash", Digest, nullable=False),
+    Column("key_id", KeyId, nullable=False),
+    Column("signature", String(128), nullable=False),
+    UniqueConstraint("run", "round"),
+)
+
+# What cohort and noise of a round come from; a row ends with its round.
+privacy_secrets = Table(
+    "privacy_secrets",
+    metadata,
+    Column("run", Id, primary_key=True),
+    Column("round", Integer, primary_key=True, autoincrement=False),
+    Column("secret", LargeBinary, nullable=False),
 )
 
 # ---- people ------------------------------------------------------------------------------------------------
