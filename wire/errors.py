@@ -23,7 +23,8 @@ ShoalError
 │   ├── SelfTestError         a model that loads or answers wrongly in the child process
 │   └── DataError             a data set, window or label that does not fit the task
 ├── RoundError                a federated round that cannot start or end well
-│   └── QuorumError           fewer devices than the round needs
+│   ├── QuorumError           fewer devices than the round needs
+│   └── BudgetError           a round that would cross the privacy budget
 └── StorageError              disk: full, damaged or not ours
 
 Errors carry facts as attributes and, where a person can do something, a `hint`.
@@ -159,6 +160,10 @@ class RoundError(ShoalError):
 
 class QuorumError(RoundError):
     """Fewer devices are present than the round needs (`present`, `needed`)."""
+
+
+class BudgetError(RoundError):
+    """A round would cross the privacy budget (`epsilon`, `limit`)."""
 
 
 class StorageError(ShoalError):
