@@ -31,7 +31,7 @@ from models.bundle import Bundle
 from models.data.federation import Federation, Split
 from models.task import Task
 
-ROUNDS = 3
+ROUNDS = 5
 WARM_UP_ROUNDS = 1
 NODES = (4, 10)
 CLASSES = 10
