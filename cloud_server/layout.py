@@ -7,6 +7,7 @@
     cloud.db       the database, unless settings name another
     artefacts/     blobs, releases, the signed repository, unless settings name another place
     bundles/       imported models, by the hash of their graphs
+    admin.token    token of the first admin, 0600; not read by anything here
     broker/        configuration and state of a broker that is started here
     locks/         one writer of the signed repository, one running service
 
@@ -63,6 +64,10 @@ class StateFolder:
     @property
     def bundles(self) -> Path:
         return self.root / "bundles"
+
+    @property
+    def first_admin(self) -> Path:
+        return self.root / "admin.token"
 
     @property
     def broker(self) -> Path:

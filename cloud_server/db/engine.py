@@ -113,6 +113,32 @@ class Database:
             finally:
                 borrowed.close()
 
+    def snapshot(self, path: Path) -> None:
+        """Writes the database as it is now into a new file, while others go on writing to it.
+
+        Raises:
+            ConfigurationError: (operator) it is no SQLite database.
+            StorageError: (disk) it cannot be read, or the file not be written.
+        """
+        if not self._is_sqlite:
+            raise ConfigurationError(
+                f"{self._place} is not copied by this command",
+                hint="copy it with its own tools (pg_dump), and back up the rest with a database that is SQLite",
+            )
+        lock = self._writer if self._is_shared else nullcontext()
+        with self._enter(lock), self._translated():
+            borrowed = self._engine.raw_connection()
+            try:
+                raw: Any = borrowed.driver_connection
+                copy = sqlite3.connect(path)
+                try:
+                    # All pages in one step: a step between others would begin anew with every write of theirs.
+                    raw.backup(copy)
+                finally:
+                    copy.close()
+            finally:
+                borrowed.close()
+
     def migrate(self) -> None:
         """Brings the schema to this version; creates it where there is none. Safe to call at every start.
 

@@ -13,7 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from cloud_server.db.schema import checkpoints, models, releases, rollouts
+from cloud_server.db.schema import checkpoints, meta, models, releases, rollouts
 
 CANDIDATE, HELD, RELEASED, ROLLED_BACK = "candidate", "held", "released", "rolled_back"
 
@@ -89,11 +89,10 @@ def delete_model(connection: Connection, graphs_sha256: str) -> bool:
 
 
 def next_version(connection: Connection) -> int:
-    """The version after the highest that was ever used, candidates included."""
-    return (
-        int(connection.execute(sa.select(sa.func.coalesce(sa.func.max(releases.c.version), 0))).scalar_one())
-        + 1
-    )
+    """The version after the highest that was ever used, candidates included, and by a cloud before a restore."""
+    highest = sa.select(sa.func.coalesce(sa.func.max(releases.c.version), 0))
+    floor = connection.execute(sa.select(meta.c.release_floor)).scalar_one()
+    return max(int(connection.execute(highest).scalar_one()), int(floor)) + 1
 
 
 def insert_release(connection: Connection, row: ReleaseRow) -> None:

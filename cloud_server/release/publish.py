@@ -8,9 +8,10 @@ same version; every statement about a ring is in the books. Source: docs/archite
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cloud_server.artefacts import Artefacts
+from cloud_server.audit.notary import Notary
 from cloud_server.db import releases as table
 from cloud_server.db.audit import append_audit
 from cloud_server.db.engine import Connection, Database
@@ -36,6 +37,8 @@ class Publisher:
     Args:
         fence: the token of `Database.claim_writer` for the running service; None for commands and
             simulations.
+        notary: signs the audit chain at each statement about a ring, and the statement carries its head; None leaves
+            the chain unsigned.
     """
 
     def __init__(
@@ -46,7 +49,9 @@ class Publisher:
         clock: Clock,
         *,
         fence: int | None = None,
+        notary: Notary | None = None,
     ) -> None:
+        self._notary = notary
         self._database = database
         self._artefacts = artefacts
         self._repository = repository
@@ -180,10 +185,11 @@ class Publisher:
                 newer one.
         """
         self._sign(version)
-        serial = self._repository.set_ring(ring, version)
+        serial = self._repository.set_ring(ring, version, custom=self._anchor())
         with self._database.transaction(fence=self._fence) as connection:
             table.update_release(connection, version, state=RELEASED, reason="")
             self._note_rollout(connection, ring, serial, version, rollback=False, reason="")
+        self._anchor()
         return self.announcement(ring)
 
     def rollback(self, ring: str = DEFAULT_RING, *, version: int = 0, reason: str = "") -> Announcement:
@@ -208,10 +214,11 @@ class Publisher:
                 current=current,
             )
         self._sign(target)
-        serial = self._repository.set_ring(ring, target, rollback=True)
+        serial = self._repository.set_ring(ring, target, rollback=True, custom=self._anchor())
         with self._database.transaction(fence=self._fence) as connection:
             table.update_release(connection, current, state=ROLLED_BACK, reason=reason)
             self._note_rollout(connection, ring, serial, target, rollback=True, reason=reason)
+        self._anchor()
         return self.announcement(ring)
 
     def announcement(self, ring: str = DEFAULT_RING) -> Announcement:
@@ -238,6 +245,9 @@ class Publisher:
             ReleaseError: (disk) there is no such release, or its file is missing.
         """
         return Checkpoint.from_bytes(self._file(version, CHECKPOINT))
+
+    def _anchor(self) -> Mapping[str, Any] | None:
+        return None if self._notary is None else self._notary.anchor()
 
     def _sign(self, version: int) -> None:
         """Makes sure that the signed repository lists a release (old ones leave it in time)."""

@@ -1,0 +1,169 @@
+"""Makes a backup while the aggregator runs, and brings an aggregator back from one.
+
+Laws of the file: the database is copied first and at one moment, then the files that it names, so that everything it
+names is there (a file that was dropped in between makes the copy begin anew); the offline keys are never in a backup,
+and broker state never is: devices send again what has no receipt. What comes back is another life of the same
+deployment: its incarnation, its epochs and the versions of all that it signs go up before anything can hear it
+(`db/incarnation.py`, `TufRepository.outrun`). Source: docs/runbook.md, "Backup and restore".
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cloud_server.artefacts import blob_key
+from cloud_server.backup.archive import FORMAT, ArchiveWriter, Listing, files_below, unpack
+from cloud_server.db.audit import append_audit, newest_entry
+from cloud_server.db.engine import open_database
+from cloud_server.db.incarnation import Incarnation, load_blob_keys, reincarnate
+from cloud_server.db.overview import load_incarnation
+from cloud_server.deployment import Deployment
+from cloud_server.layout import StateFolder
+from cloud_server.settings import load_cloud_settings
+from process.clock import Clock
+from wire.errors import ConfigurationError, StorageError
+
+_DATABASE: Final = "cloud.db"
+_FORMAT: Final = "FORMAT"
+_OFFLINE: Final = "offline/"
+_TRIES: Final = 5
+
+
+class _DroppedError(StorageError):
+    """A file was dropped while it was to be copied."""
+
+
+def make_backup(deployment: Deployment, path: Path) -> Listing:
+    """Copies a deployment into one file; the service may run.
+
+    Raises:
+        ConfigurationError: (operator) the file is there, or the database is not SQLite.
+        StorageError: (disk) something cannot be read or written.
+    """
+    for attempt in range(1, _TRIES + 1):
+        try:
+            return _copy(deployment, path)
+        except _DroppedError:
+            if attempt == _TRIES:
+                raise
+    raise StorageError(f"{path} could not be made")
+
+
+def _copy(deployment: Deployment, path: Path) -> Listing:
+    folder, settings = deployment.folder, deployment.settings
+    with (
+        ArchiveWriter(path) as archive,
+        tempfile.TemporaryDirectory(prefix=".backup-", dir=folder.root) as scratch,
+    ):
+        copy = Path(scratch) / _DATABASE
+        # The signed repository must not change between the database and its own files.
+        with folder.lock("tuf"):
+            deployment.database.snapshot(copy)
+            needed, incarnation, entries = _facts(copy)
+            is_inside = not settings.storage.artefacts
+            if is_inside:
+                _add_below(archive, folder.artefacts / "tuf", "artefacts/tuf")
+        archive.add(_DATABASE, copy)
+        if is_inside:
+            for place in ("blobs", "releases"):
+                _add_below(archive, folder.artefacts / place, f"artefacts/{place}")
+            missing = {f"artefacts/{blob_key(key)}" for key in needed} - archive.names
+            if missing:
+                raise _DroppedError(f"{min(missing)} was dropped meanwhile", hint="try again")
+        for name in (_FORMAT, "settings.toml"):
+            archive.add(name, folder.root / name)
+        for whole in (folder.keys, folder.authority, folder.bundles):
+            _add_below(archive, whole, whole.name)
+        listing = Listing(
+            format=FORMAT,
+            tenant=settings.tenant,
+            fleet=settings.fleet,
+            created=deployment.clock.now(),
+            incarnation=incarnation,
+            audit_entries=entries,
+            artefacts=settings.storage.artefacts,
+            files={},
+        )
+        archive.finish(listing)
+    return listing
+
+
+def _add_below(archive: ArchiveWriter, folder: Path, prefix: str) -> None:
+    for name, path in files_below(folder):
+        if prefix == "keys" and name.startswith(_OFFLINE):
+            continue
+        try:
+            archive.add(f"{prefix}/{name}", path)
+        except StorageError:
+            if path.exists():
+                raise
+            # Dropped since the folder was listed; whether it is missed, the database knows.
+
+
+def _facts(copy: Path) -> tuple[set[str], int, int]:
+    """What a copy of the database needs, and which it is: (blobs, incarnation, audit entries)."""
+    database = open_database(f"sqlite:///{copy}")
+    try:
+        with database.read() as connection:
+            last = newest_entry(connection)
+            return load_blob_keys(connection), load_incarnation(connection), 0 if last is None else last.seq
+    finally:
+        database.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What came back."""
+
+    listing: Listing
+    incarnation: Incarnation
+    graphs_outrun: bool
+
+
+def restore_backup(
+    path: Path, root: Path, *, offline: Path | None = None, clock: Clock | None = None
+) -> Restored:
+    """Makes a state folder of a backup, as another life of the deployment.
+
+    Args:
+        offline: where the offline keys are; needed when a model may have been imported after the backup.
+
+    Raises:
+        ConfigurationError: (operator) something lies at `root`.
+        StorageError: (disk, or whoever kept it) the backup is damaged.
+    """
+    folder = StateFolder(root)
+    folder.create()
+    deployment: Deployment | None = None
+    try:
+        listing = unpack(path, root)
+        folder.format.rename(root / ".FORMAT")  # not ours to use before it is whole
+        settings = load_cloud_settings(folder.settings, None)
+        deployment = Deployment(folder, settings, clock=clock, offline=offline)
+        if deployment.settings.storage.database:
+            raise ConfigurationError(
+                "settings.toml names a database of its own", hint="restore it with its own tools"
+            )
+        restored = _begin_anew(deployment, listing)
+        deployment.close()
+        (root / ".FORMAT").rename(folder.format)
+    except BaseException:  # an interrupt too: half a folder would be in the way of the next try
+        if deployment is not None:
+            deployment.close()
+        folder.discard()
+        raise
+    return restored
+
+
+def _begin_anew(deployment: Deployment, listing: Listing) -> Restored:
+    now = deployment.clock.now()
+    with deployment.database.transaction() as connection:
+        life = reincarnate(connection, now)
+        body = {"incarnation": life.number, "entries": listing.audit_entries, "made": listing.created}
+        append_audit(connection, "cloud.restored", now, body)
+    deployment.repository.outrun(int(now))
+    deployment.notary.sign()
+    return Restored(listing, life, deployment.keys.targets is not None)
