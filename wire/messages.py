@@ -37,6 +37,10 @@ Metrics = Annotated[dict[ShortText, float], Meta(max_length=32)]
 CodecName = Literal["fp32", "fp16", "int8", "int4", "int2", "sign", "dithered"]
 
 CODEC_NAMES: tuple[str, ...] = get_args(CodecName)
+RingName = Literal["ring16", "ring32"]
+RING_BYTES: dict[str, int] = {"ring16": 2, "ring32": 4}
+MAX_MASK_MEMBERS = 1024
+MAX_MASK_DEGREE = 254
 
 
 class Body(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -150,9 +154,28 @@ class Invitation(Body, frozen=True, kw_only=True):
     patch: HeadPatch | None = None
 
 
+class MaskTerms(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the updates of a round are masked (clause 13); every key of the round is bound to these values.
+
+    Attributes:
+        roster_sha256: of the devices that the round was opened with; `members` of them.
+        degree: neighbours of a device. threshold: shares that give back a secret of it.
+        ring, value_bits, bound: how a parameter's change becomes a number.
+    """
+
+    roster_sha256: Digest
+    members: Annotated[int, Meta(ge=3, le=MAX_MASK_MEMBERS)]
+    degree: Annotated[int, Meta(ge=2, le=MAX_MASK_DEGREE)]
+    threshold: Annotated[int, Meta(ge=2, le=MAX_MASK_DEGREE)]
+    ring: RingName
+    value_bits: Annotated[int, Meta(ge=1, le=31)]
+    bound: Annotated[float, Meta(gt=0.0, le=1e9)]
+
+
 class Order(Body, frozen=True, kw_only=True):
     """`cm/{device}`: train or evaluate the round's head; doubles as the grant of an upload slot.
 
+    With `masking`, the update is sent under masks, and the device's keys follow its answer (`MaskKeys`).
     `overrides` are the values of `TrainConfig` that differ for this device. A repeated order (same
     `order_id`) is answered again and never trained twice.
     """
@@ -166,6 +189,7 @@ class Order(Body, frozen=True, kw_only=True):
     deadline: Seconds
     slot_bytes: Annotated[int, Meta(ge=0, le=MAX_BODY_BYTES)]
     overrides: Annotated[dict[ShortText, float | int | ShortText], Meta(max_length=16)] = {}
+    masking: MaskTerms | None = None
 
 
 class Join(Body, frozen=True, kw_only=True):
@@ -181,7 +205,8 @@ class Update(Body, frozen=True, kw_only=True):
     """`up/…`, sealed: the answer to a train order. Update = local − global, over the flat parameter vector.
 
     `payload` is `codec`'s encoding of float32 [P]; `buffers` float16 little-endian [Q] (the local statistics
-    themselves, not a difference). `update_id` survives re-sealing.
+    themselves, not a difference). `update_id` survives re-sealing. Under masks (`ring16`, `ring32`) the payload
+    is [P] little-endian numbers of the ring, `num_examples` is 1, and there are neither buffers nor metrics.
     """
 
     TYPE: ClassVar[str] = "up"
@@ -191,7 +216,7 @@ class Update(Body, frozen=True, kw_only=True):
     round_number: Count
     base_sha256: Digest
     num_examples: Annotated[int, Meta(ge=1, le=2**31)]
-    codec: CodecName
+    codec: CodecName | RingName
     params_size: Annotated[int, Meta(ge=1, le=MAX_PARAMS)]
     payload: Annotated[bytes, Meta(max_length=MAX_BODY_BYTES)]
     buffers: Annotated[bytes, Meta(max_length=2 * MAX_PARAMS)] = b""
@@ -248,6 +273,86 @@ class Need(Body, frozen=True, kw_only=True):
     bitmap: Annotated[bytes, Meta(min_length=1, max_length=MAX_CHUNKS // 8)]
 
 
+class MaskKeys(Body, frozen=True, kw_only=True):
+    """`jn/{device}`, sealed: the keys of a device for one masked round.
+
+    Attributes:
+        mask_key, channel_key: X25519; pairwise masks are agreed with one, shares are sealed with the other.
+        commitment: binds the device to the seed of its own mask.
+        signature: Ed25519 by its update key over `wire.masking.keys_statement`.
+    """
+
+    TYPE: ClassVar[str] = "mk"
+    order_id: Nonce
+    mask_key: Digest
+    channel_key: Digest
+    commitment: Digest
+    signature: Annotated[bytes, Meta(min_length=64, max_length=64)]
+
+
+class MaskMember(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A device that a round was opened with, and its update key."""
+
+    device: Id
+    key: Digest
+
+
+class MaskPeer(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The keys of a neighbour, as it signed them."""
+
+    device: Id
+    mask_key: Digest
+    channel_key: Digest
+    commitment: Digest
+    signature: Annotated[bytes, Meta(min_length=64, max_length=64)]
+
+
+class MaskRoster(Body, frozen=True, kw_only=True):
+    """`cm/{device}`: all members of a masked round, and the keys of those neighbours that sent theirs."""
+
+    TYPE: ClassVar[str] = "mr"
+    order_id: Nonce
+    members: Annotated[tuple[MaskMember, ...], Meta(max_length=MAX_MASK_MEMBERS)]
+    peers: Annotated[tuple[MaskPeer, ...], Meta(max_length=MAX_MASK_DEGREE)]
+
+
+MaskPieces = Annotated[tuple[Annotated[bytes, Meta(max_length=64)], ...], Meta(max_length=MAX_MASK_DEGREE)]
+
+
+class MaskShares(Body, frozen=True, kw_only=True):
+    """`jn/{device}`, sealed: what the device seals to each of its neighbours, in their order; empty for one
+    without keys."""
+
+    TYPE: ClassVar[str] = "ms"
+    order_id: Nonce
+    pieces: MaskPieces
+
+
+class MaskInbox(Body, frozen=True, kw_only=True):
+    """`cm/{device}`: what each neighbour sealed to the device, in their order; empty for one that dropped out."""
+
+    TYPE: ClassVar[str] = "mi"
+    order_id: Nonce
+    pieces: MaskPieces
+
+
+class MaskQuestion(Body, frozen=True, kw_only=True):
+    """`cm/{device}`: which neighbours' masked updates came (bitmap, lowest bit first). Asked once."""
+
+    TYPE: ClassVar[str] = "mq"
+    order_id: Nonce
+    delivered: Annotated[bytes, Meta(min_length=1, max_length=32)]
+
+
+class MaskOpened(Body, frozen=True, kw_only=True):
+    """`jn/{device}`, sealed: for each neighbour one share: of its own mask's seed if its update came, else of its
+    mask key's."""
+
+    TYPE: ClassVar[str] = "mo"
+    order_id: Nonce
+    pieces: MaskPieces
+
+
 BODIES: dict[str, type[Body]] = {
     body.TYPE: body
     for body in (
@@ -262,6 +367,12 @@ BODIES: dict[str, type[Body]] = {
         Receipt,
         Announcement,
         Need,
+        MaskKeys,
+        MaskRoster,
+        MaskShares,
+        MaskInbox,
+        MaskQuestion,
+        MaskOpened,
     )
 }
 

@@ -3,13 +3,14 @@
 Laws of the file: nothing of `cryptography` leaves it (neither types nor exceptions); a failure to verify or
 decrypt is an `EnvelopeError` that says nothing but its `reason`; private bytes reach a disk only through
 `write_private` (0600, atomic, durable). Sources: RFC 8032 (Ed25519), RFC 9180 (HPKE), draft-ietf-hpke-pq
-(MLKEM768-X25519), RFC 5116 (AEAD).
+(MLKEM768-X25519), RFC 5116 (AEAD), RFC 7748 (X25519), RFC 5869 (HKDF), SP 800-38A (CTR).
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import hmac
 import os
 import stat
 from collections.abc import Callable
@@ -280,6 +281,54 @@ def _expand_hybrid(seed: bytes) -> tuple[mlkem.MLKEM768PrivateKey, x25519.X25519
     except UnsupportedAlgorithm as error:
         raise TrustError("this build of cryptography has no ML-KEM-768") from error
     return lattice, x25519.X25519PrivateKey.from_private_bytes(expanded[_MLKEM_SEED_BYTES:])
+
+
+class AgreementKey:
+    """An X25519 private key that two parties agree on a secret with."""
+
+    def __init__(self, seed: bytes) -> None:
+        if len(seed) != SEED_BYTES:
+            raise TrustError(f"a private key of x25519 has {SEED_BYTES} bytes, not {len(seed)}")
+        self._key = x25519.X25519PrivateKey.from_private_bytes(seed)
+
+    @cached_property
+    def public_bytes(self) -> bytes:
+        """32 raw bytes."""
+        return self._key.public_key().public_bytes_raw()
+
+    def agree(self, public: bytes) -> bytes:
+        """The secret that the owner of `public` agrees on too; derive keys from it with `hkdf`.
+
+        Raises:
+            TrustError: (peer) not a public key, or one of those that make every secret the same.
+        """
+        try:
+            return self._key.exchange(binding.x25519.from_public_bytes(public))
+        except ValueError as error:
+            raise TrustError("not a public key of x25519") from error
+
+
+def hkdf(secret: bytes, info: bytes) -> bytes:
+    """32 bytes by HKDF-SHA256 without salt: one key for each `info`."""
+    extracted = hmac.digest(bytes(32), secret, "sha256")
+    return hmac.digest(extracted, info + b"\x01", "sha256")
+
+
+class Keystream:
+    """AES-256 in counter mode from zero over zeros: bytes that only who has the key can tell from random ones.
+
+    A key must make one stream only.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        # Loaded here: a device without secure aggregation need not hold it.
+        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+        self._cipher = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
+
+    def next(self, zeros: bytes | memoryview) -> bytes:
+        """As many further bytes as `zeros` has, all of which must be zero."""
+        return self._cipher.update(zeros)
 
 
 class Aead:

@@ -102,9 +102,16 @@ class Topics:
         return parsed
 
 
+_TYPES = {
+    "up": frozenset({"up", "ev"}),
+    "jn": frozenset({"jn", "mk", "ms", "mo"}),
+    "cm": frozenset({"cm", "mr", "mi", "mq"}),
+}
+
+
 def message_types(kind: str) -> frozenset[str]:
     """The header types that a topic of this kind may carry."""
-    return frozenset({"up", "ev"}) if kind == "up" else frozenset({kind})
+    return _TYPES.get(kind, frozenset({kind}))
 
 
 _BY_DEVICE = frozenset({"st", "tm", "jn", "ak", "cm", "rs", "es", "ea", "ir"})

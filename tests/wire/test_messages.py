@@ -21,6 +21,15 @@ from wire.messages import (
     InferenceReport,
     Invitation,
     Join,
+    MaskInbox,
+    MaskKeys,
+    MaskMember,
+    MaskOpened,
+    MaskPeer,
+    MaskQuestion,
+    MaskRoster,
+    MaskShares,
+    MaskTerms,
     Need,
     Order,
     Receipt,
@@ -84,8 +93,37 @@ EXAMPLES: list[Body] = [
     Receipt(update_id=NONCE, transfer=DIGEST, verdict="missing", missing=(0, 4)),
     Announcement(channel="stable", release_version=4, timestamp=b"{}"),
     Need(sha256=DIGEST, bitmap=b"\x05"),
+    MaskKeys(order_id=NONCE, mask_key=DIGEST, channel_key=DIGEST, commitment=DIGEST, signature=2 * DIGEST),
+    MaskRoster(
+        order_id=NONCE,
+        members=(MaskMember("a", DIGEST), MaskMember("b", DIGEST)),
+        peers=(MaskPeer("b", DIGEST, DIGEST, DIGEST, 2 * DIGEST),),
+    ),
+    MaskShares(order_id=NONCE, pieces=(b"", b"p" * 48)),
+    MaskInbox(order_id=NONCE, pieces=(b"p" * 48, b"")),
+    MaskQuestion(order_id=NONCE, delivered=b"\x03"),
+    MaskOpened(order_id=NONCE, pieces=(b"s" * 16, b"")),
 ]
+TERMS = MaskTerms(
+    roster_sha256=DIGEST, members=9, degree=6, threshold=4, ring="ring16", value_bits=12, bound=1.0
+)
 UPDATE = next(body for body in EXAMPLES if isinstance(body, Update))
+
+
+def test_order_of_a_masked_round_comes_back() -> None:
+    order = next(body for body in EXAMPLES if isinstance(body, Order))
+    masked = msgspec.structs.replace(order, masking=TERMS)
+    assert decode_body(encode_body(masked), Order) == masked
+    assert encode_body(msgspec.structs.replace(masked, masking=None)) == encode_body(order)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"members": 2}, {"threshold": 0}, {"ring": "ring64"}, {"bound": 0.0}], ids=str
+)
+def test_terms_of_masking_out_of_bounds_are_refused(changes: dict[str, Any]) -> None:
+    order = next(body for body in EXAMPLES if isinstance(body, Order))
+    with pytest.raises(MessageError):
+        encode_body(msgspec.structs.replace(order, masking=msgspec.structs.replace(TERMS, **changes)))
 
 
 def test_every_type_has_an_example() -> None:
