@@ -8,6 +8,12 @@ and requests in PEM.
     POST /v1/enroll   EnrolRequest  -> EnrolResponse | Refusal     (server certificate pinned by the token)
     GET  /v1/ca       -> the CA certificate in PEM, to be checked against the pin before anything is sent
     POST /v1/renew    RenewRequest  -> RenewResponse | Refusal     (mutual TLS)
+
+A device whose certificate has expired renews over the port that asks for none, and proves itself by its update
+key instead, over a challenge that is a minute or two old at most:
+
+    POST /v1/challenge     (empty)           -> Challenge
+    POST /v1/late-renewal  LateRenewRequest  -> RenewResponse | Refusal
 """
 
 from __future__ import annotations
@@ -27,6 +33,7 @@ TOKEN_PREFIX = "shoal1."
 MAX_TOKEN_CHARS = 2048
 MAX_BODY_BYTES = 65_536
 _PROOF_CONTEXT = b"shoal enrolment 1\0"
+_LATE_CONTEXT = b"shoal late renewal 1\0"
 
 DeviceId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
 Hex32 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -44,6 +51,9 @@ RefusalCode = Literal[
     "csr",
     "update_key",
     "revoked",
+    "quarantined",
+    "too_late",
+    "challenge",
     "busy",
 ]
 
@@ -162,6 +172,27 @@ class RenewResponse(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ca: Pem
 
 
+class Challenge(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a device signs within two minutes, once. Opaque to it, and worth nothing without its key."""
+
+    challenge: Annotated[str, Meta(pattern=r"^[0-9a-f]{2,128}\Z")]
+
+
+class LateRenewRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A device that was away longer than its certificate asks for the next one.
+
+    Attributes:
+        csr: as in `EnrolRequest`.
+        challenge: as the aggregator gave it.
+        proof: signature of the update key over `late_proof_bytes(...)`.
+    """
+
+    device: Annotated[str, Meta(max_length=256)]
+    csr: Pem
+    challenge: Annotated[str, Meta(max_length=128)]
+    proof: Annotated[str, Meta(max_length=256)]
+
+
 class Refusal(Struct, frozen=True, kw_only=True):
     """Body of every answer that is not 2xx: a word for the program, a sentence for the person."""
 
@@ -174,8 +205,23 @@ S = TypeVar("S", bound=Struct)
 
 def proof_bytes(token_id: str, device: str, csr: str) -> bytes:
     """What the update key signs at enrolment: this token, this name, this request."""
-    parts = (token_id.encode(), device.encode(), hashlib.sha256(csr.encode()).digest())
-    return _PROOF_CONTEXT + b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+    return _signed(_PROOF_CONTEXT, token_id.encode(), device.encode(), hashlib.sha256(csr.encode()).digest())
+
+
+def late_proof_bytes(
+    *, tenant: str, fleet: str, ca_sha256: str, device: str, challenge: str, csr: str
+) -> bytes:
+    """What the update key signs at a late renewal: this deployment, this device, this challenge, this request.
+
+    Args:
+        ca_sha256: SHA-256 (hex) of the deployment's CA certificate in DER, so that no other one can pass it on.
+    """
+    names = (tenant, fleet, ca_sha256, device, challenge)
+    return _signed(_LATE_CONTEXT, *(name.encode() for name in names), hashlib.sha256(csr.encode()).digest())
+
+
+def _signed(context: bytes, *parts: bytes) -> bytes:
+    return context + b"".join(len(part).to_bytes(4, "big") + part for part in parts)
 
 
 def encode_json(value: Struct) -> bytes:
