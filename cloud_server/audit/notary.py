@@ -94,9 +94,9 @@ class Notary:
         return made
 
     def anchor(self) -> Mapping[str, Any] | None:
-        """A fresh head, as release metadata carries it beside a statement."""
+        """A fresh head, as release metadata carries it beside a statement: as text, since TUF's JSON has no fractions."""
         head = self.sign()
-        return None if head is None else {"audit": head_to_plain(head)}
+        return None if head is None else {"audit": json.dumps(head_to_plain(head), sort_keys=True)}
 
     def tick(self) -> None:
         """Signs if it is due, and tells the witness what it does not know yet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def verify_books(
     """Checks the database against itself, its signed heads, the release metadata and the witness's file."""
     repository = deployment.repository
     anchors = [
-        Anchor(f"the release metadata of {name}", head_from_plain(custom["audit"]))
+        Anchor(f"the release metadata of {name}", head_from_plain(json.loads(custom["audit"])))
         for name, custom in repository.anchors().items()
         if "audit" in custom
     ]

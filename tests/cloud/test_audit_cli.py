@@ -12,8 +12,8 @@ import pytest
 from cloud_server.cli import main
 from cloud_server.deployment import Deployment
 from cloud_server.enrolment.service import Welcome
+from models.bundle import Bundle
 from tests.cloud.deployment import Newcomer
-from tests.cloud.small_bundle import write_bundle
 from wire.enrolment import EnrolmentToken
 
 Run = Callable[..., tuple[int, str, str]]
@@ -25,7 +25,9 @@ def state(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(state: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(
+    state: Path, real_bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Run:
     """Runs one command on a state folder that was made, and published a release."""
     monkeypatch.setenv("SHOAL_STATE", str(state))
 
@@ -36,10 +38,9 @@ def run(state: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         return code, said.out, said.err
 
     assert command("init")[0] == 0
-    bundle = write_bundle(state.parent / "bundle")
     with Deployment.open(state) as deployment:
-        deployment.publisher.import_model(bundle)
-        deployment.publisher.publish(deployment.publisher.propose_bundle(bundle).version)
+        deployment.publisher.import_model(real_bundle)
+        deployment.publisher.publish(deployment.publisher.propose_bundle(real_bundle).version)
     return command
 
 
