@@ -94,7 +94,7 @@ class Notary:
         return made
 
     def anchor(self) -> Mapping[str, Any] | None:
-        """A fresh head, as release metadata carries it beside a statement: as text, since TUF's JSON has no fractions."""
+        """A fresh head, as release metadata carries it beside a statement: text, since TUF's JSON has no fractions."""
         head = self.sign()
         return None if head is None else {"audit": json.dumps(head_to_plain(head), sort_keys=True)}
 
