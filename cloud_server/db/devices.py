@@ -6,7 +6,7 @@ change of a device or key raises `meta.devices_version`, by which caches in othe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,10 @@ from sqlalchemy import Connection
 from cloud_server.db.schema import certificates, device_keys, devices, meta, presence
 
 VERSION_QUERY = "SELECT devices_version FROM meta"
-# Every birth and heartbeat needs these. Made once: composing one takes longer than SQLite takes to execute it.
+# Every birth, heartbeat or reply needs these. Made once: composing one takes longer than SQLite takes to execute it.
 _MOVE_PRESENCE = sa.update(presence).where(presence.c.device == sa.bindparam("of_device"))
 _INSERT_PRESENCE = sa.insert(presence)
+_LOAD_STATUS = sa.select(devices.c.status).where(devices.c.device == sa.bindparam("of_device"))
 APPROVED, QUARANTINED, REVOKED = "approved", "quarantined", "revoked"
 
 
@@ -69,7 +70,12 @@ def insert_device(connection: Connection, row: DeviceRow, key_id: str) -> None:
 
 
 def update_device(connection: Connection, device: str, **values: Any) -> bool:
-    """Changes columns of a device; False when there is no such device."""
+    """Changes columns of a device; False when there is no such device.
+
+    A new status ends a probation that is not given with it: only who quarantines for strikes lets back by itself.
+    """
+    if "status" in values:
+        values.setdefault("probation_at", 0.0)
     changed = connection.execute(
         sa.update(devices).where(devices.c.device == device).values(**values)
     ).rowcount
@@ -77,9 +83,16 @@ def update_device(connection: Connection, device: str, **values: Any) -> bool:
     return bool(changed)
 
 
-def load_device(connection: Connection, device: str) -> DeviceRow | None:
-    row = connection.execute(sa.select(devices).where(devices.c.device == device)).one_or_none()
+def load_device(connection: Connection, device: str, *, for_update: bool = False) -> DeviceRow | None:
+    """One device; `for_update`: nobody else changes it before the caller's transaction ends."""
+    query = sa.select(devices).where(devices.c.device == device)
+    row = connection.execute(query.with_for_update() if for_update else query).one_or_none()
     return None if row is None else DeviceRow(**row._mapping)
+
+
+def load_status(connection: Connection, device: str) -> str:
+    """`approved`, `quarantined`, `revoked`, or empty for a name that was never enrolled."""
+    return str(connection.execute(_LOAD_STATUS, {"of_device": device}).scalar_one_or_none() or "")
 
 
 def load_devices(connection: Connection) -> list[DeviceRow]:
@@ -87,6 +100,14 @@ def load_devices(connection: Connection) -> list[DeviceRow]:
     return [
         DeviceRow(**row._mapping) for row in connection.execute(sa.select(devices).order_by(devices.c.device))
     ]
+
+
+def load_pseudonyms(connection: Connection, names: Collection[str]) -> dict[str, str]:
+    """What the audit chain calls these devices, by name."""
+    query = sa.select(devices.c.device, devices.c.pseudonym)
+    # All of them where many are asked for: a list of names in a statement has an end.
+    query = query.where(devices.c.device.in_(names)) if len(names) <= 500 else query
+    return {row.device: row.pseudonym for row in connection.execute(query)}
 
 
 def has_key(connection: Connection, key_id: str) -> bool:
@@ -147,6 +168,18 @@ def load_revoked_serials(connection: Connection, now: float) -> list[str]:
     """Revoked certificates that have not expired by themselves."""
     where = certificates.c.revoked.is_not(None) & (certificates.c.not_after > now)
     return list(connection.execute(sa.select(certificates.c.serial).where(where)).scalars())
+
+
+def load_revoked_devices(connection: Connection, now: float) -> set[str]:
+    """Revoked devices that have a certificate which has not expired by itself."""
+    where = certificates.c.revoked.is_not(None) & (certificates.c.not_after > now)
+    query = (
+        sa.select(certificates.c.device)
+        .join(devices, devices.c.device == certificates.c.device)
+        .where(where & (devices.c.status == REVOKED))
+        .distinct()
+    )
+    return set(connection.execute(query).scalars())
 
 
 # ---- presence ----

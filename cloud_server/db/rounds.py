@@ -19,6 +19,8 @@ from cloud_server.db.schema import checkpoints, orders, rounds, runs, strategy_s
 from wire.replay import Window
 
 _SIGN = 1 << 63
+# Rounds that failed have no metrics; more of them than this between two others say nothing about now.
+_LOOK_BACK = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +110,7 @@ class UpdateRow:
 # ---- statements that every reply needs ---------------------------------------------------------------------
 # Made once: composing one with SQLAlchemy takes longer than SQLite takes to execute it.
 
+_SOUND = ("stored", "folded", "discarded")
 _UPDATE_COLUMNS = [column for column in updates.c if column.name != "body"]
 _INSERT_UPDATE = sa.insert(updates)
 _LOAD_UPDATE = sa.select(*_UPDATE_COLUMNS).where(updates.c.update_id == sa.bindparam("of_update"))
@@ -176,6 +179,13 @@ def load_head(connection: Connection, run: str) -> bytes | None:
     """SHA-256 of the newest head of a run."""
     found = load_head_row(connection, run)
     return None if found is None else found.sha256
+
+
+def load_first_head(connection: Connection, run: str) -> bytes | None:
+    """SHA-256 of the head that a run began with; None without such a run."""
+    first = sa.select(checkpoints.c.sha256).where(checkpoints.c.run == run).order_by(checkpoints.c.round)
+    found = connection.execute(first.limit(1)).scalar_one_or_none()
+    return None if found is None else bytes.fromhex(found)
 
 
 def forget_patches(connection: Connection, run: str, round_number: int) -> list[str]:
@@ -247,6 +257,16 @@ def load_rounds(connection: Connection, run: str, *, last: int = 0) -> list[Roun
     query = sa.select(rounds).where(rounds.c.run == run).order_by(rounds.c.number.desc())
     found = connection.execute(query.limit(last) if last else query)
     return [_round(row) for row in found][::-1]
+
+
+def load_metric(connection: Connection, run: str, name: str, *, last: int) -> list[float]:
+    """A metric of the newest rounds of a run that have it, newest first."""
+    query = sa.select(rounds.c.metrics).where(rounds.c.run == run).order_by(rounds.c.number.desc())
+    found: list[float] = []
+    for metrics in connection.execute(query.limit(_LOOK_BACK * last)).scalars():
+        if name in metrics and len(found) < last:
+            found.append(float(metrics[name]))
+    return found
 
 
 def count_moved(connection: Connection, run: str) -> int:
@@ -376,6 +396,20 @@ def load_updates(
         sa.select(*_UPDATE_COLUMNS).where(where & (updates.c.state == state)).order_by(updates.c.update_id)
     )
     return [_update(row, b"") for row in connection.execute(query)]
+
+
+def load_norms(connection: Connection, run: str, round_number: int) -> list[float]:
+    """How long the sound updates of a round were as they came, those that moved something at all."""
+    where = (updates.c.run == run) & (updates.c.round == round_number) & (updates.c.kind == "train")
+    query = sa.select(updates.c.norm).where(where & updates.c.state.in_(_SOUND) & (updates.c.norm > 0.0))
+    return [float(norm) for norm in connection.execute(query).scalars()]
+
+
+def count_sound(connection: Connection, device: str, since: float) -> int:
+    """How many updates of a device were taken after a time (unix seconds), of whatever run."""
+    where = (updates.c.device == device) & (updates.c.received_at > since) & (updates.c.kind == "train")
+    query = sa.select(sa.func.count()).where(where & updates.c.state.in_(_SOUND))
+    return int(connection.execute(query).scalar_one())
 
 
 def load_body(connection: Connection, update_id: bytes) -> bytes:

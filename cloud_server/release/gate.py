@@ -1,17 +1,24 @@
 """The gate: whether a candidate may replace the current release. Pure.
 
 Laws of the file: numbers in, a verdict out; a model that is worse than the current one, or whose quality
-nobody knows, is held; every hold has one word from a closed set. Training goes on from a held head; only
-devices do not get it. Source: DESIGN.md (Training head and release are two things).
+nobody knows, is held; every hold has one word from a closed set; no device alone releases or holds back anything
+where three or more measured. Training goes on from a held head; only devices do not get it. Source: DESIGN.md
+(Training head and release are two things).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
+from cloud_server.influence import trimmed_mean
 from wire.errors import ConfigurationError
+
+SERVED: Final = "served_"
+"""Prefix of what a device measured with the model that it serves, beside the candidate."""
 
 
 class HoldReason(StrEnum):
@@ -69,6 +76,19 @@ class Judged:
 
 
 @dataclass(frozen=True, slots=True)
+class Pair:
+    """One device's metric of the candidate and of the release that it serves, on the same windows.
+
+    Attributes:
+        weight: number of windows, capped: see `influence.capped_weights`.
+    """
+
+    candidate: float
+    served: float
+    weight: int
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """The gate's word: `reason` is None for a release. `gain` is that of the metric that decided."""
 
@@ -81,14 +101,21 @@ class Verdict:
 
 
 def judge(
-    candidate: Judged, current: Judged | None, policy: GatePolicy, *, higher_is_better: bool
+    candidate: Judged,
+    current: Judged | None,
+    policy: GatePolicy,
+    *,
+    higher_is_better: bool,
+    pairs: Sequence[Pair] = (),
 ) -> Verdict:
     """Decides.
 
     The federated metric decides where both models have one, else the operator's; the operator's is a guard
-    in any case.
+    in any case. Where devices measured both models, the gain is the trimmed mean of their differences, so that what
+    one of them says is cut away or lies among what others say.
 
     Args:
+        pairs: of every device that measured both.
         current: the current release; None where there is none yet: any sound candidate is better than that.
         higher_is_better: direction of the metric; an anomaly score is better when it is lower.
     """
@@ -104,7 +131,9 @@ def judge(
     if current is None:
         return Verdict(None)
     sign = 1.0 if higher_is_better else -1.0
-    federated = _gain(candidate.federated, current.federated, sign)
+    federated = _paired_gain(pairs, sign)
+    if federated is None:
+        federated = _gain(candidate.federated, current.federated, sign)
     operator = _gain(candidate.operator, current.operator, sign)
     if operator is not None and operator < -policy.max_operator_drop:
         return Verdict(HoldReason.OPERATOR_WORSE, operator)
@@ -114,6 +143,14 @@ def judge(
     if gain <= 0 or gain < policy.min_gain:
         return Verdict(HoldReason.NO_GAIN, gain)
     return Verdict(None, gain)
+
+
+def _paired_gain(pairs: Sequence[Pair], sign: float) -> float | None:
+    """How much better the candidate is for the devices; None where no device measured both."""
+    if not pairs:
+        return None
+    gains = [sign * (pair.candidate - pair.served) for pair in pairs]
+    return trimmed_mean(gains, [pair.weight for pair in pairs])
 
 
 def _gain(candidate: float | None, current: float | None, sign: float) -> float | None:

@@ -7,7 +7,7 @@ and on the same held-out data of the operator; asked again for a round (after a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from cloud_server.db.releases import HELD, RELEASED, ReleaseRow
 from cloud_server.refine.refinement import Refinery
-from cloud_server.release.gate import GatePolicy, Judged, judge
+from cloud_server.release.gate import SERVED, GatePolicy, Judged, Pair, judge
 from cloud_server.release.publish import Publisher
-from cloud_server.rounds.ports import Candidate, Decision, Vector
+from cloud_server.rounds.ports import Candidate, Decision, Measured, Vector
 from models.candidate import Candidate as Made
 from models.candidate import CandidateMaker
 from models.evaluate import evaluate
@@ -30,9 +30,6 @@ _log = get_logger("cloud.release")
 
 Timed = Callable[[], AbstractContextManager[None]]
 """Makes a context around what takes long, for a metric."""
-
-SERVED = "served_"
-"""Prefix of what a device measured with the model that it serves, beside the candidate."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +136,8 @@ class GatedReleaser:
             operator=self._operator_of_current(),
             size_bytes=0,
         )
-        verdict = judge(judged, current, self._policy, higher_is_better=task.higher_is_better)
+        pairs = _pairs(candidate.measured, task.metric)
+        verdict = judge(judged, current, self._policy, higher_is_better=task.higher_is_better, pairs=pairs)
         return "" if verdict.reason is None else str(verdict.reason)
 
     def _operator_of_current(self) -> float | None:
@@ -158,6 +156,16 @@ class GatedReleaser:
         if self._holdout is None:
             return None
         return evaluate(int8, self._manifest.task, self._holdout.x, self._holdout.y).metric
+
+
+def _pairs(measured: Sequence[Measured], name: str) -> list[Pair]:
+    """What devices measured with both models."""
+    served = SERVED + name
+    return [
+        Pair(each.metrics[name], each.metrics[served], each.num_examples)
+        for each in measured
+        if name in each.metrics and served in each.metrics
+    ]
 
 
 def _served(metrics: Mapping[str, float], name: str) -> float | None:

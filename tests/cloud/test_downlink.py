@@ -6,15 +6,16 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from cloud_server.downlink import Downlink
+from cloud_server.downlink import DEVICE_BUDGET, FLEET_BUDGET, SMALL_BLOB_CHUNKS, Downlink
 from cloud_server.sender import Sender
 from fleet.virtual import VirtualTime
 from wire.envelope import Expect, Signer, open_signed
-from wire.errors import BackpressureError, ChunkError, EnvelopeError
+from wire.errors import BackpressureError, ChunkError, EnvelopeError, PeerError
 from wire.messages import Need, Receipt, decode_body
 from wire.primitives import SigningKey
 from wire.topics import Topics
-from wire.transport import Deliver, Packet
+from wire.transport import Deliver, Packet, Received, TransportEvent
+from wire.transport.memory import MemoryBroker, MemoryTransport
 
 TOPICS = Topics("t", "f")
 KEY = SigningKey.from_bytes(b"c" * 32)
@@ -87,4 +88,112 @@ def test_no_two_messages_share_a_number() -> None:
 def test_bitmap_for_content_that_is_not_on_offer_is_refused() -> None:
     down = downlink(Narrow(10), VirtualTime())
     with pytest.raises(ChunkError):
-        down.answer_need(Need(sha256=b"x" * 32, bitmap=b"\x01"))
+        down.answer_need("dev", Need(sha256=b"x" * 32, bitmap=b"\x01"))
+
+
+# ---- one device cannot flood the others --------------------------------------------------------------------
+
+CHUNKS = 40
+CONTENT = bytes(range(256)) * 4 * CHUNKS
+EVERYTHING = b"\xff" * (CHUNKS // 8)
+
+
+class Air:
+    """A cloud and one device that only listens, on the in-memory transport; what reaches it is counted."""
+
+    def __init__(self) -> None:
+        self.time = VirtualTime()
+        self.broker = MemoryBroker(self.time)
+        transport = MemoryTransport(self.broker, "aggregator", queue_packets=100_000)
+        self.sender = Sender(transport)
+        self.down = Downlink(
+            topics=TOPICS, key=KEY, epoch=9, sender=self.sender, clock=self.time, chunk_bytes=1024
+        )
+        transport.start(lambda event: None, filters=[])
+        self.heard: list[str] = []
+        self.reasons: set[str] = set()
+        MemoryTransport(self.broker, "listener").start(self.hear, filters=[("fl/1/t/f/bl/+/+", 1)])
+        self.broker.pump()
+        self.sha256 = self.down.publish_blob(CONTENT).sha256
+        self.travel()
+        assert len(self.heard) == CHUNKS
+
+    def hear(self, event: TransportEvent) -> None:
+        if isinstance(event, Received):
+            self.heard.append(event.packet.topic)
+
+    def ask(self, device: str, bitmap: bytes = EVERYTHING) -> bool:
+        """Asks as a signed `nd` would; whether nothing was refused."""
+        try:
+            self.down.answer_need(device, Need(sha256=self.sha256, bitmap=bitmap))
+        except PeerError as error:
+            self.reasons.add(error.facts["reason"])
+            return False
+        finally:
+            self.travel()
+        return True
+
+    def travel(self) -> None:
+        self.sender.pump()
+        self.broker.pump()
+
+    def wait(self, seconds: float) -> None:
+        self.time.advance_to(self.time.now() + seconds)
+
+
+def test_device_that_asks_without_end_is_answered_within_its_budget() -> None:
+    """Ten minutes of asking for all, ten times a second: without a budget 24,000 chunks would reach every device."""
+    air = Air()
+    refused = 0
+    for _ in range(6000):
+        air.wait(0.1)
+        refused += not air.ask("liar")
+    passes = DEVICE_BUDGET.burst + 600.0 * DEVICE_BUDGET.per_second
+    assert len(air.heard) - CHUNKS <= passes * CHUNKS
+    assert refused > 5000
+    assert air.reasons == {"budget"}
+
+
+def test_device_that_asks_after_a_flood_gets_all_it_lacks() -> None:
+    air = Air()
+    for _ in range(100):
+        air.wait(1.0)
+        air.ask("liar")
+    air.wait(2.0)
+    before = len(air.heard)
+    assert air.ask("honest")
+    assert len(air.heard) - before == CHUNKS
+
+
+def test_many_devices_that_ask_without_end_are_answered_within_the_fleets_budget() -> None:
+    air = Air()
+    seconds = 300
+    for second in range(seconds):
+        air.wait(1.0)
+        for number in range(30):
+            air.ask(f"liar{(second + number) % 1000}")
+    passes = FLEET_BUDGET.burst + seconds * FLEET_BUDGET.per_second
+    assert len(air.heard) - CHUNKS <= passes * CHUNKS + 1
+
+
+def test_small_blob_may_be_lost_many_times() -> None:
+    air = Air()
+    air.sha256 = air.down.publish_blob(b"small").sha256
+    answered = 0
+    for _ in range(40):
+        air.wait(1.0)
+        answered += air.ask("unlucky", b"\x01")
+    assert answered == 40
+    assert answered < DEVICE_BUDGET.burst * SMALL_BLOB_CHUNKS
+
+
+def test_chunk_that_was_never_sent_costs_no_budget() -> None:
+    """A head that leaves only on need: who asks first asks for everybody."""
+    air = Air()
+    air.sha256 = air.down.publish_blob(CONTENT[::-1], broadcast=False).sha256
+    before = len(air.heard)
+    assert air.ask("first")
+    assert len(air.heard) - before == CHUNKS
+    for _ in range(int(DEVICE_BUDGET.burst)):
+        air.wait(1.0)
+        assert air.ask("first")

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from cloud_server.release.gate import GatePolicy, HoldReason, Judged, judge
+from cloud_server.influence import capped_weights
+from cloud_server.release.gate import GatePolicy, HoldReason, Judged, Pair, judge
 from wire.errors import ConfigurationError
 
 CURRENT = Judged(federated=0.70, federated_examples=500, operator=0.80, size_bytes=30_000)
@@ -81,3 +82,52 @@ def test_a_policy_below_zero_is_an_error_that_names_it(name: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         GatePolicy(**{name: -1})
     assert caught.value.facts["name"] == name
+
+
+# ---- one device among others -------------------------------------------------------------------------------
+
+
+def pairs(gains: list[float], weights: list[int] | None = None) -> list[Pair]:
+    capped = capped_weights(weights or [40] * len(gains))
+    return [Pair(0.7 + gain, 0.7, weight) for gain, weight in zip(gains, capped, strict=True)]
+
+
+def test_gain_of_the_devices_is_that_of_their_pairs() -> None:
+    verdict = judge(
+        BETTER, CURRENT, POLICY, higher_is_better=True, pairs=pairs([0.04, 0.05, 0.06, 0.05, 0.05])
+    )
+    assert verdict.is_released
+    assert verdict.gain == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("claimed", [1, 40, 2**31])
+@pytest.mark.parametrize("lie", [-1.0, -1e12])
+def test_one_liar_cannot_hold_a_better_model_back(lie: float, claimed: int) -> None:
+    said = pairs([0.05, 0.05, 0.04, 0.06, lie], [40, 40, 40, 40, claimed])
+    assert judge(BETTER, CURRENT, POLICY, higher_is_better=True, pairs=said).is_released
+
+
+@pytest.mark.parametrize("claimed", [1, 40, 2**31])
+@pytest.mark.parametrize("lie", [1.0, 1e12])
+def test_one_liar_cannot_push_a_worse_model(lie: float, claimed: int) -> None:
+    said = pairs([-0.05, -0.05, -0.04, -0.06, lie], [40, 40, 40, 40, claimed])
+    verdict = judge(BETTER, CURRENT, POLICY, higher_is_better=True, pairs=said)
+    assert verdict.reason is HoldReason.NO_GAIN
+
+
+@pytest.mark.parametrize("liars", [1, 2])
+def test_a_fifth_of_the_devices_cannot_either(liars: int) -> None:
+    honest = [-0.02] * (10 - liars)
+    verdict = judge(BETTER, CURRENT, POLICY, higher_is_better=True, pairs=pairs([*honest, *[1.0] * liars]))
+    assert verdict.reason is HoldReason.NO_GAIN
+
+
+def test_pairs_of_an_anomaly_task_are_better_when_they_are_lower() -> None:
+    lower = replace(CURRENT, federated=0.6, operator=0.75)
+    assert judge(lower, CURRENT, POLICY, higher_is_better=False, pairs=pairs([-0.05] * 3)).is_released
+
+
+def test_device_that_leaves_a_metric_out_does_not_silence_the_others() -> None:
+    """The weighted mean of Flower drops a metric that one reply lacks; pairs do not."""
+    candidate, current = replace(BETTER, federated=None), replace(CURRENT, federated=None)
+    assert judge(candidate, current, POLICY, higher_is_better=True, pairs=pairs([0.05] * 3)).is_released

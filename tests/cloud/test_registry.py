@@ -157,13 +157,6 @@ def test_revocation_is_for_ever(registry: Registry) -> None:
             change("a")
 
 
-def test_strikes_lead_to_quarantine_and_approval_forgives_them(registry: Registry) -> None:
-    assert [registry.strike("a", "not finite", limit=3) for _ in range(3)] == [1, 2, 3]
-    assert (registry.status("a"), registry.show("a").reason) == ("quarantined", "not finite")
-    registry.approve("a")
-    assert (registry.status("a"), registry.show("a").strikes) == ("approved", 0)
-
-
 @pytest.mark.parametrize("label", ["x" * 129, "a\nb", "\x1b[2J"])
 def test_label_that_cannot_be_shown_is_refused(registry: Registry, label: str) -> None:
     with pytest.raises(ConfigurationError):

@@ -223,6 +223,59 @@ def test_boosted_update_is_clipped_to_the_rounds_norm() -> None:
     assert np.linalg.norm(head.params - lab.initial.params) <= 2.0 * (1 + 1e-5)
 
 
+def test_boosted_update_is_clipped_to_the_running_median_of_the_rounds_before() -> None:
+    def boost(device: Device, order: Order) -> Message:
+        factor = np.float32(1.0 if order.round_number < 3 else 1e4)
+        vector = device.local_update(order) * factor
+        return device.message(device.update(order, vector), order)
+
+    def quiet(rounds: int) -> Lab:
+        return Lab(4, rounds=rounds, evaluate_every=0, train=TrainConfig(codec="fp32", clipping_norm=1e9))
+
+    lab = quiet(3)
+    lab.devices["d02"].behaviour = boost
+    lab.run()
+    rounds, rows = lab.rows(schema.rounds), lab.rows(schema.updates)
+    assert "norm_bound" not in rounds[0].config
+    medians = []
+    for number in (1, 2):
+        norms = sorted(row.norm for row in rows if row.round == number)
+        assert rounds[number - 1].metrics["update_norm_median"] == norms[1]
+        medians.append(norms[1])
+    bound = 3.0 * min(medians)
+    assert rounds[2].config["norm_bound"] == bound
+    (boosted,) = (row for row in rows if row.round == 3 and row.device == "d02")
+    assert boosted.norm > 1000 * bound
+    assert boosted.state == "folded"
+    head = lab.runner.head.params
+    before = lab.head(bytes.fromhex(rounds[2].base_sha256)).params
+    assert np.linalg.norm(head - before) <= bound * (1 + 1e-5)
+
+
+def test_running_median_is_the_same_after_a_restart_before_every_turn() -> None:
+    options: dict[str, Any] = {"rounds": 4, "train": TrainConfig(codec="int8", clipping_norm=1e6)}
+
+    def boost(device: Device, order: Order) -> Message:
+        vector = device.local_update(order) * np.float32(order.round_number**4)
+        if order.kind == "evaluate":
+            return device.honest(order)
+        return device.message(device.update(order, vector), order)
+
+    def boosted() -> Lab:
+        lab = Lab(5, **options)
+        lab.devices["d01"].behaviour = boost
+        return lab
+
+    expected, lab = boosted().run().sha256, boosted()
+    for _ in range(400):
+        if lab.runner.is_finished:
+            break
+        lab.step()
+        lab.restart()
+    assert lab.runner.head.sha256 == expected
+    assert len([row for row in lab.rows(schema.rounds) if "norm_bound" in row.config]) == 3
+
+
 def test_duplicate_is_acknowledged_again_and_counted_once() -> None:
     lab = Lab(3, rounds=1)
     lab.runner.tick()

@@ -17,6 +17,8 @@ from cloud_server.screening import (
     Expected,
     Refusal,
     Screened,
+    norm_bound,
+    norm_median,
     screen_evaluation,
     screen_update,
 )
@@ -137,6 +139,62 @@ def test_a_long_update_is_clipped_and_keeps_its_direction(factor: float) -> None
     assert screened.norm > 5.0
     cosine = float(screened.update @ VECTOR) / (5.0 * float(np.linalg.norm(VECTOR)))
     assert cosine == pytest.approx(1.0, abs=1e-6)
+
+
+def test_the_longest_update_that_float32_holds_is_clipped_too() -> None:
+    longest = np.full(P, np.finfo(np.float32).max, np.float32)
+    screened = screen_update(update(longest), "d1", EXPECTED)
+    assert isinstance(screened, Screened)
+    assert l2_norm(screened.update) == pytest.approx(5.0, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "refusal"),
+    [
+        ({}, Refusal.MISSING_METRIC),
+        ({"loss_last": -0.1}, Refusal.IMPLAUSIBLE),
+        ({"loss_last": 0.1, "other": -1e13}, Refusal.IMPLAUSIBLE),
+        ({"loss_last": 0.1, "accuracy": 1.01}, Refusal.IMPLAUSIBLE),
+        ({"loss_last": math.inf}, Refusal.NOT_FINITE),
+    ],
+)
+def test_metrics_that_would_end_a_strategy_are_refused(metrics: dict[str, float], refusal: Refusal) -> None:
+    expected = replace(EXPECTED, metrics=frozenset({"loss_last"}), shares=frozenset({"accuracy"}))
+    assert screen_update(update(metrics=metrics), "d1", expected) is refusal
+    evaluated = replace(expected, kind="evaluate")
+    assert screen_evaluation(evaluation(metrics=metrics), "d1", evaluated) is refusal
+
+
+def test_variance_below_zero_is_refused() -> None:
+    expected = replace(EXPECTED, variances=((1, 2),))
+    assert isinstance(screen_update(update(), "d1", expected), Screened)
+    spoiled_buffers = np.array([-1.0, -2.0], "<f2").tobytes()
+    assert screen_update(update(buffers=spoiled_buffers), "d1", expected) is Refusal.IMPLAUSIBLE
+
+
+# ---- the running median ------------------------------------------------------------------------------------
+
+
+def test_norm_of_a_round_is_its_median_and_zeros_say_nothing() -> None:
+    assert norm_median([]) == 0.0
+    assert norm_median([0.0, 0.0]) == 0.0
+    assert norm_median([1.0, 0.0, 3.0, 2.0, 0.0]) == 2.0
+    assert norm_median([1.0, 1e30]) == 1.0
+
+
+def test_bound_is_a_factor_of_the_running_median_once_there_is_one() -> None:
+    assert norm_bound([], factor=3.0) == math.inf
+    assert norm_bound([0.0], factor=3.0) == math.inf
+    assert norm_bound([2.0, 1.0, 1e30], factor=3.0) == 6.0
+    assert norm_bound([2.0], factor=0.0) == math.inf
+
+
+@given(st.lists(st.floats(0.5, 2.0), min_size=4, max_size=20), st.floats(1e-9, 1e30), st.integers(0, 10))
+def test_a_minority_moves_the_median_no_further_than_honest_norms_lie(
+    honest: list[float], lie: float, liars: int
+) -> None:
+    liars = min(liars, (len(honest) - 1) // 2)
+    assert min(honest) <= norm_median([*honest, *[lie] * liars]) <= max(honest)
 
 
 def test_an_update_of_zeros_passes() -> None:

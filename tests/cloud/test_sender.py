@@ -67,7 +67,7 @@ def test_same_content_is_broadcast_once_and_again_only_for_a_bitmap() -> None:
     assert cloud.downlink.publish_blob(bytes(2500)) == ref
     assert cloud.topics() == ["bl", "bl", "bl"]
     cloud.time.advance_to(cloud.time.now() + 2.0)
-    cloud.downlink.answer_need(Need(sha256=ref.sha256, bitmap=b"\x05"))
+    cloud.downlink.answer_need("dev", Need(sha256=ref.sha256, bitmap=b"\x05"))
     assert cloud.topics() == ["bl", "bl"]
 
 
@@ -75,7 +75,7 @@ def test_content_that_nobody_trains_on_is_kept_but_not_broadcast() -> None:
     cloud = Cloud()
     ref = cloud.downlink.publish_blob(bytes(2500), broadcast=False)
     assert cloud.topics() == []
-    cloud.downlink.answer_need(Need(sha256=ref.sha256, bitmap=b"\x02"))
+    cloud.downlink.answer_need("dev", Need(sha256=ref.sha256, bitmap=b"\x02"))
     assert cloud.topics() == ["bl"]
     cloud.downlink.publish_blob(bytes(2500))
     assert cloud.topics() == ["bl", "bl"]
