@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from edge_agent.masked_rounds import MaskMessage
 from edge_agent.ports import JobKind
 from wire.messages import BlobRef, Evaluation, HeadPatch, Invitation, Order, Update
 
@@ -25,6 +26,34 @@ class PublishJoin:
     round_number: int
     accepted: bool
     reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PublishMaskKeys:
+    """Say the keys for an order of a masked round."""
+
+    order: Order
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerMasking:
+    """Take a message of a masked round, and answer it."""
+
+    body: MaskMessage
+
+
+@dataclass(frozen=True, slots=True)
+class MaskUpdate:
+    """Mask the update of an order, if all that it takes is here; `UpdateMasked` follows."""
+
+    order_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveMasking:
+    """Forget the secrets of a masked round."""
+
+    order_id: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +150,10 @@ class RollBack:
 Action = (
     PublishBirth
     | PublishJoin
+    | PublishMaskKeys
+    | AnswerMasking
+    | MaskUpdate
+    | LeaveMasking
     | PublishTelemetry
     | PublishReport
     | RememberOrder

@@ -63,11 +63,16 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """An accepted order that waits for its head or its graphs, or runs."""
+    """An accepted order that waits for its head or its graphs, or runs.
+
+    Attributes:
+        trained: done, and the update waits for the masks of its round.
+    """
 
     order: Order
     give_up_at: float
     running: bool = False
+    trained: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +149,8 @@ def is_missed(state: State, head: Head) -> bool:
 
 def is_ready(state: State, task: Task) -> bool:
     """Whether a task has its whole head, and the device has the graphs that the head belongs to."""
+    if task.trained:
+        return False
     head = head_of(state, task)
     return head is not None and head.complete and head.invitation.graphs_sha256 == state.graphs_sha256
 

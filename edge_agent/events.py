@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from edge_agent.masked_rounds import MaskMessage
 from edge_agent.ports import JobKind
 from wire.messages import Evaluation, Invitation, Order, Update
 
@@ -80,6 +81,37 @@ class JobDone:
 
     key: bytes
     body: Update | Evaluation
+
+
+@dataclass(frozen=True, slots=True)
+class DraftDone:
+    """A train job of a masked round gave its update, which waits for its masks; `key` is the order's id."""
+
+    key: bytes
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class MaskingHeard:
+    """A verified message of a masked round."""
+
+    body: MaskMessage
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateMasked:
+    """The update of an order is under its masks."""
+
+    key: bytes
+    body: Update
+
+
+@dataclass(frozen=True, slots=True)
+class MaskingFailed:
+    """A masked round cannot go on for this device; `key` is the order's id."""
+
+    key: bytes
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +191,10 @@ Event = (
     | ChunkArrived
     | HeadReady
     | JobDone
+    | DraftDone
+    | MaskingHeard
+    | UpdateMasked
+    | MaskingFailed
     | JobFailed
     | ReleaseInstalled
     | ReceiptArrived

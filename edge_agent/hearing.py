@@ -12,13 +12,23 @@ from typing import Any, Final
 
 from edge_agent import events as on
 from edge_agent.install import Checked
+from edge_agent.masked_rounds import Draft
 from edge_agent.online_keys import ONLINE_KEYS_FACT, OnlineKeys
 from edge_agent.parts import PROBATION_STARTS_FACT, Parts
 from edge_agent.ports import JobResult
 from edge_agent.speaker import DownBody
 from process.logs import get_logger
 from wire.errors import StorageError
-from wire.messages import Announcement, Evaluation, Invitation, Order, Receipt
+from wire.messages import (
+    Announcement,
+    Evaluation,
+    Invitation,
+    MaskInbox,
+    MaskQuestion,
+    MaskRoster,
+    Order,
+    Receipt,
+)
 
 _log = get_logger("edge_agent")
 
@@ -38,6 +48,8 @@ def event_of(body: DownBody, parts: Parts) -> on.Event | None:
             return _receipt(body, parts)
         case Announcement():
             return on.AnnouncementArrived(body.release_version)
+        case MaskRoster() | MaskInbox() | MaskQuestion():
+            return on.MaskingHeard(body)
 
 
 def refusal_of(order: Order, parts: Parts) -> str:
@@ -50,6 +62,10 @@ def refusal_of(order: Order, parts: Parts) -> str:
         return "" if counts["val" if needs_labels else "samples"] else "no samples to evaluate on"
     if not training.enabled:
         return "training is switched off on this device"
+    if training.masked_only and order.masking is None:
+        return "this device sends its updates under masks only"
+    if order.masking is not None and order.masking.members < training.min_masked:
+        return f"fewer than {training.min_masked} devices to hide among"
     there = counts["train" if needs_labels else "samples"]
     return "" if there >= training.min_samples else f"no {'labelled ' * needs_labels}samples"
 
@@ -77,6 +93,9 @@ def job_ended(result: JobResult, parts: Parts) -> on.Event:
         return _checked(value, parts)
     if isinstance(value, Evaluation):
         return on.JobDone(result.key, value)
+    if isinstance(value, Draft):
+        parts.masked.hold(value)
+        return on.DraftDone(result.key, value.steps)
     update, left_over = value
     if left_over is not None:
         parts.left_over[update.update_id] = left_over
@@ -94,8 +113,17 @@ def _take_keys(keys: OnlineKeys, parts: Parts) -> None:
         _log.warning("online_keys_not_kept", reason=str(error))
 
 
+def _take_time(checked: Checked, parts: Parts) -> None:
+    """Moves the time floor; a full disk costs only that."""
+    try:
+        parts.clock.note_metadata(checked.signed_at, checked.expires)
+    except StorageError as error:
+        _log.warning("time_floor_not_kept", reason=str(error))
+
+
 def _checked(checked: Checked, parts: Parts) -> on.Event:
     _take_keys(checked.keys, parts)
+    _take_time(checked, parts)
     parts.received_bytes_total += checked.fetched_bytes
     serving = parts.serving
     if checked.installed is None:

@@ -15,14 +15,16 @@ import numpy as np
 
 from edge_agent.draws import Draws
 from edge_agent.learning import TrainPolicy, bounded, derive_seed, evaluate, train, usable, with_overrides
+from edge_agent.masked_rounds import Draft
 from edge_agent.ports import Engine, Floats, InferenceSession, Integers
 from edge_agent.release_files import SlotContents
 from wire import codec
 from wire.checkpoint import Checkpoint
 from wire.errors import BundleError, DataError, ModelError
 from wire.manifest import FLOAT32, TEMPLATE, TRAIN_ADAM, TRAIN_SGD
+from wire.masking import RingVector, encode_ring, ring_of
 from wire.materialize import materialize_float32, materialize_int8
-from wire.messages import Evaluation, Invitation, Order, TrainConfig, Update, encode_body
+from wire.messages import Evaluation, Invitation, MaskTerms, Order, TrainConfig, Update, encode_body
 from wire.records import size_class
 
 # What sealing adds to a padded body: head, keys, signature, and 48 bytes for each record of 96 KiB.
@@ -68,13 +70,13 @@ class Assignment:
 
 def do_train(
     engine: Engine, work: Assignment, should_stop: Callable[[], bool]
-) -> tuple[Update, codec.ErrorFeedback | None]:
+) -> tuple[Update, codec.ErrorFeedback | None] | Draft:
     """Trains from the head; the answer to a train order, and what its codec left over (None for an unbiased
-    one).
+    one). In a masked round it is a draft, which says nothing else than the update.
 
     Raises:
         BundleError: (peer) the head is not one of this model.
-        MessageError: (peer) overrides that cannot be used.
+        MessageError: (peer) overrides or terms of masking that cannot be used.
         DataError: there is nothing to train on.
         ModelError: training failed, diverged or was stopped, or the update does not fit its slot.
     """
@@ -88,6 +90,9 @@ def do_train(
     sizes = manifest.opt_state_sizes
     state_size = sizes.sgd if config.optimizer == "sgd" else sizes.adam
     trained = train(session, head, state_size, x, y, config, seed, should_stop=should_stop)
+    if order.masking is not None:
+        steps = int(trained.metrics.get("steps", 0))
+        return Draft(work.update_id, order, _in_ring(trained.update, order.masking, seed), steps)
     before = _metrics_before(engine, work, head)
     payload, feedback = _encode(trained.update, config, seed, work.feedback)
     update = _fitting(
@@ -180,6 +185,10 @@ def _encode(
     if feedback is None or len(feedback.residual) != len(update):
         feedback = codec.ErrorFeedback.zero(len(update))
     return feedback.encode(update, config.codec, draws)
+
+
+def _in_ring(update: Floats, terms: MaskTerms, seed: int) -> RingVector:
+    return encode_ring(update, ring_of(terms), Draws(derive_seed("ring", seed)))
 
 
 def _fitting(update: Update, order: Order) -> Update:

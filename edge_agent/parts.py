@@ -10,6 +10,7 @@ from typing import Final
 from edge_agent.heads import Heads
 from edge_agent.identity import Identity
 from edge_agent.install import Installer
+from edge_agent.masked_rounds import MaskedRounds
 from edge_agent.online_keys import ONLINE_KEYS_FACT, OnlineKeys
 from edge_agent.orders import Orders, ReplayWindows
 from edge_agent.outbox import Outbox
@@ -61,6 +62,7 @@ class Parts:
     orders: Orders
     samples: SampleStore
     heads: Heads
+    masked: MaskedRounds
     boot_id: bytes
     max_packet_bytes: int = 131_072
     received_bytes_total: int = 0
@@ -112,6 +114,7 @@ def assemble(
             precision=storage.precision,
         ),
         heads=Heads(settings.training.max_head_bytes, slots.current),
+        masked=MaskedRounds(identity, random=rng.randbytes, min_members=settings.training.min_masked),
         boot_id=rng.randbytes(16),
     )
 

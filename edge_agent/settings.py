@@ -17,6 +17,7 @@ from edge_agent.learning import TrainPolicy
 from process.settings import load_settings
 
 TOKEN_VARIABLE = "SHOAL_ENROLL_TOKEN"
+TOKEN_FILE_VARIABLE = "SHOAL_ENROLL_TOKEN_FILE"
 VARIABLE_PREFIX = "SHOAL_EDGE_"
 
 
@@ -56,6 +57,12 @@ class TrainingSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_clipping_norm: Annotated[
         float, _option("Largest L2 norm that an update may have.", gt=0.0, le=1e9)
     ] = 1000.0
+    masked_only: Annotated[
+        bool, _option("Whether this device declines to send an update that is not under masks.")
+    ] = False
+    min_masked: Annotated[
+        int, _option("Fewest devices of a masked round that this one takes part in.", ge=3, le=1024)
+    ] = 3
     max_examples: Annotated[int, _option("Newest samples that one round trains on.", ge=1, le=10**7)] = 4096
     max_head_bytes: Annotated[
         int, _option("Largest checkpoint that the device gathers for a round.", ge=1024, le=256 * 2**20)

@@ -27,6 +27,9 @@ from wire.messages import (
     InferenceReport,
     Invitation,
     Join,
+    MaskKeys,
+    MaskOpened,
+    MaskShares,
     Order,
     Telemetry,
     Update,
@@ -56,6 +59,10 @@ class Shell:
         self._perform: dict[type, Callable[[Any], None]] = {
             do.PublishBirth:     lambda _: self._say_birth(),
             do.PublishJoin:      self._say_join,
+            do.PublishMaskKeys:  self._say_mask_keys,
+            do.AnswerMasking:    self._answer_masking,
+            do.MaskUpdate:       self._mask_update,
+            do.LeaveMasking:     lambda action: parts.masked.drop(action.order_id),
             do.PublishTelemetry: lambda _: self._say_telemetry(),
             do.PublishReport:    lambda _: self._say_report(),
             do.RememberOrder:    self._remember,
@@ -110,6 +117,46 @@ class Shell:
             parts.orders.forget(action.order_id)
         packet = parts.speaker.join(body, run=action.run, round_number=action.round_number)
         parts.outgoing.say(packet, survives=True)
+
+    # --- masked rounds ----------------------------------------------------------------------------------
+
+    def _say_mask_keys(self, action: do.PublishMaskKeys) -> None:
+        order = action.order
+        try:
+            self._say_masking(order, self._parts.masked.begin(order))
+        except ShoalError as error:
+            self._fail_masking(order.order_id, error)
+
+    def _answer_masking(self, action: do.AnswerMasking) -> None:
+        masked, body = self._parts.masked, action.body
+        order = masked.order_of(body.order_id)
+        if order is None:
+            # Of before a restart: this device has dropped out of that round.
+            return
+        try:
+            answer = masked.hear(body)
+        except ShoalError as error:
+            self._fail_masking(body.order_id, error)
+            return
+        if answer is not None:
+            self._say_masking(order, answer)
+
+    def _mask_update(self, action: do.MaskUpdate) -> None:
+        try:
+            update = self._parts.masked.finish(action.order_id)
+        except ShoalError as error:
+            self._fail_masking(action.order_id, error)
+            return
+        if update is not None:
+            self._post(on.UpdateMasked(action.order_id, update))
+
+    def _say_masking(self, order: Order, body: MaskKeys | MaskShares | MaskOpened) -> None:
+        packet = self._parts.speaker.masking(body, run=order.run, round_number=order.round_number)
+        self._parts.outgoing.say(packet, survives=True)
+
+    def _fail_masking(self, order_id: bytes, error: ShoalError) -> None:
+        _log.warning("masking_failed", reason=str(error))
+        self._post(on.MaskingFailed(order_id, str(error)))
 
     def _say_telemetry(self) -> None:
         parts, counts = self._parts, self._parts.samples.counts()

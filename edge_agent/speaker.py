@@ -30,6 +30,12 @@ from wire.messages import (
     InferenceReport,
     Invitation,
     Join,
+    MaskInbox,
+    MaskKeys,
+    MaskOpened,
+    MaskQuestion,
+    MaskRoster,
+    MaskShares,
     Need,
     Order,
     Receipt,
@@ -38,7 +44,7 @@ from wire.messages import (
     encode_body,
 )
 from wire.primitives import ContentAlgorithm, KemPublicKey, VerifyKey, faster_content_algorithm
-from wire.topics import Topics
+from wire.topics import Topics, message_types
 from wire.transport import Packet
 
 SHARD: Final = "0"
@@ -47,10 +53,12 @@ NEED_EXPIRY_SECONDS: Final = 60
 TELEMETRY_EXPIRY_SECONDS: Final = 60
 REPORT_EXPIRY_SECONDS: Final = 300
 
-DownBody = Invitation | Order | Receipt | Announcement
+DownBody = Invitation | Order | Receipt | Announcement | MaskRoster | MaskInbox | MaskQuestion
 _DOWN: Final[dict[str, type[DownBody]]] = {
-    body.TYPE: body for body in (Invitation, Order, Receipt, Announcement)
+    body.TYPE: body
+    for body in (Invitation, Order, Receipt, Announcement, MaskRoster, MaskInbox, MaskQuestion)
 }
+_DOWN_TOPICS: Final = frozenset({"rd", "cm", "ak", "md"})
 # The broker hands the retained ones out again at every connection; acting on them twice changes nothing.
 _RETAINED: Final = frozenset({Invitation.TYPE, Announcement.TYPE})
 
@@ -66,6 +74,9 @@ class BlobChunk:
 
 class Speaker:
     """One device's voice and ears.
+
+    Attributes:
+        acknowledged_until: when the newest receipt that was heard ends (unix seconds); 0 before the first.
 
     Args:
         clock: decides whether a message has expired; give it the floored one.
@@ -90,6 +101,7 @@ class Speaker:
         self._topics = Topics(identity.tenant, identity.fleet)
         self._recipient: KemPublicKey | None = None
         self._signers: dict[bytes, envelope.Signer] = {}
+        self.acknowledged_until = 0.0
         self.keys = OnlineKeys.of_enrolment(identity)
         self.trust(self.keys)
 
@@ -136,6 +148,11 @@ class Speaker:
         """The answer to an order."""
         sealed = self._seal(body.TYPE, encode_body(body), run=run, round_number=round_number)
         return Packet(self._topics.by_device(body.TYPE, self._identity.device), sealed, qos=1)
+
+    def masking(self, body: MaskKeys | MaskShares | MaskOpened, *, run: str, round_number: int) -> Packet:
+        """What a phase of a masked round asks for."""
+        sealed = self._seal(body.TYPE, encode_body(body), run=run, round_number=round_number)
+        return Packet(self._topics.by_device("jn", self._identity.device), sealed, qos=1)
 
     def quick(self, body: Telemetry | InferenceReport) -> Packet:
         """A report that may be lost."""
@@ -225,14 +242,13 @@ class Speaker:
             ReplayError: (peer) seen before, or too old to tell.
         """
         topic = self._topics.parse(packet.topic)
-        body_type = _DOWN.get(topic.kind)
-        if body_type is None or (topic.device and topic.device != self._identity.device):
+        if topic.kind not in _DOWN_TOPICS or (topic.device and topic.device != self._identity.device):
             raise MessageError("a topic that is not for this device", topic=packet.topic[:200])
         expect = envelope.Expect(
             direction="down",
             tenant=self._identity.tenant,
             fleet=self._identity.fleet,
-            type=topic.kind,
+            type=message_types(topic.kind),
             device=self._identity.device,
         )
         opened = envelope.open_signed(
@@ -242,8 +258,11 @@ class Speaker:
             now=self._clock.now(),
             limit_bytes=MAX_DOWN_BYTES,
         )
-        body = decode_body(opened.body, body_type, limit_bytes=MAX_DOWN_BYTES)
-        self._move_window(topic.kind, opened.header)
+        kind = opened.header.type
+        body = decode_body(opened.body, _DOWN[kind], limit_bytes=MAX_DOWN_BYTES)
+        self._move_window(kind, opened.header)
+        if topic.kind == Receipt.TYPE:
+            self.acknowledged_until = float(opened.header.expiry)
         return body
 
     def _move_window(self, kind: str, header: Header) -> None:

@@ -33,7 +33,7 @@ from edge_agent.device_state import (
     without_upload,
 )
 from edge_agent.ports import Moment
-from wire.messages import Order
+from wire.messages import Evaluation, Order, Update
 
 Outcome = tuple[State, list[do.Action]]
 Cause = Literal["train", "evaluate", "update", "job ended"]
@@ -117,14 +117,18 @@ def _invited(state: State, event: on.InvitationArrived, now: Moment) -> Outcome:
 def _ordered(state: State, event: on.OrderArrived, now: Moment) -> Outcome:
     order = event.order
     if any(task.order.order_id == order.order_id for task in state.tasks):
-        return state, [_accept(order)]
+        return state, [_accept(order), *_mask_keys(order)]
     if event.update_id:
         return _answer_again(state, order, event.update_id, now)
     reason = _why_not(state, event, now)
     if reason:
         return state, [_decline(order, reason)]
     task = Task(order, on_elapsed(order.deadline, now))
-    return replace(state, tasks=(*state.tasks, task)), [do.RememberOrder(order), _accept(order)]
+    return replace(state, tasks=(*state.tasks, task)), [
+        do.RememberOrder(order),
+        _accept(order),
+        *_mask_keys(order),
+    ]
 
 
 def _why_not(state: State, event: on.OrderArrived, now: Moment) -> str:
@@ -156,12 +160,48 @@ def _head_ready(state: State, event: on.HeadReady, now: Moment) -> Outcome:
 
 def _job_done(state: State, event: on.JobDone, now: Moment) -> Outcome:
     state, task = _end_job(state, event.key)
+    return (state, []) if task is None else _owe(state, task, event.body, now)
+
+
+def _owe(state: State, task: Task, body: Update | Evaluation, now: Moment) -> Outcome:
+    """From now on the cloud is owed this update."""
+    deadline = task.order.deadline + state.timing.keep_after_deadline
+    upload = Upload(body.update_id, on_elapsed(deadline, now), now.elapsed)
+    state, sends = _send_due(replace(state, uploads=(*state.uploads, upload)), now)
+    return state, [do.StoreUpdate(body, deadline), *sends]
+
+
+def _draft_done(state: State, event: on.DraftDone, now: Moment) -> Outcome:
+    """The worker is free; the order is not done before its update is masked."""
+    state, task = _end_job(state, event.key)
     if task is None:
         return state, []
-    deadline = task.order.deadline + state.timing.keep_after_deadline
-    upload = Upload(event.body.update_id, on_elapsed(deadline, now), now.elapsed)
-    state, sends = _send_due(replace(state, uploads=(*state.uploads, upload)), now)
-    return state, [do.StoreUpdate(event.body, deadline), *sends]
+    waiting = replace(task, running=False, trained=True)
+    return replace(state, tasks=(*state.tasks, waiting)), [do.MaskUpdate(event.key)]
+
+
+def _masking_heard(state: State, event: on.MaskingHeard, now: Moment) -> Outcome:
+    """Also after the update: its masks are asked for when it has come."""
+    key = event.body.order_id
+    is_waited_for = any(task.trained and task.order.order_id == key for task in state.tasks)
+    answer = do.AnswerMasking(event.body)
+    return state, [answer, do.MaskUpdate(key)] if is_waited_for else [answer]
+
+
+def _update_masked(state: State, event: on.UpdateMasked, now: Moment) -> Outcome:
+    state, task = _take_trained(state, event.key)
+    return (state, []) if task is None else _owe(state, task, event.body, now)
+
+
+def _masking_failed(state: State, event: on.MaskingFailed, now: Moment) -> Outcome:
+    """A job that runs is left to end: it finds no masks, and fails here again."""
+    if any(task.running and task.order.order_id == event.key for task in state.tasks):
+        return state, [do.LeaveMasking(event.key)]
+    order_id = event.key
+    found = next((task for task in state.tasks if task.order.order_id == order_id), None)
+    state = replace(state, tasks=tuple(task for task in state.tasks if task is not found))
+    declined = [_decline(found.order, event.reason)] if found is not None else []
+    return state, [do.LeaveMasking(order_id), *declined]
 
 
 def _job_failed(state: State, event: on.JobFailed, now: Moment) -> Outcome:
@@ -252,6 +292,10 @@ _TABLE: dict[type, Callable[[State, Any, Moment], Outcome]] = {
     on.ChunkArrived:        _chunk,
     on.HeadReady:           _head_ready,
     on.JobDone:             _job_done,
+    on.DraftDone:           _draft_done,
+    on.MaskingHeard:        _masking_heard,
+    on.UpdateMasked:        _update_masked,
+    on.MaskingFailed:       _masking_failed,
     on.JobFailed:           _job_failed,
     on.ReceiptArrived:      _receipt,
     on.UpdateLost:          _update_lost,
@@ -275,6 +319,8 @@ def _give_up(state: State, now: Moment) -> Outcome:
 
 
 def _what_lacked(state: State, task: Task) -> str:
+    if task.trained:
+        return "no masks in time"
     head = head_of(state, task)
     if head is None or not head.complete:
         return "no head in time"
@@ -365,6 +411,11 @@ def _end_job(state: State, key: bytes) -> tuple[State, Task | None]:
     return _move(state, "job ended"), task
 
 
+def _take_trained(state: State, key: bytes) -> tuple[State, Task | None]:
+    task = next((task for task in state.tasks if task.trained and task.order.order_id == key), None)
+    return replace(state, tasks=tuple(item for item in state.tasks if item is not task)), task
+
+
 def _forget_heads(state: State, *, keep: int, base: bytes = b"") -> Outcome:
     """Drops the oldest heads above `keep` that no order waits for, but not a complete one called `base`."""
     kept: list[Head] = []
@@ -385,6 +436,10 @@ def _check_soon(state: State, now: Moment) -> State:
 
 def _accept(order: Order) -> do.PublishJoin:
     return do.PublishJoin(order.order_id, order.run, order.round_number, accepted=True)
+
+
+def _mask_keys(order: Order) -> list[do.Action]:
+    return [] if order.masking is None else [do.PublishMaskKeys(order)]
 
 
 def _decline(order: Order, reason: str) -> do.PublishJoin:

@@ -64,13 +64,16 @@ class Tally:
                 self._ended(before, "done", elapsed)
                 if isinstance(body, Update):
                     self.training_steps_total += int(body.metrics.get("steps", 0))
+            case on.DraftDone(steps=steps):
+                self._ended(before, "done", elapsed)
+                self.training_steps_total += steps
             case on.JobFailed():
                 self._ended(before, "failed", elapsed)
             case on.ReleaseInstalled():
                 self._ended(before, "done", elapsed)
                 self.swaps["release"] += int(event.release_version != before.release_version)
         # One event may end a job and begin the next.
-        is_end = isinstance(event, on.JobDone | on.JobFailed | on.ReleaseInstalled)
+        is_end = isinstance(event, on.JobDone | on.DraftDone | on.JobFailed | on.ReleaseInstalled)
         if after.phase != "idle" and (is_end or before.phase != after.phase):
             self._job_began = elapsed
 

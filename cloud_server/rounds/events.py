@@ -65,6 +65,26 @@ class ReplyStored:
 
 
 @dataclass(frozen=True, slots=True)
+class MaskAnswered:
+    """A member sent what the present phase of a masked round asks it for."""
+
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class MaskPhaseOpened:
+    """The next phase of a masked round is committed, for these devices."""
+
+    devices: tuple[str, ...]
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class MasksKnown:
+    """Enough was told to unmask the sum; who has not answered yet is not needed."""
+
+
+@dataclass(frozen=True, slots=True)
 class ReplyRefused:
     """A member's reply was refused; it gets no second one in this collection."""
 
@@ -88,7 +108,10 @@ class EvaluationOpened:
 
 @dataclass(frozen=True, slots=True)
 class RunEnded:
-    """Whoever drives the run from outside (a ServerApp) has no more to do."""
+    """Whoever drives the run from outside (a ServerApp) has no more to do; or, with a `reason`, the privacy budget is
+    spent."""
+
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +135,9 @@ Event = (
     | JoinArrived
     | ReplyStored
     | ReplyRefused
+    | MaskAnswered
+    | MaskPhaseOpened
+    | MasksKnown
     | FoldDone
     | EvaluationOpened
     | RunEnded
@@ -150,6 +176,21 @@ class CloseCollection:
 
 
 @dataclass(frozen=True, slots=True)
+class CloseKeys:
+    """Commit the keys of a masked round; answered by `MaskPhaseOpened` with who shares now."""
+
+
+@dataclass(frozen=True, slots=True)
+class CloseShares:
+    """Commit who masks with whom; answered by `MaskPhaseOpened` with who trains."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskForMasks:
+    """Ask those whose masked updates are committed what unmasks their sum; answered by `MaskPhaseOpened`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Fold:
     """Aggregate the committed set; answered by `FoldDone`."""
 
@@ -185,7 +226,9 @@ class FailRound:
 
 @dataclass(frozen=True, slots=True)
 class FinishRun:
-    """Commit that the run is finished; tell the fleet that it is idle."""
+    """Commit that the run is finished, or why it cannot go on; tell the fleet that it is idle."""
+
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +243,9 @@ Action = (
     | SendOrders
     | ResendOrder
     | CloseCollection
+    | CloseKeys
+    | CloseShares
+    | AskForMasks
     | Fold
     | CommitFold
     | SendEvaluateOrders

@@ -7,6 +7,9 @@ docs/architecture.md (The aggregator).
     IDLE ─ quorum present ─▶ OPENING ─▶ TRAINING ─ all answered, goal, or deadline with quorum ─▶ FOLDING
       ▲                                     └─ no quorum ─▶ (failed: back-off) ─▶ IDLE                │
       └─ CommitRound ── DECIDING ◀─ all answered or deadline ── EVALUATING ◀─ CommitFold (head moves) ┘
+
+    A masked round:  OPENING ─▶ KEYS ─▶ SHARES ─▶ TRAINING ─▶ UNMASKING ─▶ FOLDING; each of these phases ends as
+    TRAINING does, and without a quorum fails the round.
 """
 
 from __future__ import annotations
@@ -17,7 +20,10 @@ from typing import Any
 
 from cloud_server.rounds.events import (
     Action,
+    AskForMasks,
     CloseCollection,
+    CloseKeys,
+    CloseShares,
     CommitFold,
     CommitRound,
     Decide,
@@ -29,6 +35,9 @@ from cloud_server.rounds.events import (
     Fold,
     FoldDone,
     JoinArrived,
+    MaskAnswered,
+    MaskPhaseOpened,
+    MasksKnown,
     NodeLost,
     NodesChanged,
     OpenRound,
@@ -46,6 +55,8 @@ from cloud_server.rounds.events import (
     Tick,
 )
 from cloud_server.rounds.state import (
+    COLLECTING,
+    MASK_STEPS,
     NEVER,
     NOBODY,
     OUTSTANDING,
@@ -100,10 +111,10 @@ def _try_open(state: RoundState, event: Any, now: float, policy: RoundPolicy) ->
 def _opened(state: RoundState, event: RoundOpened, now: float, policy: RoundPolicy) -> Step:
     state = replace(
         state,
-        phase=Phase.TRAINING,
+        phase=Phase.KEYS if policy.is_masked else Phase.TRAINING,
         round_number=state.round_number + 1,
         cohort=Collection.of(dict.fromkeys(event.devices, Standing.WAITING)),
-        deadline=event.deadline,
+        deadline=min(event.deadline, now + policy.mask_seconds) if policy.is_masked else event.deadline,
         resend_at=now + policy.resend_seconds,
     )
     return state, (SendOrders(event.devices),)
@@ -119,7 +130,19 @@ def _joined(state: RoundState, event: JoinArrived, now: float, policy: RoundPoli
     )
 
 
-def _stored(state: RoundState, event: ReplyStored, now: float, policy: RoundPolicy) -> Step:
+def _mask_phase_opened(state: RoundState, event: MaskPhaseOpened, now: float, policy: RoundPolicy) -> Step:
+    cohort = Collection.of(dict.fromkeys(event.devices, Standing.WAITING))
+    state = replace(state, cohort=cohort, deadline=event.deadline, resend_at=now + policy.resend_seconds)
+    if len(event.devices) < policy.quorum:
+        return _fail(state, f"{len(event.devices)} of {policy.quorum} devices can mask", now, policy)
+    return state, (SendOrders(event.devices),)
+
+
+def _masks_known(state: RoundState, _event: MasksKnown, _now: float, _policy: RoundPolicy) -> Step:
+    return replace(_alone(state), phase=Phase.FOLDING), (Fold(),)
+
+
+def _stored(state: RoundState, event: ReplyStored | MaskAnswered, now: float, policy: RoundPolicy) -> Step:
     return _set_standing(state, event.device, Standing.ANSWERED, now, policy)
 
 
@@ -153,7 +176,9 @@ def _collection_tick(state: RoundState, _event: Tick, now: float, policy: RoundP
     state, actions = _close_if_over(state, now, policy)
     if actions or now < state.resend_at:
         return state, actions
-    silent = [device for device, standing in state.cohort.members.items() if standing is Standing.WAITING]
+    # In a masked round who accepted owes more than that: its keys.
+    awaited = OUTSTANDING if state.phase in MASK_STEPS else {Standing.WAITING}
+    silent = [device for device, standing in state.cohort.members.items() if standing in awaited]
     state = replace(state, resend_at=now + policy.resend_seconds)
     return state, tuple(ResendOrder(device) for device in silent)
 
@@ -188,8 +213,8 @@ def _exchange_opened(state: RoundState, event: EvaluationOpened, now: float, pol
     return _evaluation_opened(state, event, now, policy)
 
 
-def _ended(state: RoundState, _event: RunEnded, _now: float, _policy: RoundPolicy) -> Step:
-    return replace(state, phase=Phase.FINISHED), (FinishRun(),)
+def _ended(state: RoundState, event: RunEnded, _now: float, _policy: RoundPolicy) -> Step:
+    return replace(state, phase=Phase.FINISHED), (FinishRun(event.reason),)
 
 
 def _decided(state: RoundState, _event: DecisionMade, now: float, policy: RoundPolicy) -> Step:
@@ -205,6 +230,12 @@ def _resume_training(state: RoundState, _event: Resumed, now: float, policy: Rou
 
 def _resume_folding(state: RoundState, _event: Resumed, _now: float, _policy: RoundPolicy) -> Step:
     return state, (Fold(),)
+
+
+def _resume_mask_phase(state: RoundState, event: Resumed, now: float, policy: RoundPolicy) -> Step:
+    """What was gathered in this phase was in memory: everybody is asked again, and answers the same."""
+    waits = now + policy.mask_seconds
+    return _resume_training(replace(state, deadline=min(state.deadline, waits)), event, now, policy)
 
 
 def _resume_evaluating(state: RoundState, event: Resumed, now: float, policy: RoundPolicy) -> Step:
@@ -235,6 +266,7 @@ TRANSITIONS: dict[tuple[Phase, type], _Handler] = {
     (Phase.IDLE,       RunEnded):         _ended,
     (Phase.OPENING,    RoundOpened):      _opened,
     (Phase.OPENING,    RoundNotOpened):   _not_opened,
+    (Phase.OPENING,    RunEnded):         _ended,
     (Phase.TRAINING,   Tick):             _collection_tick,
     (Phase.TRAINING,   NodesChanged):     _nodes_changed,
     (Phase.TRAINING,   NodeLost):         _lost,
@@ -242,6 +274,10 @@ TRANSITIONS: dict[tuple[Phase, type], _Handler] = {
     (Phase.TRAINING,   ReplyStored):      _stored,
     (Phase.TRAINING,   ReplyRefused):     _refused,
     (Phase.TRAINING,   Resumed):          _resume_training,
+    (Phase.TRAINING,   MaskPhaseOpened):  _mask_phase_opened,
+    (Phase.SHARES,     MaskPhaseOpened):  _mask_phase_opened,
+    (Phase.UNMASKING,  MaskPhaseOpened):  _mask_phase_opened,
+    (Phase.UNMASKING,  MasksKnown):       _masks_known,
     (Phase.FOLDING,    FoldDone):         _fold_done,
     (Phase.FOLDING,    Resumed):          _resume_folding,
     (Phase.EVALUATING, EvaluationOpened): _evaluation_opened,
@@ -255,6 +291,16 @@ TRANSITIONS: dict[tuple[Phase, type], _Handler] = {
     (Phase.DECIDING,   DecisionMade):     _decided,
     (Phase.DECIDING,   Resumed):          _resume_deciding,
 }  # fmt: skip
+# The same in each phase that only masked rounds have.
+_IN_MASK_STEPS: dict[type, _Handler] = {
+    Tick:         _collection_tick,
+    NodesChanged: _nodes_changed,
+    NodeLost:     _lost,
+    JoinArrived:  _joined,
+    MaskAnswered: _stored,
+    Resumed:      _resume_mask_phase,
+}  # fmt: skip
+TRANSITIONS |= {(phase, event): move for phase in MASK_STEPS for event, move in _IN_MASK_STEPS.items()}
 
 
 def _set_standing(
@@ -269,9 +315,23 @@ def _close_if_over(state: RoundState, now: float, policy: RoundPolicy) -> Step:
     answered, state = state.cohort.answered, _alone(state)
     if state.phase is Phase.EVALUATING:
         return replace(state, phase=Phase.DECIDING), (CloseCollection(), Decide())
-    if answered < policy.quorum:
-        return _fail(state, f"{answered} of {policy.quorum} updates", now, policy)
-    return replace(state, phase=Phase.FOLDING), (CloseCollection(), Fold())
+    if state.phase is Phase.UNMASKING:
+        # How many shares are enough the fold knows: a secret's are counted by neighbours, not by devices.
+        return replace(state, phase=Phase.FOLDING), (Fold(),)
+    if answered < policy.quorum and not policy.folds_always:
+        return _fail(state, f"{answered} of {policy.quorum} {_AWAITED[state.phase]}", now, policy)
+    following, *actions = _FOLLOWING[state.phase, policy.is_masked]
+    return replace(state, phase=following), tuple(actions)
+
+
+_AWAITED = {Phase.KEYS: "devices' keys", Phase.SHARES: "devices' shares", Phase.TRAINING: "updates"}
+# What follows a collection that has its quorum: the phase, and what is done.
+_FOLLOWING: dict[tuple[Phase, bool], tuple[Any, ...]] = {
+    (Phase.TRAINING, False): (Phase.FOLDING,   CloseCollection(), Fold()),
+    (Phase.KEYS,     True):  (Phase.SHARES,    CloseKeys()),
+    (Phase.SHARES,   True):  (Phase.TRAINING,  CloseShares()),
+    (Phase.TRAINING, True):  (Phase.UNMASKING, CloseCollection(), AskForMasks()),
+}  # fmt: skip
 
 
 def _is_over(state: RoundState, now: float, policy: RoundPolicy) -> bool:
@@ -328,7 +388,7 @@ def _bounded(state: RoundState, now: float, policy: RoundPolicy) -> RoundState:
 
 def _wakeup(state: RoundState, policy: RoundPolicy, now: float) -> float:
     """When the machine wants its next `Tick`; `NEVER` if only an event can move it."""
-    if state.phase in (Phase.TRAINING, Phase.EVALUATING):
+    if state.phase in COLLECTING:
         grace_end = _grace_end(state, policy)
         waits = (state.deadline, state.resend_at, NEVER if state.cohort.outstanding else max(grace_end, 0.0))
         return min(waits)

@@ -16,15 +16,27 @@ NEVER = math.inf
 
 
 class Phase(StrEnum):
-    """Where a run stands. The words of `rounds.state` in the database are those of the middle four."""
+    """Where a run stands. The words of `rounds.state` in the database are those between OPENING and FINISHED.
+
+    KEYS, SHARES and UNMASKING are phases of masked rounds only.
+    """
 
     IDLE = "idle"
     OPENING = "opening"
+    KEYS = "keys"
+    SHARES = "shares"
     TRAINING = "training"
+    UNMASKING = "unmasking"
     FOLDING = "folding"
     EVALUATING = "evaluating"
     DECIDING = "deciding"
     FINISHED = "finished"
+
+
+MASK_STEPS = frozenset({Phase.KEYS, Phase.SHARES, Phase.UNMASKING})
+"""Phases in which a masked round gathers what is no update."""
+COLLECTING = MASK_STEPS | {Phase.TRAINING, Phase.EVALUATING}
+"""Phases in which a cohort's answers are awaited."""
 
 
 class Standing(StrEnum):
@@ -57,6 +69,10 @@ class RoundPolicy:
         rounds: a run ends when this many rounds moved the head; 0 for never.
         evaluate_every: evaluate and decide on a release after every this many moved heads, and after the last; 0 for
             never.
+        folds_always: a collection that is over is folded, however few answered; under differential privacy a round
+            that fails for lack of replies would tell how many there were.
+        is_masked: updates come under masks; the cloud learns their sum only.
+        mask_seconds: longest wait in each of the phases that only masked rounds have.
 
     Raises:
         ConfigurationError: (operator) a value out of bounds; names it.
@@ -73,6 +89,9 @@ class RoundPolicy:
     backoff_max_seconds: float = 600.0
     rounds: int = 0
     evaluate_every: int = 1
+    folds_always: bool = False
+    is_masked: bool = False
+    mask_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         least = {
@@ -87,6 +106,7 @@ class RoundPolicy:
             "backoff_max_seconds": 0,
             "rounds": 0,
             "evaluate_every": 0,
+            "mask_seconds": 1e-3,
         }
         for name, bound in least.items():
             value = getattr(self, name)
