@@ -2,15 +2,15 @@
 
 Laws: the child dies with its parent; what is returned has answered a fresh connection (without TLS, a CONNECT);
 without TLS a broker listens on this machine only, and the embedded one, which verifies no certificate and has no
-access control, always does. Source: docs/protocol.md, clause 2.
+access control, always does: any other address is refused. Source: docs/protocol.md, clause 2.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import secrets
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -21,16 +21,18 @@ from types import TracebackType
 from typing import Literal
 
 from wire.errors import BrokerError, ConfigurationError
+from wire.transport.broker_access import mosquitto_access
 from wire.transport.broker_configuration import (
     BrokerLimits,
+    BrokerSite,
     BrokerTls,
     embedded_configuration,
-    mosquitto_access,
     mosquitto_configuration,
 )
+from wire.transport.broker_probe import end_session, probe
 from wire.transport.dial import describe
 
-__all__ = ["BrokerLimits", "BrokerTls", "RunningBroker", "probe", "start_broker"]
+__all__ = ["BrokerLimits", "BrokerTls", "RunningBroker", "end_session", "probe", "start_broker"]
 
 Kind = Literal["auto", "mosquitto", "embedded"]
 
@@ -39,7 +41,6 @@ _STOP_SECONDS = 5.0
 _POLL_SECONDS = 0.02
 _PORT_ATTEMPTS = 3
 _LOG_TAIL_BYTES = 600
-_MQTT_5_REASON_SUCCESS = 0
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where a probe finds what listens everywhere
 
@@ -94,6 +95,15 @@ class RunningBroker:
         self.kill()
         self._process = self._start()
         return True
+
+    def reload(self) -> None:
+        """Makes mosquitto read access file, certificates and revocation list again. Connections stay.
+
+        Whoever is just being let in may still be judged by the old list, as the signal comes late; who gets a CONNACK
+        on a connection that he opened after this call knows that the new one counts from now on.
+        """
+        if self.kind == "mosquitto" and self.is_alive():
+            self._process.send_signal(signal.SIGHUP)
 
     def stop(self) -> None:
         """Ends the broker, by force after 5 s. Safe to call twice."""
@@ -185,11 +195,7 @@ def start_broker(
     if kind not in ("auto", "mosquitto", "embedded"):
         raise ConfigurationError(f"no broker is called {kind!r}", hint="auto, mosquitto or embedded")
     limits = limits if limits is not None else BrokerLimits()
-    if tls is None and host not in _LOOPBACK:
-        raise ConfigurationError(
-            f"without TLS a broker lets everybody in, and does not listen on {host}",
-            hint="use 127.0.0.1, or give it certificates",
-        )
+    _check_address(kind, host, tls)
     command = _command(kind, tls)
     folder.mkdir(parents=True, exist_ok=True)
     for attempt in range(_PORT_ATTEMPTS):
@@ -204,53 +210,19 @@ def start_broker(
     raise BrokerError("no broker was started")
 
 
-def probe(
-    host: str,
-    port: int,
-    *,
-    tls: ssl.SSLContext | None = None,
-    handshake_only: bool = False,
-    timeout_seconds: float = 5.0,
-) -> None:
-    """Opens a fresh connection and completes CONNECT and CONNACK: a broker may run and still accept nobody.
-
-    A broker that takes the client id from the certificate disconnects the present owner of that name: give
-        `tls` a
-    certificate of its own, or use `handshake_only`, which ends after TCP and TLS.
-
-    Raises:
-        BrokerError: no connection, no answer, or a refusal.
-    """
-    try:
-        with socket.create_connection((host, port), timeout=timeout_seconds) as plain:
-            if tls is None:
-                _connect_once(plain, handshake_only)
-            else:
-                with tls.wrap_socket(plain, server_hostname=host) as secured:
-                    _connect_once(secured, handshake_only)
-    except OSError as error:
-        raise BrokerError(
-            f"the broker at {host} port {port} does not answer: {describe(error)}",
-            hint="start it, or check host, port and certificates",
-        ) from error
-
-
-def _connect_once(connected: socket.socket, handshake_only: bool) -> None:
-    if handshake_only:
+def _check_address(kind: Kind, host: str, tls: BrokerTls | None) -> None:
+    if host in _LOOPBACK:
         return
-    client_id = f"probe-{secrets.token_hex(6)}".encode()
-    # CONNECT, MQTT 5.0 clause 3.1: clean start, keep-alive 10 s, no properties (session expiry 0).
-    body = b"\x00\x04MQTT\x05\x02\x00\x0a\x00" + len(client_id).to_bytes(2, "big") + client_id
-    connected.sendall(b"\x10" + bytes([len(body)]) + body)
-    answer = b""
-    while len(answer) < 4:  # CONNACK: type, remaining length, flags, reason
-        more = connected.recv(4 - len(answer))
-        if not more:
-            raise ConnectionResetError("closed before CONNACK")
-        answer += more
-    if answer[0] != 0x20 or answer[3] != _MQTT_5_REASON_SUCCESS:
-        raise ConnectionRefusedError(f"CONNECT was answered by {answer.hex()}")
-    connected.sendall(b"\xe0\x00")
+    if kind == "embedded":
+        raise ConfigurationError(
+            f"the embedded broker knows neither certificates nor access rights, and does not listen on {host}",
+            hint="it is for one machine: use 127.0.0.1, or mosquitto with certificates",
+        )
+    if tls is None:
+        raise ConfigurationError(
+            f"without TLS a broker lets everybody in, and does not listen on {host}",
+            hint="use 127.0.0.1, or give it certificates",
+        )
 
 
 def _command(kind: Kind, tls: BrokerTls | None) -> tuple[str, ...]:
@@ -278,12 +250,18 @@ def _configure(
     kind: str, folder: Path, host: str, port: int, limits: BrokerLimits, tls: BrokerTls | None
 ) -> Path:
     if kind == "embedded":
-        text = embedded_configuration("127.0.0.1", port, limits)
+        listen = {"localhost": "127.0.0.1", "::1": "[::1]"}.get(host, host)
+        text = embedded_configuration(listen, port, limits)
     else:
-        text = mosquitto_configuration(folder, host, port, limits, tls, as_root=os.geteuid() == 0)
+        folder = folder.resolve()
+        # Started by root, mosquitto becomes a user who cannot read our files, unless it is told to stay.
+        user = "root" if os.geteuid() == 0 else ""
+        text = mosquitto_configuration(
+            BrokerSite(host, port, folder, folder / "access", user), limits, tls and tls.resolved()
+        )
         if tls is not None:
             access = folder / "access"
-            access.write_text(mosquitto_access(tls), encoding="utf-8")
+            access.write_text(mosquitto_access(tls.tenant, tls.fleet, tls.aggregators), encoding="utf-8")
             access.chmod(0o600)
     configuration = folder / ("broker.toml" if kind == "embedded" else "broker.conf")
     configuration.write_text(text, encoding="utf-8")

@@ -1,19 +1,18 @@
 """The configuration files that the brokers are started with: text in, text out.
 
-Laws: every limit is stated, none is left at a default that drops messages; a device writes only under its own
-name and reads only what is for all or for it (docs/protocol.md, clause 2).
+The launcher's mosquitto and one that an operator runs himself are configured by the same function. Laws: every limit is
+stated, none is left at a default that drops messages or has no bound; every option says why it stands there. Sources:
+docs/protocol.md, clauses 2 and 10; mosquitto.conf(5).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from wire.errors import ConfigurationError
-from wire.topics import ID, PREFIX
-
-_DEVICE_WRITES = ("st/%u", "tm/%u", "jn/%u", "up/+/%u/#", "nd/%u/+", "rs/%u", "es/%u", "ir/%u")
-_DEVICE_READS = ("rd/#", "md/#", "bl/#", "ak/%u", "cm/%u", "ea/%u")
+Persistence = Literal["interval", "change", "off"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,8 @@ class BrokerTls:
         key_file: PEM of its key.
         tenant: of the fleet that the broker serves.
         fleet: of the fleet that the broker serves.
-        aggregators: common names that may read and write everything of the fleet.
+        aggregators: common names that read and write for the cloud.
+        revocation_file: PEM of the authority's revocation list; None trusts every certificate until it ends.
     """
 
     ca_file: Path
@@ -37,6 +37,17 @@ class BrokerTls:
     tenant: str
     fleet: str
     aggregators: tuple[str, ...] = ("aggregator",)
+    revocation_file: Path | None = None
+
+    def resolved(self) -> BrokerTls:
+        """The same with absolute paths: the broker may run in another folder than we."""
+        return replace(
+            self,
+            ca_file=self.ca_file.resolve(),
+            certificate_file=self.certificate_file.resolve(),
+            key_file=self.key_file.resolve(),
+            revocation_file=self.revocation_file and self.revocation_file.resolve(),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,85 +55,197 @@ class BrokerLimits:
     """What the broker holds at most.
 
     Attributes:
-        max_packet_bytes: the largest packet; clients read it from CONNACK where the broker says it.
+        max_packet_bytes: the largest packet; clients read it from CONNACK where the broker says it. The protocol needs
+            122,880 bytes and a topic (docs/protocol.md, clause 6.1).
         max_inflight: QoS 1 publications to one client without acknowledgement.
         queued_messages: kept for one client that is away or slow (mosquitto).
         queued_bytes: of those.
+        memory_bytes: of the whole broker (mosquitto).
         max_connections: clients at a time (embedded; mosquitto takes as many as it has descriptors).
     """
 
-    max_packet_bytes: int = 1_048_576
+    max_packet_bytes: int = 131_072
     max_inflight: int = 64
     queued_messages: int = 20_000
     queued_bytes: int = 64 * 1_048_576
+    memory_bytes: int = 1_073_741_824
     max_connections: int = 4_096
 
 
-def mosquitto_configuration(
-    folder: Path, host: str, port: int, limits: BrokerLimits, tls: BrokerTls | None, *, as_root: bool
-) -> str:
-    """`mosquitto.conf` for one listener.
+@dataclass(frozen=True, slots=True)
+class BrokerSite:
+    """Where mosquitto runs, and how.
 
-    Args:
-        folder: database and access file lie here.
-        as_root: mosquitto gives up root for a user that cannot read our files, unless told to stay.
+    Attributes:
+        host: address to listen on.
+        port: to listen on.
+        data: folder of its database.
+        access_file: who may read and write what (`broker_access.py`); only with TLS.
+        user: whom it becomes when root starts it; empty for its own default, `mosquitto`.
+        persistence: when sessions, queues and retained messages are written to the disk.
+        is_talkative: whether it logs who comes and goes.
     """
-    lines = [
-        *(["user root"] if as_root else []),
-        f"listener {port} {host}",
-        f"max_packet_size {limits.max_packet_bytes}",
-        f"max_inflight_messages {limits.max_inflight}",
-        "max_inflight_bytes 0",
-        f"max_queued_messages {limits.queued_messages}",
-        f"max_queued_bytes {limits.queued_bytes}",
-        "max_connections -1",
-        "persistence true",
-        f"persistence_location {folder.resolve()}/",
-        "persistence_file mosquitto.db",
-        "autosave_interval 30",
-        "persistent_client_expiration 14d",
-        "set_tcp_nodelay true",
-        "log_dest stderr",
-        "log_type error",
-        "log_type warning",
-        "log_type notice",
-        "connection_messages false",
-    ]
-    if tls is None:
-        lines.append("allow_anonymous true")
-    else:
-        lines += [
-            "allow_anonymous false",
-            f"cafile {tls.ca_file.resolve()}",
-            f"certfile {tls.certificate_file.resolve()}",
-            f"keyfile {tls.key_file.resolve()}",
-            "tls_version tlsv1.3",
-            "require_certificate true",
-            "use_identity_as_username true",
-            "use_username_as_clientid true",  # else a valid certificate may take another device's session
-            f"acl_file {(folder / 'access').resolve()}",
-        ]
-    return "\n".join(lines) + "\n"
+
+    host: str
+    port: int
+    data: Path
+    access_file: Path
+    user: str = ""
+    persistence: Persistence = "interval"
+    is_talkative: bool = False
 
 
-def mosquitto_access(tls: BrokerTls) -> str:
-    """The access file: aggregators own the fleet's topics, devices what stands under their own name.
+Part = tuple[str, tuple[str, ...]]
+"""Why, and the options; empty options leave the part out."""
 
-    Raises:
-        ConfigurationError: (operator) a name that cannot stand in a topic.
-    """
-    for name in (tls.tenant, tls.fleet, *tls.aggregators):
-        if not ID.fullmatch(name):
-            raise ConfigurationError(
-                f"{name!r} cannot be a tenant, fleet or user", hint="use A-Z a-z 0-9 _ -"
-            )
-    base = f"{PREFIX}/{tls.tenant}/{tls.fleet}"
-    lines = []
-    for name in tls.aggregators:
-        lines += [f"user {name}", f"topic readwrite {base}/#", ""]
-    lines += [f"pattern write {base}/{topic}" for topic in _DEVICE_WRITES]
-    lines += [f"pattern read {base}/{topic}" for topic in _DEVICE_READS]
-    return "\n".join(lines) + "\n"
+
+def mosquitto_configuration(site: BrokerSite, limits: BrokerLimits, tls: BrokerTls | None) -> str:
+    """`mosquitto.conf` for one listener, of mosquitto 2. Paths in it are as given."""
+    parts = (
+        ("As whom it runs when root starts it.", (f"user {site.user}",) if site.user else ()),
+        *_limits(limits),
+        *_persistence(site),
+        *_logs(site),
+        *_listener(site),
+        *(_open_door() if tls is None else _locked_door(site, tls)),
+    )
+    return "\n".join(_written(parts))
+
+
+def _written(parts: Iterable[Part]) -> list[str]:
+    lines = ["# Written by Shoal for mosquitto 2. A change here is lost when it is written again."]
+    for why, options in parts:
+        if options:
+            lines += ["", *(f"# {line}" for line in why.splitlines()), *options]
+    return [*lines, ""]
+
+
+def _limits(limits: BrokerLimits) -> tuple[Part, ...]:
+    return (
+        (
+            "The largest packet: a chunk of 122,880 bytes and its topic fit (docs/protocol.md, clause 6.1).\n"
+            "Who sends a larger one is disconnected.",
+            (f"max_packet_size {limits.max_packet_bytes}",),
+        ),
+        (
+            "To one client without its acknowledgement. Bytes are bounded by the number and the packet's size.",
+            (f"max_inflight_messages {limits.max_inflight}", "max_inflight_bytes 0"),
+        ),
+        (
+            "Kept for one client that is away or slow. What comes on top is dropped without a word: outbox and\n"
+            "receipts make that good, but it costs time. (The default, 1,000, drops in every round.)",
+            (
+                f"max_queued_messages {limits.queued_messages}",
+                f"max_queued_bytes {limits.queued_bytes}",
+                "queue_qos0_messages false",
+            ),
+        ),
+        (
+            "Of the whole broker. At the limit it drops and disconnects; without one, a device that floods it, or\n"
+            "fills it with retained messages under its own name, takes the machine down.",
+            (f"memory_limit {limits.memory_bytes}",),
+        ),
+        (
+            "A client that says nothing for twice this is gone; a device asks for 30 s. Who asks for more, or for\n"
+            "no limit, is told this.",
+            ("max_keepalive 600",),
+        ),
+        (
+            "A session is forgotten after this; devices ask for 7 days.",
+            ("persistent_client_expiration 14d",),
+        ),
+    )
+
+
+def _persistence(site: BrokerSite) -> tuple[Part, ...]:
+    if site.persistence == "off":
+        return (
+            (
+                "Nothing is written: a restart loses sessions, queues and retained messages. Devices subscribe anew\n"
+                "and send again what has no receipt; the aggregator announces anew.",
+                ("persistence false",),
+            ),
+        )
+    saved = {
+        "interval": (
+            "Written every 30 s (default: 30 min) and at a clean end. A crash loses what came since, which\n"
+            "devices and aggregator send again; a queue on the disk costs no time while messages pass.",
+            ("autosave_interval 30",),
+        ),
+        "change": (
+            "Written at every change: a crash loses nothing, and every message waits for the whole database to\n"
+            "be written (54 ms with 50 MB queued). Receipts make this unnecessary.",
+            ("autosave_interval 1", "autosave_on_changes true"),
+        ),
+    }[site.persistence]
+    return (
+        (
+            "Sessions and queues survive a restart, so that devices need not gather everything anew.",
+            ("persistence true", f"persistence_location {site.data}/", "persistence_file mosquitto.db"),
+        ),
+        saved,
+    )
+
+
+def _logs(site: BrokerSite) -> tuple[Part, ...]:
+    return (
+        (
+            "Errors and what an operator acts on; never topics or payloads.",
+            (
+                "log_dest stderr",
+                "log_type error",
+                "log_type warning",
+                "log_type notice",
+                f"connection_messages {'true' if site.is_talkative else 'false'}",
+            ),
+        ),
+    )
+
+
+def _listener(site: BrokerSite) -> tuple[Part, ...]:
+    return (
+        (
+            "The one door. The number of connections is left to the limit of open files (LimitNOFILE): a number\n"
+            "here would count strangers who only open a connection, and so let them shut the fleet out.",
+            (f"listener {site.port} {site.host}", "protocol mqtt", "max_connections -1"),
+        ),
+        ("Small messages leave at once.", ("set_tcp_nodelay true",)),
+        ("QoS 2 is not used on this wire, and costs the broker state.", ("max_qos 1", "max_topic_alias 10")),
+    )
+
+
+def _open_door() -> tuple[Part, ...]:
+    return (
+        ("Without certificates everybody may do everything: this machine only.", ("allow_anonymous true",)),
+    )
+
+
+def _locked_door(site: BrokerSite, tls: BrokerTls) -> tuple[Part, ...]:
+    return (
+        (
+            "Mutual TLS 1.3 and nothing less; the broker's own certificate is signed by the fleet's authority, too.",
+            (
+                "allow_anonymous false",
+                f"cafile {tls.ca_file}",
+                f"certfile {tls.certificate_file}",
+                f"keyfile {tls.key_file}",
+                "tls_version tlsv1.3",
+                "require_certificate true",
+            ),
+        ),
+        (
+            "Certificates that were revoked. Read again at SIGHUP; connections that are open stay, which is why the\n"
+            "aggregator takes a revoked device's session over. The file must be there, and its nextUpdate to come:\n"
+            "past it, mosquitto lets nobody in.",
+            (f"crlfile {tls.revocation_file}",) if tls.revocation_file is not None else (),
+        ),
+        (
+            "The name in the certificate is user and client id, whatever the client says: else a valid certificate\n"
+            "could take another device's session over.",
+            ("use_identity_as_username true", "use_username_as_clientid true"),
+        ),
+        ("Who may read and write what.", (f"acl_file {site.access_file}",)),
+    )
 
 
 def embedded_configuration(host: str, port: int, limits: BrokerLimits) -> str:
