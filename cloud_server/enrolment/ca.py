@@ -9,6 +9,7 @@ RFC 8410, RFC 5758.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,6 @@ from wire.primitives import (
 CA_DAYS = 3650
 SERVER_DAYS = 825
 DEVICE_DAYS = 7
-REVOCATION_LIST_DAYS = 30
 _KEY, _CERTIFICATE = "ca.key", "ca.pem"
 # Clocks of devices run behind: a certificate that is valid "from now" would be refused for an hour.
 _BACKDATED = timedelta(hours=1)
@@ -129,26 +129,28 @@ class CertificateAuthority:
         # RFC 5280 ends common names at 64 characters; only the alternative names are compared anyway.
         return self._issue(key, names[0][:64], ExtendedKeyUsageOID.SERVER_AUTH, names, now, days)
 
-    def revocation_list(
-        self, serials: Iterable[str], *, now: float, days: float = REVOCATION_LIST_DAYS
-    ) -> bytes:
+    def revocation_list(self, serials: Iterable[str], *, issued: float) -> bytes:
         """A revocation list (PEM) of certificates by serial (hex).
 
-        A broker locks every device out when the list's `nextUpdate` has passed: write a new one well before.
+        It holds as long as the authority: a broker lets nobody in once `nextUpdate` of its list has passed.
         """
-        when = _utc(now)
+        when = _utc(issued)
         builder = (
             x509.CertificateRevocationListBuilder()
             .issuer_name(self._certificate.subject)
             .last_update(when)
-            .next_update(when + timedelta(days=days))
+            .next_update(max(self._certificate.not_valid_after_utc, when + timedelta(days=1)))
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), False)
-            .add_extension(x509.CRLNumber(int(now)), False)
+            .add_extension(x509.CRLNumber(int(issued)), False)
         )
         for serial in sorted(serials):
             revoked = x509.RevokedCertificateBuilder().serial_number(int(serial, 16)).revocation_date(when)
             builder = builder.add_revoked_certificate(revoked.build())
         return builder.sign(self._key, None).public_bytes(serialization.Encoding.PEM)
+
+    def has_signed(self, revoked: x509.CertificateRevocationList) -> bool:
+        """Whether a revocation list is this authority's."""
+        return revoked.is_signature_valid(self._key.public_key())
 
     def _issue(
         self,
@@ -202,19 +204,43 @@ def ensure_server_files(
 
 
 def ensure_client_files(
-    authority: CertificateAuthority, folder: Path, name: str, *, now: float
+    authority: CertificateAuthority, folder: Path, name: str, *, now: float, days: float = SERVER_DAYS
 ) -> tuple[Path, Path]:
     """The paths of `{name}.pem` and `{name}.key`: a client certificate of ours, for the broker.
 
-    Made anew at every start of the service; it outlives any time between two restarts.
+    The aggregator's own is made anew at every start of the service; it outlives any time between two restarts.
     """
     certificate_path, key_path = folder / f"{name}.pem", folder / f"{name}.key"
     key_pem = generate_tls_key()
     request = make_csr(key_pem, name).decode("ascii")
-    issued = authority.issue_device(request, name, now=now, days=SERVER_DAYS)
+    issued = authority.issue_device(request, name, now=now, days=days)
     write_private(key_path, key_pem)
     write_private(certificate_path, issued.pem.encode("ascii"))
     return certificate_path, key_path
+
+
+def refresh_revocation_list(
+    authority: CertificateAuthority, path: Path, serials: Iterable[str], *, now: float
+) -> bool:
+    """Writes the list that a broker reads, where there is none, it says something else, or it is a day old.
+
+    A broker lets nobody in by a list from its future, and of two lists of one second it goes on with the older. So a
+    list begins an hour back, as certificates do, and a second after the one before it.
+
+    Returns:
+        Whether it was written: the broker must read it again (`RunningBroker.reload`).
+    """
+    wanted = set(serials)
+    issued = _utc(now) - _BACKDATED
+    with contextlib.suppress(FileNotFoundError, ValueError):  # one that cannot be read is written anew
+        present = x509.load_pem_x509_crl(path.read_bytes())
+        begun = present.last_update_utc
+        is_good = authority.has_signed(present) and begun <= _utc(now) and issued - begun < timedelta(days=1)
+        if is_good and {f"{entry.serial_number:x}" for entry in present} == wanted:
+            return False
+        issued = min(max(issued, begun + timedelta(seconds=1)), _utc(now))
+    write_private(path, authority.revocation_list(wanted, issued=issued.timestamp()))
+    return True
 
 
 def certificate_ends(folder: Path) -> dict[str, float]:

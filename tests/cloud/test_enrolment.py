@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from datetime import UTC, datetime
 
 import pytest
 from cryptography import x509
@@ -72,12 +71,6 @@ def test_secret_is_kept_as_a_hash_only(deployment: Deployment) -> None:
     assert row.secret_hash != hashlib.sha256(token.secret.encode()).hexdigest()
 
 
-def test_token_of_one_use_lets_one_device_in(deployment: Deployment) -> None:
-    token = deployment.mint()
-    deployment.enrolment.enrol(Newcomer("a").request(token))
-    assert refusal(deployment, Newcomer("b").request(token)) == "token_used"
-
-
 def test_token_of_many_uses_lets_so_many_in_to_wait_for_approval(deployment: Deployment) -> None:
     token = deployment.mint(uses=2)
     for name in ("a", "b"):
@@ -94,8 +87,6 @@ def test_device_whose_answer_was_lost_is_answered_again(deployment: Deployment) 
     second = deployment.enrolment.enrol(newcomer.request(token))
     assert second.certificate != first.certificate
     assert len(deployment.registry.devices()) == 1
-    other_key = Newcomer("watch-1")
-    assert refusal(deployment, other_key.request(token)) == "token_used"
 
 
 def test_revoked_device_is_not_let_in_by_its_old_token(deployment: Deployment) -> None:
@@ -265,11 +256,11 @@ def test_every_enrolment_is_in_the_audit_chain(deployment: Deployment) -> None:
 
 
 def test_revocation_list_names_revoked_certificates(deployment: Deployment) -> None:
-    pem = deployment.authority.revocation_list(["ab12", "1"], now=NOW)
+    pem = deployment.authority.revocation_list(["ab12", "1"], issued=NOW)
     revoked = x509.load_pem_x509_crl(pem)
     assert {entry.serial_number for entry in revoked} == {0xAB12, 1}
-    assert revoked.next_update_utc == datetime.fromtimestamp(NOW + 30 * DAY, tz=UTC)
     authority = x509.load_pem_x509_certificate(deployment.authority.certificate_pem.encode())
+    assert revoked.next_update_utc == authority.not_valid_after_utc
     assert revoked.is_signature_valid(authority.public_key())  # type: ignore[arg-type]
 
 
