@@ -97,7 +97,7 @@ def _certificate(identity: Identity, clock: Clock) -> Finding:
             "certificate",
             "fail",
             f"expired {-left / 86_400:.1f} days ago",
-            "enrol this device anew with a new token",
+            "start the agent: it renews by its update key, unless the device was away for too long",
         )
     detail = f"valid for {left / 86_400:.1f} days"
     if left < EXPIRY_WARNING_SECONDS:

@@ -1,8 +1,8 @@
 """`shoal-edge`: enrol a device, run its agent, look at it, check what it needs.
 
 Laws of the file: standard output is data (answers, `--json`), standard error is talk; nothing heavy is
-imported before a command needs it; a token on the command line is accepted but a file or `-` keeps it out of
-the process list. Source: docs/reference.md.
+imported before a command needs it; a token comes from a file, from standard input or from the environment and
+never from the command line, which everybody on the machine can read. Source: docs/reference.md.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _parser() -> CommandParser:
     )
     state.add_argument("--settings", type=path, metavar="FILE", help="settings as TOML")
     enroll = commands.add_parser("enroll", parents=[state], help="make this machine a device of a fleet")
-    enroll.add_argument("token", nargs="?", help="the enrolment token; - reads it from standard input")
+    enroll.add_argument("token", nargs="?", metavar="-", help="read the enrolment token from standard input")
     enroll.add_argument("--token-file", type=path, metavar="FILE", help="a file that holds the token")
     enroll.add_argument("--name", metavar="DEVICE", help="the device's name, where the token leaves it open")
     run = commands.add_parser("run", parents=[state], help="run the agent")
@@ -91,21 +91,36 @@ def _token(options: argparse.Namespace) -> str:
     from process.settings import read_secret
     from wire.errors import ConfigurationError
 
-    given = [source for source in (options.token, options.token_file) if source is not None]
-    if len(given) > 1:
+    if options.token not in (None, "-"):
         raise ConfigurationError(
-            "the token is given twice", hint="give it as an argument or as a file, not both"
+            "a token on the command line can be read by everybody on this machine",
+            hint="take it from a file (--token-file FILE) or from standard input (-); this one has been seen: make"
+            " another",
+        )
+    if options.token is not None and options.token_file is not None:
+        raise ConfigurationError(
+            "the token is given twice", hint="give it in a file or on standard input, not both"
         )
     if options.token_file is not None:
         return read_secret(options.token_file, "the enrolment token")
     if options.token == "-":
         return sys.stdin.readline(65_536).strip()
-    token = options.token or os.environ.get(TOKEN_VARIABLE, "")
+    token = _token_of_environment()
     if not token:
         raise ConfigurationError(
-            "no enrolment token", hint=f"give it as an argument, with --token-file, or in {TOKEN_VARIABLE}"
+            "no enrolment token",
+            hint=f"give it with --token-file FILE, on standard input (-), or in {TOKEN_VARIABLE}",
         )
-    return str(token)
+    return token
+
+
+def _token_of_environment() -> str:
+    """The token in a variable, or in the file that one names; taken out of the environment. Empty without one."""
+    from edge_agent.settings import TOKEN_FILE_VARIABLE, TOKEN_VARIABLE
+    from process.settings import read_secret
+
+    token, file = os.environ.pop(TOKEN_VARIABLE, ""), os.environ.pop(TOKEN_FILE_VARIABLE, "")
+    return token or (read_secret(Path(file), "the enrolment token") if file else "")
 
 
 # --- run ----------------------------------------------------------------------------------------------------
@@ -133,8 +148,11 @@ def _enrol_at_first_run(options: argparse.Namespace) -> int:
     from edge_agent.identity import FOLDER_NAME
     from edge_agent.settings import TOKEN_VARIABLE
 
-    token = os.environ.pop(TOKEN_VARIABLE, "")
-    if not token or (options.state / FOLDER_NAME).exists():
+    if (options.state / FOLDER_NAME).exists():
+        os.environ.pop(TOKEN_VARIABLE, "")  # no child needs to see it
+        return 0
+    token = _token_of_environment()
+    if not token:
         return 0
     from edge_agent.first_run import enrol_in_child
 

@@ -1,4 +1,5 @@
-"""How a device gets its identity from one token, and its next certificate before the old one expires.
+"""How a device gets its identity from one token, its next certificate before the old one expires, and one when it
+was away for longer.
 
 Laws of the file: nothing is sent before the server has shown a certificate of the very CA that the token
 pins; private keys are made here and never leave; an identity appears whole or not at all. Source:
@@ -24,17 +25,20 @@ from edge_agent.identity import Identity
 from process.clock import Clock
 from wire.enrolment import (
     MAX_BODY_BYTES,
+    Challenge,
     EnrolmentToken,
     EnrolRequest,
     EnrolResponse,
+    LateRenewRequest,
     Refusal,
     RenewRequest,
     RenewResponse,
     decode_json,
     encode_json,
+    late_proof_bytes,
     proof_bytes,
 )
-from wire.errors import EnrolmentError, MessageError, StorageError, TrustError
+from wire.errors import EnrolmentError, MessageError, StorageError, TransportError, TrustError
 from wire.primitives import (
     SigningKey,
     certificate_fingerprint,
@@ -49,8 +53,9 @@ from wire.primitives import (
 CA_PATH: Final = "/v1/ca"
 ENROL_PATH: Final = "/v1/enroll"
 RENEW_PATH: Final = "/v1/renew"
-# The other half is for a device that is off, or cut off from the aggregator: an expired certificate opens no door.
-RENEW_AFTER_SHARE: Final = 0.5
+CHALLENGE_PATH: Final = "/v1/challenge"
+LATE_RENEWAL_PATH: Final = "/v1/late-renewal"
+RENEW_AFTER_SHARE: Final = 2 / 3
 _DEVICE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _ATTEMPT: Final = ".enrolling-"
 _MAX_CA_BYTES: Final = 16_384
@@ -62,10 +67,13 @@ _HINTS: Final = {
     "token_expired": "ask for a new token: shoal-cloud device add",
     "name": "device names are 1 to 64 of A-Z a-z 0-9 _ -",
     "name_taken": "choose another name with --name, or revoke the other device first",
-    "revoked": "this device was revoked: enrol it anew with a new token",
+    "revoked": "it stays out: enrol it anew, under another name, with a new token",
+    "quarantined": "ask the operator to look at it: shoal-cloud device approve NAME; then it renews by itself",
+    "too_late": "ask the operator to revoke it, and enrol it anew, under another name, with a new token",
+    "update_key": "the aggregator knows no such device with this key: enrol it anew with a new token",
     "busy": "try again in a minute",
 }
-R = TypeVar("R", EnrolResponse, RenewResponse)
+R = TypeVar("R", EnrolResponse, RenewResponse, Challenge)
 
 
 def parse_token(text: str) -> EnrolmentToken:
@@ -151,7 +159,7 @@ def _forget_attempt(folder: Path) -> None:
 
 
 def renewal_is_due(identity: Identity, now: float) -> bool:
-    """Whether half of the certificate's life is over. `now` in unix seconds."""
+    """Whether two thirds of the certificate's life are over. `now` in unix seconds."""
     begins, ends = certificate_validity(identity.certificate_pem)
     return now - begins >= RENEW_AFTER_SHARE * (ends - begins)
 
@@ -163,12 +171,64 @@ def renew(identity: Identity) -> Identity:
         EnrolmentError: the aggregator refuses (a revoked device), or answers with what cannot be used.
         TransportError: the aggregator cannot be reached.
     """
-    csr = make_csr(read_private(identity.tls_key_path), identity.device)
     connection = HttpsConnection(
         identity.url_api, tls_name=identity.tls_name, context=identity_context(identity)
     )
-    body = encode_json(RenewRequest(csr=csr.decode("ascii")))
-    response = _post(connection, RENEW_PATH, body, RenewResponse)
+    body = encode_json(RenewRequest(csr=_request_of(identity)))
+    return _take(identity, _post(connection, RENEW_PATH, body, RenewResponse))
+
+
+def renew_late(identity: Identity) -> Identity:
+    """Gets the next certificate of a device whose own has expired: its update key says who it is.
+
+    Raises:
+        EnrolmentError: the aggregator refuses (`code` is `revoked`, `quarantined` or `too_late`, or the key is not
+            one that it knows), or answers with what cannot be used.
+        TransportError: the aggregator cannot be reached.
+        TrustError: it is not the aggregator of this device's CA.
+    """
+    context = verified_context(identity.ca_pem)
+
+    def connection() -> HttpsConnection:
+        return HttpsConnection(identity.url_enrol, tls_name=identity.tls_name, context=context)
+
+    challenge = _post(connection(), CHALLENGE_PATH, b"", Challenge).challenge
+    csr = _request_of(identity)
+    signed = late_proof_bytes(
+        tenant=identity.tenant,
+        fleet=identity.fleet,
+        ca_sha256=certificate_fingerprint(identity.ca_pem).hex(),
+        device=identity.device,
+        challenge=challenge,
+        csr=csr,
+    )
+    request = LateRenewRequest(
+        device=identity.device, csr=csr, challenge=challenge, proof=identity.update_key.sign(signed).hex()
+    )
+    return _take(identity, _post(connection(), LATE_RENEWAL_PATH, encode_json(request), RenewResponse))
+
+
+def is_expired(identity: Identity, now: float) -> bool:
+    """Whether the certificate's life is over. `now` in unix seconds."""
+    return now >= certificate_not_after(identity.certificate_pem)
+
+
+def was_expired(error: TransportError) -> bool:
+    """Whether a connection failed because the other side saw our certificate expired: its clock decides."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLError) and "CERTIFICATE_EXPIRED" in (cause.reason or ""):
+            return True
+        cause = cause.__cause__
+    return False
+
+
+def _request_of(identity: Identity) -> str:
+    return make_csr(read_private(identity.tls_key_path), identity.device).decode("ascii")
+
+
+def _take(identity: Identity, response: RenewResponse) -> Identity:
+    """Keeps a new certificate, once it is seen to be a later one of the same CA."""
     certificate = response.certificate.encode()
     if certificate_fingerprint(response.ca.encode()) != certificate_fingerprint(identity.ca_pem):
         raise EnrolmentError("the aggregator answered with another CA", hint="enrol this device anew")

@@ -30,7 +30,9 @@ CERTIFICATE: Final = "certificate.pem"
 TLS_KEY: Final = "tls.key"
 UPDATE_KEY: Final = "update.key"
 TUF_ROOT: Final = "root.json"
-NOT_ENROLLED_HINT: Final = "enrol it: shoal-edge enroll TOKEN (a token comes from `shoal-cloud device add`)"
+NOT_ENROLLED_HINT: Final = (
+    "enrol it: shoal-edge enroll --token-file FILE (a token comes from `shoal-cloud device add`)"
+)
 _MAX_FILE_BYTES: Final = 256 * 1024
 _URL = re.compile(r"[a-z]+://[^/\s@?#]+/?")
 

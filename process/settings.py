@@ -30,7 +30,7 @@ Settings = TypeVar("Settings", bound=msgspec.Struct)
 
 FAMILY = "SHOAL_"
 PROGRAM_PREFIXES = ("SHOAL_EDGE_", "SHOAL_CLOUD_")
-SHARED_VARIABLES = ("SHOAL_STATE", "SHOAL_ENROLL_TOKEN")
+SHARED_VARIABLES = ("SHOAL_STATE", "SHOAL_ENROLL_TOKEN", "SHOAL_ENROLL_TOKEN_FILE")
 """Variables of the family that are no settings: where the state is, and a container's enrolment token."""
 # What Kubernetes tells every pod about a service that is called shoal-…; nobody set it as a setting.
 _SERVICE_LINK = re.compile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -32,8 +33,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def enrolled(aggregator: Aggregator, tmp_path: Path) -> Path:
-    assert main(["enroll", aggregator.token(), "--state", str(tmp_path / "state")]) == 0
+    assert main(["enroll", *with_token(tmp_path, aggregator), "--state", str(tmp_path / "state")]) == 0
     return tmp_path / "state"
+
+
+def with_token(folder: Path, aggregator: Aggregator) -> list[str]:
+    """What a command line says to name a file with a token in it."""
+    place = folder / "token"
+    place.write_text(aggregator.token() + "\n")
+    return ["--token-file", str(place)]
 
 
 def start(state: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -261,8 +269,8 @@ def test_check_of_an_empty_folder_stops_at_the_identity(
         (["status"], 2, "not enrolled"),
         (["run"], 2, "not enrolled"),
         (["enroll"], 2, "no enrolment token"),
-        (["enroll", "nonsense"], 5, "not an enrolment token"),
-        (["enroll", "a", "--token-file", "b"], 2, "given twice"),
+        (["enroll", "shoal1.abc"], 2, "can be read by everybody on this machine"),
+        (["enroll", "-", "--token-file", "b"], 2, "given twice"),
         (["enroll", "--token-file", "/nowhere/token"], 2, "cannot read the enrolment token"),
         (["run", "--settings", "/nowhere.toml"], 2, "cannot read settings"),
         (["run", "--once"], 2, "there is none"),
@@ -318,10 +326,45 @@ def test_unknown_input_is_a_configuration_error_before_anything_starts(enrolled:
 
 
 def test_token_from_a_file_enrols(aggregator: Aggregator, tmp_path: Path) -> None:
-    (tmp_path / "token").write_text(aggregator.token() + "\n")
     state = ["--state", str(tmp_path / "state")]
-    assert main(["enroll", "--token-file", str(tmp_path / "token"), *state]) == 0
-    assert main(["enroll", "--token-file", str(tmp_path / "token"), *state]) == 2
+    assert main(["enroll", *with_token(tmp_path, aggregator), *state]) == 0
+    assert main(["enroll", *with_token(tmp_path, aggregator), *state]) == 2
+
+
+def test_token_from_standard_input_enrols(
+    aggregator: Aggregator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{aggregator.token()}\n"))
+    assert main(["enroll", "-", "--state", str(tmp_path / "state")]) == 0
+
+
+@pytest.mark.parametrize("variable", ["SHOAL_ENROLL_TOKEN", "SHOAL_ENROLL_TOKEN_FILE"])
+def test_token_from_the_environment_enrols_and_leaves_it(
+    aggregator: Aggregator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    _, file = with_token(tmp_path, aggregator)
+    monkeypatch.setenv(variable, file if variable.endswith("FILE") else aggregator.token())
+    assert main(["enroll", "--state", str(tmp_path / "state")]) == 0
+    assert variable not in os.environ
+
+
+def test_token_on_the_command_line_is_refused_before_anything_is_sent(
+    aggregator: Aggregator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = aggregator.token()
+    before = len(aggregator.requests)
+    assert main(["enroll", token, "--state", str(tmp_path / "state")]) == 2
+    assert token not in capsys.readouterr().err
+    assert len(aggregator.requests) == before
+    assert not (tmp_path / "state").exists()
+
+
+def test_text_that_is_no_token_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("nonsense\n"))
+    assert main(["enroll", "-", "--state", str(tmp_path / "state")]) == 5
+    assert "not an enrolment token" in capsys.readouterr().err
 
 
 def test_state_is_its_owners_alone(enrolled: Path) -> None:
@@ -336,9 +379,10 @@ def test_folder_of_an_aggregator_is_not_made_a_devices(
 ) -> None:
     (tmp_path / "keys").mkdir()
     (tmp_path / "settings.toml").touch()
-    assert main(["enroll", aggregator.token(), "--state", str(tmp_path)]) == 2
+    named = with_token(tmp_path, aggregator)
+    assert main(["enroll", *named, "--state", str(tmp_path)]) == 2
     assert "state folder of an aggregator" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["keys", "settings.toml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["keys", "settings.toml", "token"]
 
 
 def test_status_imports_nothing_heavy(enrolled: Path) -> None:
