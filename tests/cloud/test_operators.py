@@ -108,7 +108,15 @@ def test_only_healthz_answers_without_a_token(client: Client) -> None:
 
 @pytest.mark.parametrize(
     "header",
-    ["", "Bearer", "Bearer ", "Basic YTpi", "Bearer shoal-operator-" + "A" * 43, "Bearer " + "x" * 5000, "bearer é"],
+    [
+        "",
+        "Bearer",
+        "Bearer ",
+        "Basic YTpi",
+        "Bearer shoal-operator-" + "A" * 43,
+        "Bearer " + "x" * 5000,
+        "bearer é",
+    ],
 )
 def test_wrong_token_is_the_same_answer_as_none(client: Client, header: str) -> None:
     answer = client.ask("GET", "/v1/operator/status", Authorization=header)
@@ -116,7 +124,9 @@ def test_wrong_token_is_the_same_answer_as_none(client: Client, header: str) -> 
 
 
 def test_cookie_is_no_token(client: Client, tokens: dict[str, str]) -> None:
-    answer = client.ask("GET", "/v1/operator/status", Cookie=f"token={tokens['admin']}; session={tokens['admin']}")
+    answer = client.ask(
+        "GET", "/v1/operator/status", Cookie=f"token={tokens['admin']}; session={tokens['admin']}"
+    )
     assert answer.status == 401
 
 
@@ -126,7 +136,9 @@ def test_role_may_what_it_may_and_no_more(client: Client, tokens: dict[str, str]
     assert {client.do("GET", path, token).status for path in LOOK} == {200}
     acted = {client.do(method, path, token, {}).status for method, path in ACT if "revoke" not in path}
     governed = {client.do(method, path, token, {}).status for method, path in GOVERN}
-    assert (403 in acted, acted == {403}) == ((False, False) if role.includes(Role.OPERATOR) else (True, True))
+    assert (403 in acted, acted == {403}) == (
+        (False, False) if role.includes(Role.OPERATOR) else (True, True)
+    )
     assert (403 in governed, governed == {403}) == ((False, False) if role is Role.ADMIN else (True, True))
 
 
