@@ -1,4 +1,4 @@
-"""Backup and restore: a restored cloud accepts no replay and freezes no device, whatever the lost life did meanwhile."""
+"""Backup and restore: a restored cloud accepts no replay and freezes no device, whatever the lost life did."""
 
 from __future__ import annotations
 

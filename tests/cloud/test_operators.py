@@ -94,8 +94,7 @@ def client(deployment: Deployment) -> Iterator[Client]:
 @pytest.fixture(scope="module")
 def tokens(deployment: Deployment) -> dict[str, str]:
     with deployment.database.transaction() as connection:
-        made = {str(role): add_operator(connection, f"the-{role}", role, 1.0) for role in Role}
-    return made
+        return {str(role): add_operator(connection, f"the-{role}", role, 1.0) for role in Role}
 
 
 def test_only_healthz_answers_without_a_token(client: Client) -> None:
