@@ -25,3 +25,16 @@ def clip_factors(norms: Sequence[float], limit: float | None = None) -> list[flo
         moving = [norm for norm in norms if norm > 0.0]
         limit = statistics.median(moving) if moving else math.inf
     return [1.0 if norm <= limit else limit / norm for norm in norms]
+
+
+def cap_weights(weights: Sequence[int], ratio: float) -> list[int]:
+    """Weights of which none is more than `ratio` times their median, so that nobody counts for a cohort by saying so.
+
+    Args:
+        weights: whole numbers from 1 up.
+        ratio: at least 1.
+    """
+    if not weights:
+        return []
+    limit = max(1, int(ratio * statistics.median(weights)))
+    return [min(weight, limit) for weight in weights]

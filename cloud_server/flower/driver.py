@@ -17,17 +17,21 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from cloud_server.aggregate.fold import Fold
+from cloud_server.aggregate.rules import MEDIAN, Device, aggregate_rows
 from cloud_server.flower.planning import PlanningGrid, seeded
 from cloud_server.flower.private import AppExitException, cheap_collections, set_identity
 from cloud_server.flower.records import common_metrics, to_config, to_metrics, to_record, to_vector
+from cloud_server.flower.robust import ROBUST
 from cloud_server.flower.state import export_state, import_state, set_base
 from cloud_server.flower.strategies import (
+    clipping,
     innermost,
     is_client_adaptive,
     is_differentially_private,
     is_folded,
     is_robust,
     needed_nodes,
+    needs_reference,
 )
 from cloud_server.rounds.ports import Aggregate, Measured, Plan, Replies, Reply, Vector
 from wire.checkpoint import Checkpoint
@@ -36,6 +40,8 @@ from wire.manifest import TensorSlot
 
 WEIGHT_KEY = "num-examples"
 _ARRAYS, _METRICS = "arrays", "metrics"
+Reference = Callable[[Checkpoint, int], Vector]
+"""Trains on the operator's clean samples from a base, by a seed: float32 [P], the parameters that come of it."""
 # What Flower's strategies and the numpy under them raise on replies that they cannot use.
 _STRATEGY_ERRORS = (AppExitException, ArithmeticError, ValueError, LookupError, TypeError)
 
@@ -48,11 +54,13 @@ class StrategyDriver:
         slots: the tensors of the parameter vector.
         buffers_size: Q of the model.
         make_fold: makes the accumulator of a parameter vector of a given length; its device is chosen there.
+        device: torch device of a robust rule; None for the CPU.
+        reference: for FLTrust.
         timed: makes a context around each aggregation of updates, for a metric.
 
     Raises:
         ConfigurationError: (operator) differential privacy over a model with buffers, whose statistics no
-        noise hides.
+        noise hides; FLTrust without samples of the operator's.
     """
 
     def __init__(
@@ -62,6 +70,8 @@ class StrategyDriver:
         *,
         buffers_size: int = 0,
         make_fold: Callable[[int], Fold] = Fold,
+        device: Device | None = None,
+        reference: Reference | None = None,
         timed: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         set_identity()
@@ -69,6 +79,8 @@ class StrategyDriver:
         self._slots = slots
         self._make_fold = make_fold
         self._timed = timed
+        self._device = device
+        self._reference = reference
         self._initial = export_state(strategy)
         self._is_folded = is_folded(strategy)
         self._is_private = is_differentially_private(strategy)
@@ -77,6 +89,11 @@ class StrategyDriver:
             raise ConfigurationError(
                 "differential privacy does not cover the model's buffers (BatchNorm statistics)",
                 hint="use a model with GroupNorm",
+            )
+        if needs_reference(strategy) and reference is None:
+            raise ConfigurationError(
+                "FLTrust needs clean labelled samples of the operator's own",
+                hint="put them into refine.data of the state folder",
             )
 
     # ---- planning ----
@@ -108,15 +125,16 @@ class StrategyDriver:
 
     def _aggregate(self, round_number: int, base: Checkpoint, replies: Replies, seed: int) -> Aggregate:
         set_base(self._strategy, to_record(base.params, self._slots))
+        self._prepare(base, seed)
         stream: Iterable[Message]
         if self._is_folded:
-            message, buffers = self._prefold(base, replies)
+            message, buffers = self._prefold(base, replies, seed)
             stream = [message]
         else:
             stream = ReplyStream(
                 base, replies, self._slots, is_uniform=self._is_private, norm_bit_above=self._norm_bit_above()
             )
-            buffers = self._fold_buffers(base, replies)
+            buffers = self._fold_buffers(base, replies, seed)
         name = type(self._strategy).__name__
         try:
             with seeded(seed), cheap_collections():
@@ -132,34 +150,58 @@ class StrategyDriver:
         strategy: Any = self._strategy
         return float(strategy.clipping_norm) if is_client_adaptive(strategy) else None
 
-    def _prefold(self, base: Checkpoint, replies: Replies) -> tuple[Message, Vector]:
-        """All replies as one: the exact weighted mean, in memory that does not grow with the cohort."""
+    def _prepare(self, base: Checkpoint, seed: int) -> None:
+        """Gives one of our own rules what Flower's do not have."""
+        inner, reference = innermost(self._strategy), self._reference
+        if type(inner) in ROBUST.values():
+            inner.device = self._device
+        if needs_reference(self._strategy) and reference is not None:
+            inner.train_reference = lambda _: to_record(reference(base, seed), self._slots)
+
+    def _prefold(self, base: Checkpoint, replies: Replies, seed: int) -> tuple[Message, Vector]:
+        """All replies as one: the exact weighted mean, in memory that does not grow with the cohort.
+
+        Where the strategy wants them cut, their lengths and weights are known before the first is folded.
+        """
         fold, buffers = self._make_fold(base.params.size), Fold(base.buffers.size)
         metrics: list[Mapping[str, float]] = []
         weights: list[int] = []
-        for reply in replies:
-            fold.add(reply.update, reply.num_examples)
-            buffers.add(reply.buffers, reply.num_examples)
+        shares = self._shares(replies)
+        for number, reply in enumerate(replies):
+            weight, factor = (reply.num_examples, 1.0) if shares is None else shares[number]
+            fold.add(reply.update, weight * factor)
+            buffers.add(reply.buffers, weight)
             metrics.append(reply.metrics)
-            weights.append(reply.num_examples)
+            weights.append(weight)
         if not weights:
             raise RoundError("no update to fold")
-        local = (base.params + fold.mean()).astype(np.float32)
         total = sum(weights)
+        # A cut update keeps its weight in the divisor: it is shorter, not fewer. Without a cut this is a factor of 1.
+        local = (base.params + fold.mean() * (fold.total_weight / total)).astype(np.float32)
         averaged: dict[str, float | int] = {
             key: sum(w * m[key] for w, m in zip(weights, metrics, strict=True)) / total
             for key in common_metrics(metrics)
         }
         content = _content(to_record(local, self._slots), {WEIGHT_KEY: total, **averaged})
+        if shares is not None:  # a mean of statistics has no length to cut
+            return _reply_message(content, 1), self._fold_buffers(base, replies, seed)
         return _reply_message(content, 1), buffers.mean().astype(np.float32)
 
-    def _fold_buffers(self, base: Checkpoint, replies: Replies) -> Vector:
-        """Buffers under a strategy that sees single replies: the median under a robust one, else the mean."""
+    def _shares(self, replies: Replies) -> Sequence[tuple[int, float]] | None:
+        """What each reply weighs and the factor that its update is cut by; None where nothing is cut."""
+        clip = clipping(self._strategy)
+        if clip is None:
+            return None
+        outlines = replies.outlines()
+        return clip.shares([each.length for each in outlines], [each.num_examples for each in outlines])
+
+    def _fold_buffers(self, base: Checkpoint, replies: Replies, seed: int) -> Vector:
+        """Buffers: the median of at most 64 rows under a robust strategy, else the mean."""
         if not base.buffers.size:
             return base.buffers
         if is_robust(innermost(self._strategy)):
-            stacked = np.stack([reply.buffers for reply in replies])
-            return np.median(stacked, axis=0).astype(np.float32)
+            vectors = (reply.buffers for reply in replies)
+            return aggregate_rows(vectors, len(replies), base.buffers.size, MEDIAN, seed=seed)
         fold = Fold(base.buffers.size)
         for reply in replies:
             fold.add(reply.buffers, reply.num_examples)

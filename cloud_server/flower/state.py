@@ -16,6 +16,7 @@ from flwr.serverapp import strategy as flower
 from numpy.typing import NDArray
 
 from cloud_server.flower.records import as_named
+from cloud_server.flower.robust import ROBUST
 from cloud_server.flower.strategies import WRAPPERS, innermost
 from wire.cbor import decode_canonical, encode_canonical
 from wire.errors import MessageError, StorageError
@@ -42,7 +43,7 @@ def set_base(strategy: Any, base: ArrayRecord) -> None:
     inner = innermost(strategy)
     if type(inner) in _OPTIMIZERS:
         inner.current_arrays = as_named(base)
-    elif type(inner) is flower.FedAvgM:
+    elif type(inner) is flower.FedAvgM or type(inner) in ROBUST.values():
         inner.current_arrays = base
     elif type(inner) is flower.QFedAvg:
         inner.current_arrays = base.copy()

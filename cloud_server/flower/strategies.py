@@ -1,7 +1,7 @@
-"""Flower's strategies by name, with their parameters from configuration.
+"""Strategies by name, with their parameters from configuration: Flower's and ours.
 
-Twelve directly, the four wrappers for differential privacy around one of them; the two for XGBoost merge
-trees, which is not what devices send here, and are refused with a hint.
+Twelve of Flower's and our robust ones (`robust.py`) directly, the four wrappers for differential privacy around one of
+them; the two for XGBoost merge trees, which is not what devices send here, and are refused with a hint.
 
 Laws of the file: a name or parameter that is unknown is an error that names the nearest one; exact types
 decide what a strategy is given (`isinstance` is never asked: median and Krum subclass FedAvg).
@@ -19,6 +19,7 @@ from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Strategy
 
 from cloud_server.flower.private import aggregate_metricrecords
+from cloud_server.flower.robust import ROBUST, ClippedMean, FLTrust
 from wire.errors import ConfigurationError
 
 PLAIN: dict[str, type[Strategy]] = {
@@ -51,9 +52,17 @@ REFUSED = ("FedXgbBagging", "FedXgbCyclic")
 
 # Weighted means, and functions of one: they get all replies folded into one.
 _FOLDED = frozenset(
-    {flower.FedAvg, flower.FedAvgM, flower.FedProx, flower.FedAdam, flower.FedYogi, flower.FedAdagrad}
+    {
+        *(flower.FedAvg, flower.FedAvgM, flower.FedProx, flower.FedAdam, flower.FedYogi, flower.FedAdagrad),
+        ClippedMean,  # the fold cuts the updates
+    }
 )
-_ROBUST = frozenset({flower.FedMedian, flower.FedTrimmedAvg, flower.Krum, flower.MultiKrum, flower.Bulyan})
+_ROBUST = frozenset(
+    {
+        *(flower.FedMedian, flower.FedTrimmedAvg, flower.Krum, flower.MultiKrum, flower.Bulyan),
+        *ROBUST.values(),
+    }
+)
 # Functions and record keys are ours to set; an accountant needs a configuration of its own.
 _OURS = frozenset(
     {
@@ -65,6 +74,7 @@ _OURS = frozenset(
         "configrecord_key",
         "strategy",
         "accountant",
+        "train_reference",
     }
 )
 # The round's quorum says how many devices must be there; Flower's own default of two would say it twice.
@@ -80,7 +90,7 @@ def build_strategy(name: str, parameters: Mapping[str, Any] | None = None) -> St
     """Makes a strategy.
 
     Args:
-        name: Flower's name of its class, such as `FedAdam`.
+        name: of its class, such as `FedAdam` or `ClippedMean`.
         parameters: of its constructor. A wrapper takes one more, `strategy`: a table with the `name` and the
             `parameters` of what it wraps (FedAvg if absent).
 
@@ -91,8 +101,8 @@ def build_strategy(name: str, parameters: Mapping[str, Any] | None = None) -> St
     if name in WRAPPERS:
         inner = given.pop("strategy", {"name": "FedAvg"})
         return _construct(WRAPPERS[name], name, given, strategy=_inner_strategy(name, inner))
-    if name in PLAIN:
-        return _construct(PLAIN[name], name, given)
+    if name in PLAIN or name in ROBUST:
+        return _construct(PLAIN.get(name) or ROBUST[name], name, given)
     if name in REFUSED:
         raise ConfigurationError(
             f"{name} merges decision trees, devices send updates of a parameter vector",
@@ -100,7 +110,7 @@ def build_strategy(name: str, parameters: Mapping[str, Any] | None = None) -> St
             name=name,
         )
     raise ConfigurationError(
-        f"no strategy is called {name!r}", hint=_nearest(name, [*PLAIN, *WRAPPERS]), name=name
+        f"no strategy is called {name!r}", hint=_nearest(name, [*ROBUST, *PLAIN, *WRAPPERS]), name=name
     )
 
 
@@ -112,13 +122,15 @@ def _inner_strategy(wrapper: str, inner: Any) -> Strategy:
         )
     name = inner.get("name", "FedAvg")
     if name in WRAPPERS:
-        raise ConfigurationError(f"{wrapper} cannot wrap {name}", hint="wrap one of " + ", ".join(PLAIN))
+        raise ConfigurationError(
+            f"{wrapper} cannot wrap {name}", hint="wrap one of " + ", ".join([*PLAIN, *ROBUST])
+        )
     return build_strategy(name, inner.get("parameters"))
 
 
 def _construct(kind: type[Strategy], name: str, given: dict[str, Any], **ours: Any) -> Strategy:
-    signature = inspect.signature(kind.__init__).parameters
-    allowed = [key for key in signature if key not in _OURS and key not in ("self", "args", "kwargs")]
+    signature = _parameters(kind)
+    allowed = [key for key in signature if key not in _OURS]
     for key, value in given.items():
         if key not in allowed:
             raise ConfigurationError(f"{name} has no parameter {key!r}", hint=_nearest(key, allowed), key=key)
@@ -133,6 +145,21 @@ def _construct(kind: type[Strategy], name: str, given: dict[str, Any], **ours: A
         return kind(**{**defaults, **given, **ours})
     except ValueError as error:
         raise ConfigurationError(f"{name}: {error}", hint="see Flower's documentation of it") from error
+
+
+def _parameters(kind: type) -> dict[str, inspect.Parameter]:
+    """Of a constructor, and of those that it hands the rest to."""
+    found: dict[str, inspect.Parameter] = {}
+    for each in kind.__mro__:
+        if "__init__" not in vars(each):
+            continue
+        parameters = inspect.signature(each.__init__).parameters  # type: ignore[misc]
+        for key, parameter in parameters.items():
+            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) and key != "self":
+                found.setdefault(key, parameter)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return found
 
 
 def _check_value(name: str, key: str, value: Any, annotation: str) -> None:
@@ -171,6 +198,16 @@ def is_differentially_private(strategy: Strategy) -> bool:
 def is_client_adaptive(strategy: Strategy) -> bool:
     """Whether it adapts the clipping norm to what share of the devices clipped."""
     return type(strategy) is flower.DifferentialPrivacyClientSideAdaptiveClipping
+
+
+def clipping(strategy: Strategy) -> ClippedMean | None:
+    """The strategy itself where the fold must cut the updates for it."""
+    return strategy if type(strategy) is ClippedMean else None
+
+
+def needs_reference(strategy: Strategy) -> bool:
+    """Whether it needs an update from the operator's own samples."""
+    return type(innermost(strategy)) is FLTrust
 
 
 def is_robust(strategy: Strategy) -> bool:

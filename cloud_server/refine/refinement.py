@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,9 +35,10 @@ Vector = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefineConfig:
-    """How to refine, by SGD.
+    """How to refine.
 
     Attributes:
+        optimizer: `momentum` is SGD's.
         epochs: passes over the data; 0 switches refinement off.
         max_change: largest L2 norm of the change of the whole parameter vector.
         is_mixed: bf16 autocast (weights, loss and sums stay float32).
@@ -45,6 +47,7 @@ class RefineConfig:
         ConfigurationError: (operator) a value out of bounds; names it.
     """
 
+    optimizer: Literal["sgd", "adam"] = "sgd"
     epochs: int = 0
     batch_size: int = 64
     learning_rate: float = 0.01
@@ -140,10 +143,7 @@ class Refinery:
 
     def _train(self, generator: torch.Generator) -> list[float]:
         """Returns the mean loss of each epoch."""
-        config, tensors = self._config, list(params_of(self._module).values())
-        optimizer = torch.optim.SGD(
-            tensors, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
-        )
+        config, optimizer = self._config, self._optimizer()
         means = []
         for _ in range(config.epochs):
             total = torch.zeros((), device=self._device)
@@ -155,6 +155,14 @@ class Refinery:
                 total += loss.detach() * len(index)
             means.append(float(total) / len(self._x))
         return means
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        config, tensors = self._config, list(params_of(self._module).values())
+        if config.optimizer == "adam":
+            return torch.optim.Adam(tensors, lr=config.learning_rate, weight_decay=config.weight_decay)
+        return torch.optim.SGD(
+            tensors, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
+        )
 
     def _batches(self, generator: torch.Generator) -> Iterator[Tensor]:
         order = torch.randperm(len(self._x), generator=generator).to(self._device)

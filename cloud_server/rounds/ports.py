@@ -6,7 +6,7 @@ again with the same arguments after a restart, so each must be idempotent.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -87,6 +87,18 @@ class Finisher(Protocol):
         ...
 
 
+class HeldOut(Protocol):
+    """The operator's own labelled data, which no device has seen."""
+
+    def loss_of(self, base: Checkpoint, head: Checkpoint) -> float:
+        """How much worse the head is than its base, in the unit of the task's metric; negative where it is better.
+
+        Raises:
+            ModelError: an answer of the head is not finite.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """A head that may be released.
@@ -95,6 +107,7 @@ class Candidate:
         metrics: what the cohort measured with the quantized head, weighted by `num_examples` (of all: under
             `num_examples`); empty when nobody answered.
         devices: how many devices measured it.
+        measured: what each of them said, with its weight capped.
     """
 
     run: str
@@ -102,6 +115,7 @@ class Candidate:
     checkpoint: Checkpoint
     metrics: Mapping[str, float]
     devices: int
+    measured: Sequence[Measured] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,11 +160,23 @@ class Reply:
     norm: float
 
 
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What must be known of every reply before the first is folded: the L2 length of its update, and its weight."""
+
+    length: float
+    num_examples: int
+
+
 class Replies(Protocol):
     """The committed set in the canonical order of update ids. Iterates as often as wanted, decoding anew
     each time, so that memory does not grow with the cohort."""
 
     def __len__(self) -> int: ...
+
+    def outlines(self) -> Sequence[Outline]:
+        """Of each reply, in the same order; updates that are kept decoded stay so."""
+        ...
 
     def __iter__(self) -> Iterator[Reply]: ...
 

@@ -1,0 +1,322 @@
+"""Robust rules as strategies of ours: FedAvg's planning and metrics, and an aggregate that a minority cannot steer.
+
+They work in a stock ServerApp, where `configure_train` gives them the base, and in our driver, which sets it. Laws of
+the file: replies are read as a stream, as often as a rule needs and never held together (a rule that needs them side by
+side holds at most 64 rows); a reply that cannot be used is left out and ends nothing; no state is carried from round to
+round; chance is the global `random`, which driver and grid seed. Sources: cloud_server/aggregate/.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+from numpy.typing import NDArray
+
+from cloud_server.aggregate import rules
+from cloud_server.aggregate.clipping import cap_weights, clip_factors
+from cloud_server.aggregate.fold import Fold
+from cloud_server.flower.records import common_metrics
+from process.logs import get_logger
+from wire.errors import ConfigurationError, RoundError
+from wire.norm import l2_norm
+
+_log = get_logger("cloud.robust")
+_METRICS = "metrics"
+Vector = NDArray[np.float32]
+TrainReference = Callable[[ArrayRecord], ArrayRecord]
+"""Trains on the operator's clean samples from the given arrays, and returns what came of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """What is known of a usable reply without its arrays: the L2 length of its update, its weight, its metrics."""
+
+    length: float
+    weight: int
+    metrics: MetricRecord
+
+
+class Cohort:
+    """The usable replies of a round as updates of one base; every pass decodes them anew.
+
+    Args:
+        replies: as Flower hands them over; what can be read only once is listed.
+        weighted_by_key: of the metric that is a reply's weight.
+    """
+
+    def __init__(self, base: ArrayRecord, replies: Iterable[Message], weighted_by_key: str) -> None:
+        self.base = base
+        self.start = flat(base)
+        self._replies = replies if isinstance(replies, Sized) else list(replies)
+        self._key = weighted_by_key
+        self._usable: list[bool] = []
+        self.sketches = [each for each in map(self._sketch, self._replies) if each is not None]
+
+    def __len__(self) -> int:
+        return len(self.sketches)
+
+    def updates(self) -> Iterator[Vector]:
+        """Float32 [P] of each usable reply: its arrays minus the base's."""
+        for reply, is_usable in zip(self._replies, self._usable, strict=True):
+            if is_usable:
+                yield flat(_arrays_of(reply)) - self.start
+
+    def metrics(self) -> list[RecordDict]:
+        """The metrics that all usable replies have, with their weights."""
+        names = common_metrics([dict(each.metrics) for each in self.sketches])  # type: ignore[arg-type]
+        return [
+            RecordDict(
+                {_METRICS: MetricRecord({self._key: each.weight, **{n: each.metrics[n] for n in names}})}
+            )
+            for each in self.sketches
+        ]
+
+    def _sketch(self, reply: Message) -> Sketch | None:
+        sketch = None if reply.has_error() else self._read(reply)
+        self._usable.append(sketch is not None)
+        return sketch
+
+    def _read(self, reply: Message) -> Sketch | None:
+        """None for a reply that nothing can be made of; says why in the log."""
+        arrays, metrics = (
+            list(reply.content.array_records.values()),
+            list(reply.content.metric_records.values()),
+        )
+        reason = ""
+        if len(arrays) != 1 or len(metrics) != 1 or not _fits(arrays[0], self.base):
+            reason = "other arrays than were sent"
+        elif not _is_weight(metrics[0].get(self._key)):
+            reason = f"no positive {self._key}"
+        else:
+            update = flat(arrays[0]) - self.start
+            if np.isfinite(update).all():
+                # A weight is a number of examples; what is less than one counts as one.
+                weight = max(1, int(metrics[0][self._key]))  # type: ignore[arg-type]
+                return Sketch(l2_norm(update), weight, metrics[0])
+            reason = "not finite"
+        _log.warning("reply_left_out", node=reply.metadata.src_node_id, reason=reason)
+        return None
+
+
+class RobustStrategy(FedAvg):
+    """What the rules share.
+
+    Attributes:
+        current_arrays: the base of the round.
+        device: torch device of the rule, from `choose_device`; None for the CPU.
+    """
+
+    def __init__(self, **flower: Any) -> None:
+        super().__init__(**flower)
+        self.current_arrays: ArrayRecord | None = None
+        self.device: rules.Device | None = None
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As FedAvg; the arrays are the base of what comes back."""
+        self.current_arrays = arrays
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The base moved by the rule's update; nothing without a usable reply.
+
+        Raises:
+            RoundError: the rule can make nothing of these replies, or there is no base.
+        """
+        if self.current_arrays is None:
+            raise RoundError(f"{type(self).__name__} has no base: configure_train comes first")
+        cohort = Cohort(self.current_arrays, replies, self.weighted_by_key)
+        if not len(cohort):
+            return None, None
+        update = self._combine(cohort)
+        metrics = self.train_metrics_aggr_fn(cohort.metrics(), self.weighted_by_key)
+        return like(self.current_arrays, cohort.start + update), metrics
+
+    @abstractmethod
+    def _combine(self, cohort: Cohort) -> NDArray[np.floating]:
+        """One update float32 or float64 [P] of all."""
+
+
+class ClippedMean(RobustStrategy):
+    """The mean of updates that are cut to their median length: the default, and streamed.
+
+    Args:
+        max_weight_ratio: no reply weighs more than this many times the median weight.
+    """
+
+    def __init__(self, max_weight_ratio: float = 4.0, **flower: Any) -> None:
+        super().__init__(**flower)
+        if not (math.isfinite(max_weight_ratio) and max_weight_ratio >= 1.0):
+            raise ConfigurationError(
+                f"max_weight_ratio is {max_weight_ratio}",
+                hint="use a number from 1 up",
+                key="max_weight_ratio",
+            )
+        self.max_weight_ratio = max_weight_ratio
+
+    def shares(self, lengths: Sequence[float], weights: Sequence[int]) -> list[tuple[int, float]]:
+        """What each reply weighs, and the factor that its update is cut by."""
+        return list(zip(cap_weights(weights, self.max_weight_ratio), clip_factors(lengths), strict=True))
+
+    def _combine(self, cohort: Cohort) -> NDArray[np.floating]:
+        sketches = cohort.sketches
+        shares = self.shares([each.length for each in sketches], [each.weight for each in sketches])
+        fold = Fold(cohort.start.size, device=self.device)
+        for update, (weight, factor) in zip(cohort.updates(), shares, strict=True):
+            fold.add(update, weight * factor)
+        # A cut update keeps its full weight in the divisor: it is shorter, not fewer.
+        return fold.mean() * (fold.total_weight / sum(weight for weight, _ in shares))
+
+
+class RowRule(RobustStrategy):
+    """A rule that needs the updates side by side, as at most 64 rows."""
+
+    def _combine(self, cohort: Cohort) -> NDArray[np.floating]:
+        return rules.aggregate_rows(
+            cohort.updates(),
+            len(cohort),
+            cohort.start.size,
+            self._rule(cohort),
+            seed=random.getrandbits(63),
+            device=self.device,
+        )
+
+    @abstractmethod
+    def _rule(self, cohort: Cohort) -> rules.Rule:
+        """The rule for this cohort."""
+
+
+class GeometricMedian(RowRule):
+    """The point with the smallest sum of distances to all updates."""
+
+    def _rule(self, cohort: Cohort) -> rules.Rule:
+        return rules.GEOMETRIC_MEDIAN
+
+
+class CoordinateMedian(RowRule):
+    """The median of every parameter on its own."""
+
+    def _rule(self, cohort: Cohort) -> rules.Rule:
+        return rules.MEDIAN
+
+
+class TrimmedMean(RowRule):
+    """The mean of every parameter without its smallest and largest values.
+
+    Args:
+        trimmed_share: of the replies, on either side; from 0 to below 0.5.
+    """
+
+    def __init__(self, trimmed_share: float = 0.2, **flower: Any) -> None:
+        super().__init__(**flower)
+        if not 0.0 <= trimmed_share < 0.5:
+            raise ConfigurationError(
+                f"a trimmed share of {trimmed_share} leaves nothing",
+                hint="give 0 ≤ trimmed_share < 0.5",
+                key="trimmed_share",
+            )
+        self.trimmed_share = trimmed_share
+
+    def _rule(self, cohort: Cohort) -> rules.Rule:
+        return rules.trimmed(self.trimmed_share)
+
+
+class RobustMultiKrum(RowRule):
+    """The mean of the updates with the closest neighbours.
+
+    Args:
+        attacker_share: how many of the replies may be false; from 0 to below 0.5.
+    """
+
+    def __init__(self, attacker_share: float = 0.2, **flower: Any) -> None:
+        super().__init__(**flower)
+        if not 0.0 <= attacker_share < 0.5:
+            raise ConfigurationError(
+                f"an attacker share of {attacker_share} leaves no majority",
+                hint="give 0 ≤ attacker_share < 0.5",
+                key="attacker_share",
+            )
+        self.attacker_share = attacker_share
+
+    def _rule(self, cohort: Cohort) -> rules.Rule:
+        return rules.krum(len(cohort), self.attacker_share)
+
+
+class FLTrust(RowRule):
+    """Every update weighs as much as it points where the operator's own clean samples point.
+
+    Args:
+        train_reference: trains on those samples; our driver sets it, a stock ServerApp gives it.
+    """
+
+    def __init__(self, train_reference: TrainReference | None = None, **flower: Any) -> None:
+        super().__init__(**flower)
+        self.train_reference = train_reference
+
+    def _rule(self, cohort: Cohort) -> rules.Rule:
+        if self.train_reference is None:
+            raise RoundError("FLTrust has no samples of the operator's", hint="give train_reference")
+        trained = self.train_reference(cohort.base)
+        if not _fits(trained, cohort.base):
+            raise RoundError("the reference of FLTrust has other arrays than the model")
+        return rules.trusted(flat(trained) - cohort.start)
+
+
+ROBUST: dict[str, type[RobustStrategy]] = {
+    kind.__name__: kind
+    for kind in (ClippedMean, GeometricMedian, CoordinateMedian, TrimmedMean, RobustMultiKrum, FLTrust)
+}
+
+
+# ---- records as vectors ------------------------------------------------------------------------------------
+
+
+def flat(record: ArrayRecord) -> Vector:
+    """All arrays of a record one after the other, float32 [P], new memory."""
+    arrays = [array.numpy().ravel() for array in record.values()]
+    with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is infinite, and refused as such
+        joined: Vector = (
+            np.concatenate(arrays, dtype=np.float32, casting="unsafe") if arrays else np.empty(0, np.float32)
+        )
+    return joined
+
+
+def like(record: ArrayRecord, vector: NDArray[np.floating]) -> ArrayRecord:
+    """A vector [P] as arrays of the names, shapes and types of a record; counters are rounded."""
+    made, offset = ArrayRecord(), 0
+    for name, array in record.items():
+        old = array.numpy()
+        part = vector[offset : offset + old.size].reshape(old.shape)
+        whole = np.rint(part) if old.dtype.kind in "iu" else part
+        made[name] = Array(np.asarray(whole.astype(old.dtype)))
+        offset += old.size
+    return made
+
+
+def _arrays_of(reply: Message) -> ArrayRecord:
+    return next(iter(reply.content.array_records.values()))
+
+
+def _fits(record: ArrayRecord, base: ArrayRecord) -> bool:
+    """The same names in the same order, the same shapes, numbers."""
+    return list(record) == list(base) and all(
+        tuple(record[name].shape) == tuple(base[name].shape) and record[name].numpy().dtype.kind in "fiu"
+        for name in base
+    )
+
+
+def _is_weight(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value > 0
