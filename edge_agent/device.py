@@ -25,7 +25,7 @@ from edge_agent.settings import EdgeSettings
 from edge_agent.slots import Slots
 from edge_agent.status import STATUS_NAME
 from edge_agent.storage import open_database
-from edge_agent.time_floor import FlooredClock
+from edge_agent.time_floor import BUILT, FlooredClock
 from edge_agent.worker import ThreadWorker
 from process.clock import SystemClock
 from process.logs import get_logger
@@ -99,7 +99,7 @@ def open_agent(folder: Path, settings: EdgeSettings) -> Agent:
     lock = lock_state(folder)
     machine = SystemClock()
     database = open_database(folder, max_bytes=settings.storage.database_bytes, clock=machine)
-    clock = FlooredClock(machine, database)
+    clock = FlooredClock(machine, database, built=BUILT)
     slots = Slots(folder, quarantine=database.quarantine)
     tls = broker_context(identity) if identity.mqtt_tls else None
 

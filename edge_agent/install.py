@@ -19,7 +19,7 @@ from edge_agent.fetcher import Fetcher
 from edge_agent.identity import Identity
 from edge_agent.online_keys import OnlineKeys
 from edge_agent.ports import Engine, SelfTest, Variant
-from edge_agent.release_files import SlotContents, read_source
+from edge_agent.release_files import SlotContents, read_source, refuse_strangers
 from edge_agent.release_source import Held, Known, Offer, ReleaseSource
 from edge_agent.serving import ServedModel
 from edge_agent.slots import SlotStore
@@ -59,7 +59,16 @@ class TufReleases:
             tuf_client.seed_staging(self._folder, known)
         files = tuf_client.download(info, held=held) if is_new else {}
         fetched = self._fetcher.fetched_bytes_total - before
-        return Offer(info.keys, info.release_version, info.rollback, info.serial, fetched, files)
+        return Offer(
+            keys=info.keys,
+            release_version=info.release_version,
+            rollback=info.rollback,
+            serial=info.serial,
+            fetched_bytes=fetched,
+            files=files,
+            signed_at=info.signed_at,
+            expires=info.expires,
+        )
 
     def clear(self) -> None:
         tuf_client.clear_staging(self._folder)
@@ -104,11 +113,14 @@ class Checked:
     """What a release check led to.
 
     Attributes:
+        signed_at, expires: of the newest metadata (unix seconds).
         installed: the new release and its loaded model, or None when there is nothing new.
     """
 
     keys: OnlineKeys
     fetched_bytes: int
+    signed_at: float
+    expires: float
     installed: tuple[SlotContents, ServedModel] | None
 
 
@@ -144,6 +156,7 @@ class Installer:
 
         Raises:
             ReleaseError: metadata or files that do not verify, or a release that may not follow.
+            BundleError: a graph that may not be given to a runtime, or a file that is none of a release.
             TransportError: the repository cannot be reached.
             SelfTestError: the release does not answer as it was signed to.
             StorageError: the disk is full.
@@ -152,8 +165,10 @@ class Installer:
         version = current.version if current is not None else 0
         known = {**heads, **(_lasting_files(current) if current is not None else {})}
         offer = self._source.fetch(version, self._slots.held, known)
+        found = Checked(offer.keys, offer.fetched_bytes, offer.signed_at, offer.expires, None)
         if not offer.files:
-            return Checked(offer.keys, offer.fetched_bytes, None)
+            return found
+        refuse_strangers(offer.files)
         staged = self._slots.stage(offer.files, serial=offer.serial, rollback=offer.rollback)
         verdict = self._selftest.check(staged.contents)
         _log.info(
@@ -167,7 +182,7 @@ class Installer:
         self._source.clear()
         chosen = verdict.variant if self._variant == "auto" else self._variant
         self._database.set_fact(VARIANT_FACT, f"{contents.release_sha256}:{chosen}")
-        return Checked(offer.keys, offer.fetched_bytes, (contents, self.load(contents)))
+        return replace(found, installed=(contents, self.load(contents)))
 
     def load(self, contents: SlotContents) -> ServedModel:
         """A slot's release as a model that can answer.

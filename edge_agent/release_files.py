@@ -8,7 +8,7 @@ tried again. Nothing here touches a disk: `slots.py` (folders) and `memory_slots
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,9 +33,12 @@ from wire.manifest import (
     Release,
 )
 from wire.materialize import materialize_float32, materialize_int8
+from wire.onnx_file import check_onnx
 
 INT8: Final = "int8.onnx"
 MAX_REFUSED: Final = 32
+FILES: Final = frozenset((RELEASE, MANIFEST, CHECKPOINT, GOLDEN_INPUTS, GOLDEN_OUTPUTS, *GRAPH_FILES))
+"""What a release consists of, and nothing else."""
 FileSource = bytes | Path
 
 _HexOrNone = Annotated[str, Meta(pattern=r"^(?:[0-9a-f]{64})?\Z")]
@@ -230,15 +233,34 @@ def read_contents(reader: Callable[[str], bytes]) -> SlotContents:
 
 
 def verify_complete(contents: SlotContents) -> bytes:
-    """Checks every file of a new release against what was signed; returns its int8 model file.
+    """Checks every file of a new release against what was signed, and every graph before a runtime sees it; returns
+    its int8 model file.
 
     Raises:
-        BundleError: a file is missing, or is not what was signed for.
+        BundleError: a file is missing, is not what was signed for, or is a graph that needs or claims what it may
+            not (`wire/onnx_file.py`).
     """
     for name in (*GRAPH_FILES, GOLDEN_INPUTS, GOLDEN_OUTPUTS):
-        contents.read(name)
+        data = contents.read(name)
+        if name in GRAPH_FILES:
+            check_onnx(data, name)
     contents.checkpoint().check(contents.manifest)
-    return contents.rebuild_int8()
+    int8 = contents.rebuild_int8()
+    # The manifest says where parameters are put: what comes out must be as harmless as what went in.
+    check_onnx(int8, INT8)
+    check_onnx(contents.float32(), FLOAT32)
+    return int8
+
+
+def refuse_strangers(names: Iterable[str]) -> None:
+    """Makes sure that nothing else is handed over than what a release consists of.
+
+    Raises:
+        BundleError: another file.
+    """
+    strange = sorted(set(names) - FILES)
+    if strange:
+        raise BundleError(f"a release has no file {strange[0][:80]!r}", name=strange[0][:80])
 
 
 def read_source(source: FileSource) -> bytes:

@@ -23,6 +23,7 @@ class Offer:
         rollback, serial: of the ring file.
         fetched_bytes: what came over the network for this check.
         files: of that release, but those that are held; empty when it is the current one.
+        signed_at, expires: of the newest metadata (unix seconds).
     """
 
     keys: OnlineKeys
@@ -31,6 +32,8 @@ class Offer:
     serial: int = 0
     fetched_bytes: int = 0
     files: Mapping[str, bytes | Path] = field(default_factory=dict)
+    signed_at: float = 0.0
+    expires: float = 0.0
 
 
 class ReleaseSource(Protocol):

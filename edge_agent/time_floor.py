@@ -1,26 +1,39 @@
-"""The latest time that something signed has told this device: a wrong clock must not bring expired metadata
-back.
+"""The latest time that something signed has told this device: a wrong clock must not bring expired metadata back.
 
-Source: docs/architecture.md, "State folder of a device". The floor moves only forward and only by what was
-    verified.
+Laws of the file: the floor moves only forward, and only by the build of this program and by what was verified: when a
+release was made, when the fleet's metadata was signed, when an update was acknowledged. An acknowledgement moves it at
+most to the end of the metadata that was verified last, so that a stolen key for orders cannot make a device refuse
+everything for years. Source: docs/architecture.md, "State folder of a device".
 """
 
 from __future__ import annotations
 
+import math
+from typing import Final
+
 from edge_agent.storage import Database
 from process.clock import Clock
 
+BUILT: Final = 1_767_225_600.0
+"""2026-01-01: no copy of this version is older. A device that starts in 1970 counts from here."""
+RECEIPT_LIFE_SECONDS: Final = 3600.0
+"""A receipt ends so long after it was signed (docs/protocol.md)."""
+_FLOOR: Final = "time_floor"
+_CEILING: Final = "time_ceiling"
+
 
 class FlooredClock:
-    """A clock that never reads earlier than the floor. Give it to whatever decides whether something has
-    expired.
+    """A clock that never reads earlier than the floor. Give it to whatever decides whether something has expired.
+
+    Args:
+        built: the floor of a device that knows nothing yet; a simulated one has a time of its own.
     """
 
-    def __init__(self, clock: Clock, database: Database) -> None:
+    def __init__(self, clock: Clock, database: Database, *, built: float = 0.0) -> None:
         self._clock = clock
         self._database = database
-        stored = database.fact("time_floor")
-        self._floor = stored if isinstance(stored, float) else 0.0
+        self._floor = max(built, _stored(database, _FLOOR))
+        self._ceiling = _stored(database, _CEILING)
 
     @property
     def floor(self) -> float:
@@ -39,12 +52,32 @@ class FlooredClock:
         return self._clock.monotonic()
 
     def raise_to(self, seen: float) -> None:
-        """Moves the floor up to a time that was signed (a release's, a receipt's); an earlier one changes
-        nothing.
+        """Moves the floor up to a time that was signed by the fleet's repository; an earlier one changes nothing.
 
         Raises:
             StorageError: the floor cannot be stored.
         """
-        if seen > self._floor:
-            self._database.set_fact("time_floor", float(seen))
+        if seen > self._floor and math.isfinite(seen):
+            self._database.set_fact(_FLOOR, float(seen))
             self._floor = float(seen)
+
+    def note_metadata(self, signed_at: float, expires: float) -> None:
+        """Takes over when the fleet's newest metadata was signed, and when it ends. Raises like `raise_to`."""
+        if expires != self._ceiling and math.isfinite(expires):
+            self._database.set_fact(_CEILING, float(expires))
+            self._ceiling = float(expires)
+        self.raise_to(min(signed_at, expires))
+
+    def note_acknowledgement(self, expiry: float) -> None:
+        """Takes over the time of a receipt; nothing before the first metadata was verified. Raises like `raise_to`.
+
+        Args:
+            expiry: of the receipt's header; 0 for none.
+        """
+        if expiry:
+            self.raise_to(min(expiry - RECEIPT_LIFE_SECONDS, self._ceiling))
+
+
+def _stored(database: Database, name: str) -> float:
+    value = database.fact(name)
+    return value if isinstance(value, float) else 0.0

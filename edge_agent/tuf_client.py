@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 METADATA_PATH: Final = "/metadata"
 TARGETS_PATH: Final = "/targets"
 MAX_SMALL_TARGET_BYTES: Final = 256 * 1024
+SIGNED_AT: Final = "shoal_signed_at"
+"""The field of timestamp.json that says when it was signed (unix seconds)."""
 # tuf wants absolute URLs; the scheme and host are ours and go nowhere.
 _BASE: Final = "shoal://fleet"
 _METADATA: Final = "metadata"
@@ -68,6 +70,7 @@ class ReleaseInfo:
         rollback: this release may be older than what runs.
         serial: of the ring file; grows with every change of it.
         keys: the online keys.
+        signed_at, expires: when the newest timestamp was signed (0: it does not say), and when it ends.
         session: what `download` needs to go on from here.
     """
 
@@ -76,6 +79,8 @@ class ReleaseInfo:
     rollback: bool
     serial: int
     keys: OnlineKeys
+    signed_at: float
+    expires: float
     session: _Session = field(repr=False, compare=False)
 
 
@@ -86,6 +91,16 @@ class _Session:
         self.folder = folder
         self.updater = updater
         self.fetcher = fetcher
+
+    @property
+    def signed(self) -> tuple[float, float]:
+        """When the newest timestamp was signed (0: it does not say), and when it ends."""
+        timestamp = self.updater._trusted_set.timestamp
+        expires = timestamp.expires.timestamp()
+        stated = timestamp.unrecognized_fields.get(SIGNED_AT)
+        if isinstance(stated, int) and 0 <= stated <= expires:
+            return float(stated), expires
+        return 0.0, expires
 
     def target(self, path: str) -> TargetFile | None:
         with _translated(path):
@@ -166,11 +181,13 @@ def check(folder: Path, root: bytes, fetcher: Fetcher, ring: str, clock: Clock) 
     keys = OnlineKeys.from_json(listed)
     data = session.small_target(f"rings/{ring}.json")
     if data is None:
-        return ReleaseInfo(ring, 0, False, 0, keys, session)
+        return ReleaseInfo(ring, 0, False, 0, keys, *session.signed, session)
     named = _decode(data, _RingFile, f"rings/{ring}.json")
     if named.ring != ring:
         raise ReleaseError(f"rings/{ring}.json is for ring {named.ring}")
-    return ReleaseInfo(ring, named.release_version, named.rollback, named.serial, keys, session)
+    return ReleaseInfo(
+        ring, named.release_version, named.rollback, named.serial, keys, *session.signed, session
+    )
 
 
 def download(info: ReleaseInfo, *, held: Callable[[str], frozenset[str]]) -> dict[str, Path]:

@@ -25,6 +25,7 @@ from wire import manifest as names
 from wire.checkpoint import Checkpoint
 from wire.errors import BundleError
 from wire.manifest import FileRef, Manifest, Release
+from wire.onnx_file import check_onnx
 
 Floats = npt.NDArray[np.float32]
 
@@ -51,15 +52,19 @@ class Bundle:
         """Opens a bundle and checks every file.
 
         Raises:
-            BundleError: (disk or operator) a file is missing, or is not the one that was named.
+            BundleError: (disk or operator) a file is missing, is not the one that was named, or was named by nobody;
+                or a graph that devices would refuse (`wire/onnx_file.py`).
         """
         manifest = Manifest.from_bytes(_read(folder / names.MANIFEST, names.MAX_MANIFEST_BYTES))
         release = Release.from_bytes(_read(folder / names.RELEASE, names.MAX_RELEASE_BYTES))
         if release.graphs_sha256 != manifest.graphs_sha256:
             raise BundleError(f"{folder}: the release is for other graphs", hint=_HINT)
         bundle = cls(folder, manifest, release)
+        bundle._refuse_strangers()
         for ref in bundle._refs().values():
-            bundle.read(ref.name)
+            data = bundle.read(ref.name)
+            if ref.name.endswith(".onnx"):
+                check_onnx(data, ref.name)
         if bundle.checkpoint().sha256.hex() != release.checkpoint_sha256:
             raise BundleError(f"{folder}: the checkpoint is not the release's", hint=_HINT)
         return bundle
@@ -133,6 +138,19 @@ class Bundle:
         if len(data) % (4 * prod(shape)):
             raise BundleError(f"{name} does not hold whole samples of {shape}", name=name)
         return np.frombuffer(data, "<f4").astype(np.float32).reshape(-1, *shape)
+
+    def _refuse_strangers(self) -> None:
+        named = {*self._refs(), names.MANIFEST, names.RELEASE, names.CHECKPOINT, names.CARD}
+        try:
+            strange = sorted({path.name for path in self.folder.iterdir()} - named)
+        except OSError as error:
+            raise BundleError(f"cannot read {self.folder}: {error.strerror}", hint=_HINT) from error
+        if strange:
+            raise BundleError(
+                f"{self.folder} holds {strange[0]}, which neither manifest nor release names",
+                hint="remove it, or build the bundle again",
+                name=strange[0],
+            )
 
     def _refs(self) -> dict[str, FileRef]:
         refs = (*self.manifest.files, *self.manifest.cloud_files)

@@ -12,37 +12,30 @@ lock).
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from tuf.api.exceptions import RepositoryError
-from tuf.api.metadata import Metadata, MetaFile, Root, Signed, Snapshot, TargetFile, Targets, Timestamp
+from securesystemslib.signer import Key
+from tuf.api.metadata import MetaFile, Root, Signed, Snapshot, TargetFile, Targets, Timestamp
 
 from cloud_server.artefacts import Artefacts, is_key
 from cloud_server.keys import CloudKeys
-from cloud_server.release.tuf_signing import DELEGATED, RoleSigning, TufExpiry
+from cloud_server.release.tuf_set import SignedSet
+from cloud_server.release.tuf_signing import DELEGATED, TOP_LEVEL, RoleSigning, TufExpiry
 from process.clock import Clock
 from wire.errors import ConfigurationError, ReleaseError
 from wire.manifest import RELEASE, Release
 
 ONLINE_JSON: Final = "keys/online.json"
 AUDIT_JSON: Final = "keys/audit.json"
+ROLES: Final = ("root", *TOP_LEVEL, *DELEGATED)
 _PREFIX: Final = "tuf/"
 
 _Versioned = TypeVar("_Versioned", Targets, Snapshot)
-
-
-@dataclass
-class _Set:
-    """The newest signed set, as plain payloads that may be changed before they are published."""
-
-    timestamp: Timestamp
-    snapshot: Snapshot
-    targets: dict[str, Targets]
 
 
 class TufRepository:
@@ -50,7 +43,8 @@ class TufRepository:
 
     Args:
         store: where it lies (folder, S3, or memory in a simulation).
-        keys: what it signs with; without the offline keys only `init` and `add_graphs` fail.
+        keys: what it signs with, or a function that gives the keys of now; without the offline keys only `init`,
+            `add_graphs` and what changes root or targets fail.
         clock: expiries count from its wall clock.
         lock: makes one writer of many; over a shared folder it must exclude other processes too.
         keep_releases: older releases than this many newest leave the metadata, unless a ring points at them.
@@ -59,7 +53,7 @@ class TufRepository:
     def __init__(
         self,
         store: Artefacts,
-        keys: CloudKeys,
+        keys: CloudKeys | Callable[[], CloudKeys],
         clock: Clock,
         *,
         expiry: TufExpiry | None = None,
@@ -67,7 +61,8 @@ class TufRepository:
         keep_releases: int = 16,
     ) -> None:
         self._store = store
-        self._signing = RoleSigning(keys, clock, expiry or TufExpiry())
+        source = (lambda: keys) if isinstance(keys, CloudKeys) else keys
+        self._signing = RoleSigning(source, clock, expiry or TufExpiry())
         self._lock: AbstractContextManager[object] = lock or threading.Lock()
         self._keep_releases = keep_releases
 
@@ -80,6 +75,11 @@ class TufRepository:
 
     def is_initialised(self) -> bool:
         return self._store.size(_PREFIX + "metadata/timestamp.json") is not None
+
+    @property
+    def expiry(self) -> TufExpiry:
+        """How long each role's signature holds."""
+        return self._signing.expiry
 
     def first_root(self) -> bytes:
         """`1.root.json`: what a device is given at enrolment.
@@ -101,11 +101,13 @@ class TufRepository:
         """When each role's newest signature ends, unix seconds: an alarm is due long before."""
         current = self._load()
         roles: dict[str, Signed] = {"timestamp": current.timestamp, "snapshot": current.snapshot}
-        root = Metadata[Root].from_bytes(self._newest_root()).signed
-        return {
-            name: role.expires.timestamp()
-            for name, role in (roles | current.targets | {"root": root}).items()
-        }
+        roles |= {"root": current.root, **current.targets}
+        return {name: role.expires.timestamp() for name, role in roles.items()}
+
+    def listed_keys(self) -> dict[str, list[str]]:
+        """TUF's ids (hex) of the keys that count for each role."""
+        current = self._load()
+        return {role: [key.keyid for key in current.keys_of(role)] for role in ROLES}
 
     def ring(self, ring: str) -> tuple[int, int]:
         """What a ring runs: (release version, serial of its statement); (0, 0) where it was never set."""
@@ -137,9 +139,10 @@ class TufRepository:
         with self._lock:
             if self.is_initialised():
                 raise ConfigurationError("there is a TUF repository already", hint="it is never made twice")
-            self._store.write_new(_PREFIX + "metadata/1.root.json", self._signing.first_root())
+            root, data = self._signing.first_root()
             empty = {name: Targets() for name in DELEGATED} | {"targets": self._signing.top_targets()}
-            fresh = _Set(Timestamp(), Snapshot(meta={}), empty)
+            self._store.write_new(_PREFIX + "metadata/1.root.json", data)
+            fresh = SignedSet(root, Timestamp(), Snapshot(meta={}), empty)
             for payload in (fresh.timestamp, fresh.snapshot, *empty.values()):
                 payload.version = 0  # publication counts up
             self._add_files(fresh, "keys", {ONLINE_JSON: online_keys})
@@ -158,7 +161,7 @@ class TufRepository:
             ReleaseError: (us) other bytes were published under these names.
         """
 
-        def change(current: _Set) -> set[str]:
+        def change(current: SignedSet) -> set[str]:
             return self._add_files(
                 current, "targets", {f"graphs/{graphs_sha256}/{n}": d for n, d in files.items()}
             )
@@ -175,7 +178,7 @@ class TufRepository:
             ReleaseError: (us) its graphs were never signed, or the version was published with other bytes.
         """
 
-        def change(current: _Set) -> set[str]:
+        def change(current: SignedSet) -> set[str]:
             graphs = f"graphs/{release.graphs_sha256}/"
             if not any(path.startswith(graphs) for path in current.targets["targets"].targets):
                 raise ReleaseError(
@@ -207,7 +210,7 @@ class TufRepository:
         """
         serial = 0
 
-        def change(current: _Set) -> set[str]:
+        def change(current: SignedSet) -> set[str]:
             nonlocal serial
             before, serial_before = self._ring(current, ring)
             if f"parameters/{version}/{RELEASE}" not in current.targets["parameters"].targets:
@@ -235,7 +238,7 @@ class TufRepository:
         return serial
 
     def _state_ring(
-        self, current: _Set, statement: Mapping[str, Any], custom: Mapping[str, Any] | None
+        self, current: SignedSet, statement: Mapping[str, Any], custom: Mapping[str, Any] | None
     ) -> set[str]:
         path = f"rings/{statement['ring']}.json"
         data = json.dumps(statement, sort_keys=True, separators=(",", ":")).encode()
@@ -260,8 +263,8 @@ class TufRepository:
         The role of graphs is left as it is where its key is away.
         """
 
-        def change(current: _Set) -> set[str]:
-            roles = {name for name in current.targets if self._signing.has(name)}
+        def change(current: SignedSet) -> set[str]:
+            roles = {name for name in current.targets if self._signing.has(current.keys_of(name))}
             for name in roles:
                 current.targets[name].version = max(current.targets[name].version, floor)
             current.snapshot.version = max(current.snapshot.version, floor)
@@ -280,20 +283,61 @@ class TufRepository:
         """Signs again every online role that is past half of its life; True if any was."""
         is_signed = False
 
-        def change(current: _Set) -> set[str]:
+        def change(current: SignedSet) -> set[str]:
             nonlocal is_signed
             online: dict[str, Signed] = {name: current.targets[name] for name in DELEGATED}
             online |= {"snapshot": current.snapshot, "timestamp": current.timestamp}
             due = {name for name, payload in online.items() if self._signing.is_half_over(name, payload)}
+            due |= current.unproven() & set(online)
             is_signed = bool(due)
             return due
 
         self._change(change)
         return is_signed
 
+    def sign_again(self, role: str) -> None:
+        """Signs `root` or `targets` for another life; the online roles are signed by `refresh`.
+
+        Raises:
+            ConfigurationError: (operator) the offline keys are away, or too few of them are here.
+        """
+        with self._lock:
+            current = self._load()
+            if role == "root":
+                self._write_root(self._copy_of_root(current), current.root)
+            self._publish(current, {"timestamp"} if role == "root" else {role})
+
+    def rotate(self, role: str, key: Key, *, replaced: str = "") -> None:
+        """Lists another key for a role, and signs the role with it where it is online.
+
+        A new root needs enough shares from before and after; a delegated role needs the targets key. If it stops
+        half-way, `refresh` signs the rest.
+
+        Args:
+            key: the public half; its private one is where the repository's keys are, or has a URI there.
+            replaced: TUF's id of the key that it takes the place of; the role's only one if empty.
+
+        Raises:
+            ConfigurationError: (operator) no such role or key, or the keys that have to sign are away.
+        """
+        with self._lock:
+            current = self._load()
+            if role not in ROLES:
+                raise ConfigurationError(f"no role {role!r}", hint=f"one of {', '.join(ROLES)}")
+            gone = _one_of([each.keyid for each in current.keys_of(role)], replaced, role)
+            before = self._copy_of_root(current)
+            current.change_key(role, key, gone)
+            self._signing.require(role, current.keys_of(role))
+            if role not in DELEGATED:
+                self._write_root(current.root, before)
+            elif role != "targets":
+                self._signing.require("targets", current.keys_of("targets"))
+            roles = {"root": {"timestamp"}, **{name: {"targets", name} for name in DELEGATED}}
+            self._publish(current, roles.get(role, {role}))
+
     # ---- one publication ----
 
-    def _change(self, change: Callable[[_Set], set[str]]) -> None:
+    def _change(self, change: Callable[[SignedSet], set[str]]) -> None:
         """Applies a change to the newest set and publishes the roles that it names (nothing, when none)."""
         with self._lock:
             current = self._load()
@@ -301,20 +345,20 @@ class TufRepository:
             if roles:
                 self._publish(current, roles)
 
-    def _publish(self, current: _Set, roles: set[str]) -> None:
+    def _publish(self, current: SignedSet, roles: set[str]) -> None:
         if "targets" in roles:
-            self._signing.require("targets")
+            self._signing.require("targets", current.keys_of("targets"))
         for name in sorted(roles & set(current.targets)):
             role = current.targets[name]
             role.version = self._next_version(name, role.version)
-            self._write_versioned(name, role)
+            self._write_versioned(name, role, current)
             current.snapshot.meta[f"{name}.json"] = MetaFile(version=role.version)
         if roles != {"timestamp"}:
             current.snapshot.version = self._next_version("snapshot", current.snapshot.version)
-            self._write_versioned("snapshot", current.snapshot)
+            self._write_versioned("snapshot", current.snapshot, current)
             current.timestamp.snapshot_meta = MetaFile(version=current.snapshot.version)
         current.timestamp.version += 1
-        data = self._signing.signed("timestamp", current.timestamp)
+        data = self._signing.signed("timestamp", current.timestamp, current.keys_of("timestamp"))
         self._store.write(_PREFIX + "metadata/timestamp.json", data)
 
     def _next_version(self, role: str, version: int) -> int:
@@ -324,12 +368,12 @@ class TufRepository:
             version += 1
         return version
 
-    def _write_versioned(self, role: str, payload: _Versioned) -> None:
-        data = self._signing.signed(role, payload)
+    def _write_versioned(self, role: str, payload: _Versioned, current: SignedSet) -> None:
+        data = self._signing.signed(role, payload, current.keys_of(role))
         self._store.write_new(f"{_PREFIX}metadata/{payload.version}.{role}.json", data)
 
     def _add_files(
-        self, current: _Set, role: str, files: Mapping[str, bytes], *, is_replacing: bool = False
+        self, current: SignedSet, role: str, files: Mapping[str, bytes], *, is_replacing: bool = False
     ) -> set[str]:
         """Writes target files and lists them in a role; returns the role if anything is new."""
         listed = current.targets[role].targets
@@ -346,7 +390,7 @@ class TufRepository:
             changed = {role}
         return changed
 
-    def _prune(self, current: _Set, *, keep: int) -> None:
+    def _prune(self, current: SignedSet, *, keep: int) -> None:
         """Old releases leave the list that every device downloads; their files stay."""
         listed = current.targets["parameters"].targets
         versions = sorted({int(path.split("/")[1]) for path in listed})
@@ -359,24 +403,17 @@ class TufRepository:
 
     # ---- the parts of a set ----
 
-    def _load(self) -> _Set:
-        try:
-            timestamp = Metadata[Timestamp].from_bytes(self.timestamp()).signed
-            version = timestamp.snapshot_meta.version
-            snapshot = (
-                Metadata[Snapshot].from_bytes(self._required(f"metadata/{version}.snapshot.json")).signed
-            )
-            targets = {
-                name: Metadata[Targets]
-                .from_bytes(self._required(f"metadata/{snapshot.meta[f'{name}.json'].version}.{name}.json"))
-                .signed
-                for name in ("targets", *DELEGATED)
-            }
-        except (RepositoryError, KeyError) as error:
-            raise ReleaseError("the TUF repository is damaged", hint="restore artefacts/tuf") from error
-        return _Set(timestamp, snapshot, targets)
+    def _load(self) -> SignedSet:
+        return SignedSet.load(self._required, self._newest_root())
 
-    def _ring(self, current: _Set, ring: str) -> tuple[int, int]:
+    def _copy_of_root(self, current: SignedSet) -> Root:
+        return copy.deepcopy(current.root)
+
+    def _write_root(self, root: Root, before: Root) -> None:
+        data = self._signing.next_root(before, root)
+        self._store.write_new(f"{_PREFIX}metadata/{root.version}.root.json", data)
+
+    def _ring(self, current: SignedSet, ring: str) -> tuple[int, int]:
         path = f"rings/{ring}.json"
         target = current.targets["rings"].targets.get(path)
         if target is None:
@@ -410,3 +447,18 @@ def served_key(path: str) -> str | None:
     name = path.removeprefix("/")
     is_ours = name.startswith(("metadata/", "targets/")) and is_key(name)
     return _PREFIX + name if is_ours else None
+
+
+def _one_of(key_ids: list[str], wanted: str, role: str) -> str:
+    """The key that is meant by the beginning of its id.
+
+    Raises:
+        ConfigurationError: (operator) none, or more than one.
+    """
+    meant = [name for name in key_ids if name.startswith(wanted)]
+    if len(meant) != 1:
+        raise ConfigurationError(
+            f"{len(meant)} keys of {role} begin with {wanted!r}",
+            hint="`shoal-cloud keys show` lists them",
+        )
+    return meant[0]

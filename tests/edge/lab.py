@@ -126,7 +126,14 @@ class Cloud:
     # --- down ---
 
     def say(
-        self, body: Body, *, device: str, topic: str, retain: bool = False, key: SigningKey | None = None
+        self,
+        body: Body,
+        *,
+        device: str,
+        topic: str,
+        retain: bool = False,
+        key: SigningKey | None = None,
+        expiry: int = 0,
     ) -> bytes:
         header = Header(
             type=body.TYPE,
@@ -136,6 +143,7 @@ class Cloud:
             device=device,
             epoch=1,
             seq=next(self._seq),
+            expiry=expiry,
         )
         message = envelope.sign(header, encode_body(body), signer=key or self.keys.order)
         self.transport.publish(Packet(topic, message, qos=1, retain=retain))
@@ -193,10 +201,13 @@ class Cloud:
     def send_order(self, device: str, order: Order) -> bytes:
         return self.say(order, device=device, topic=self.topics.by_device("cm", device))
 
-    def receipt(self, device: str, heard: Heard, verdict: str = "stored", **changes: object) -> None:
+    def receipt(
+        self, device: str, heard: Heard, verdict: str = "stored", *, expiry: int = 0, **changes: object
+    ) -> None:
         assert isinstance(heard.body, Update | Evaluation)
         facts = {"update_id": heard.body.update_id, "transfer": heard.transfer, "verdict": verdict, **changes}
-        self.say(Receipt(**facts), device=device, topic=self.topics.by_device("ak", device))  # type: ignore[arg-type]
+        topic = self.topics.by_device("ak", device)
+        self.say(Receipt(**facts), device=device, topic=topic, expiry=expiry)  # type: ignore[arg-type]
 
     def release(self, candidate: Candidate, version: int, *, announce: bool = True) -> None:
         if version == 1:

@@ -1,7 +1,7 @@
 """A model of six parameters with a real manifest, templates and checkpoint: what slots and the TUF client
 carry.
 
-The graph files are bytes of the right length, not ONNX: nothing in these tests runs them.
+The graph files are ONNX files of one tensor and no node: nothing in these tests runs them.
 """
 
 from __future__ import annotations
@@ -45,13 +45,25 @@ class SteppedClock:
         return self.seconds
 
 
+PREFIX_BYTES = 32
+_DOC = bytes([0x32, 0xB0, 0x09])  # the doc_string of a model, 1,200 bytes
+
+
+def _one_tensor(model: str, fill: bytes) -> bytes:
+    """An ONNX file that ends with the 64 bytes of its one float32 tensor, which begin at `PREFIX_BYTES`."""
+    tensor = bytes([0x08, 16, 0x10, 1, 0x4A, 64]) + bytes(64)
+    graph = bytes([0x2A, len(tensor)]) + tensor
+    head = bytes([0x08, 8, 0x42, 2, 0x10, 18, 0x12, 14]) + model.encode()[:14].ljust(14, fill)
+    return head + bytes([0x3A, len(graph)]) + graph
+
+
 def graph_files(model: str = "tiny") -> tuple[Manifest, dict[str, bytes]]:
     """The manifest and the graph files of a model; another name gives other graphs."""
     graphs = {
-        TEMPLATE: model.encode().ljust(32, b"t") + bytes(64),
-        FLOAT32: model.encode().ljust(32, b"f") + bytes(64),
-        TRAIN_SGD: b"sgd" * 400,
-        TRAIN_ADAM: b"adam" * 400,
+        TEMPLATE: _one_tensor(model, b"t"),
+        FLOAT32: _one_tensor(model, b"f"),
+        TRAIN_SGD: _one_tensor("sgd", b"s") + _DOC + b"sgd" * 400,
+        TRAIN_ADAM: _one_tensor("adam", b"a") + _DOC + b"adam" * 300,
     }
     source = LayerSource(name="dense", weight=0, shape=(2, 2), bias=4)
     manifest = Manifest(
