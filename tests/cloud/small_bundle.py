@@ -76,6 +76,10 @@ def write_bundle(folder: Path, *, name: str = "small", seed: int = 0) -> Bundle:
     manifest = make_manifest(name)
     candidate = make_candidate(seed, manifest)
     files = {file: empty_graph(f"{name} {file}") for file in GRAPH_FILES}
-    files |= {RANGES: empty_graph("ranges"), CALIBRATION: GOLDEN_IN, CHECKPOINT: candidate.checkpoint.to_bytes()}
+    files |= {
+        RANGES: empty_graph("ranges"),
+        CALIBRATION: GOLDEN_IN,
+        CHECKPOINT: candidate.checkpoint.to_bytes(),
+    }
     files |= {GOLDEN_INPUTS: GOLDEN_IN, GOLDEN_OUTPUTS: GOLDEN_OUT}
     return Bundle.write(folder, manifest, candidate.release(1, {"accuracy": 0.5}, 0.0), files, "# card\n")
