@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cloud_server.db.devices import REVOKED
+from cloud_server.db.devices import APPROVED, REVOKED
 from cloud_server.downlink import Downlink
 from cloud_server.inbox import Inbox
+from cloud_server.influence import ReportBounds
 from cloud_server.metrics import CloudMetrics
 from cloud_server.registry import Registry
 from cloud_server.release.announcer import Announcer
@@ -21,7 +22,17 @@ from process.clock import Clock
 from process.logs import get_logger
 from wire.envelope import Opened
 from wire.errors import ShoalError, StorageError
-from wire.messages import Birth, InferenceReport, Join, Need, Receipt, Telemetry
+from wire.messages import (
+    Birth,
+    InferenceReport,
+    Join,
+    MaskKeys,
+    MaskOpened,
+    MaskShares,
+    Need,
+    Receipt,
+    Telemetry,
+)
 from wire.primitives import KemPrivateKey
 from wire.topics import Topics
 from wire.transport import Connected, Disconnected, Published, Received, Transport, TransportEvent
@@ -72,6 +83,7 @@ class Aggregator:
         self._silent_seconds = silent_seconds
         self._on_maintenance = on_maintenance
         self._next_sweep = 0.0
+        self._reports = ReportBounds(clock.monotonic())
         self._present: frozenset[str] = frozenset()
         self._is_presence_news = False
         self.telemetry: dict[str, Telemetry] = {}
@@ -148,7 +160,8 @@ class Aggregator:
 
     def on_inference_report(self, device: str, report: InferenceReport) -> None:
         self.inference[device] = report
-        self._metrics.note_report(report)
+        if self._registry.status(device) == APPROVED:
+            self._metrics.note_report(self._reports.counted(device, report, self._clock.monotonic()))
         self._seen(device, report.release_version)
 
     def on_join(self, device: str, join: Join) -> None:
@@ -157,8 +170,12 @@ class Aggregator:
         if self._runner is not None:
             self._runner.on_join(device, join)
 
+    def on_masking(self, device: str, body: MaskKeys | MaskShares | MaskOpened) -> None:
+        if self._runner is not None:
+            self._runner.on_masking(device, body)
+
     def on_need(self, device: str, need: Need) -> None:
-        self._downlink.answer_need(need)
+        self._downlink.answer_need(device, need)
 
     def on_missing(self, device: str, receipt: Receipt) -> None:
         self._downlink.send_receipt(device, receipt)
@@ -188,6 +205,7 @@ class Aggregator:
             if row.status == "online" and now - row.last_seen > self._silent_seconds:
                 _log.info("device_silent", device=device, seconds=round(now - row.last_seen))
                 self._registry.note_lost(device)
+        self._registry.end_probations()
         present = frozenset(self._registry.present())
         self._is_presence_news |= present != self._present
         self._present = present

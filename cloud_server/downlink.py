@@ -2,8 +2,9 @@
 
 Laws of the file: every message downward has a fresh (epoch, seq): the epoch is the fencing token that this process
 claimed, so no two processes ever share one; content that many devices need is encoded and published once (`bl/`), and
-published again only for chunks that a signed bitmap names, each at most once in `REPEAT_SECONDS`, so that no device can
-flood the fleet. Source: docs/protocol.md, clauses 3, 5 and 7.
+published again only for chunks that a signed bitmap names, each at most once in `REPEAT_SECONDS` and within a budget
+of the device that asks and one of the fleet, so that no device can flood the others. Source: docs/protocol.md,
+clauses 3, 5 and 7.
 """
 
 from __future__ import annotations
@@ -11,19 +12,39 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from cloud_server.budget import Allowance, Bucket, Buckets
 from cloud_server.sender import Sender
 from process.clock import Clock
 from wire.blobs import make_ref, needed_chunks
 from wire.envelope import sign
-from wire.errors import ChunkError
+from wire.errors import ChunkError, PeerError
 from wire.header import ALL_DEVICES, Header
-from wire.messages import Announcement, BlobRef, Body, Invitation, Need, Order, Receipt, encode_body
+from wire.messages import (
+    Announcement,
+    BlobRef,
+    Body,
+    Invitation,
+    MaskInbox,
+    MaskQuestion,
+    MaskRoster,
+    Need,
+    Order,
+    Receipt,
+    encode_body,
+)
 from wire.primitives import SigningKey
 from wire.topics import Topics
 from wire.transport import Packet
 
 KEPT_BLOBS = 4
 REPEAT_SECONDS = 1.0
+SMALL_BLOB_CHUNKS = 32
+"""Budgets are in passes over a blob; one of fewer chunks counts as one of so many."""
+DEVICE_BUDGET = Allowance(burst=2.0, per_second=1.0 / 600.0)
+FLEET_BUDGET = Allowance(burst=4.0, per_second=1.0 / 10.0)
+"""Twice a whole blob for one device at once and once more in ten minutes; for all together four times, and once in ten
+seconds. What is repeated for one reaches all, so that those who ask late have most of it by then."""
+REMEMBERED_DEVICES = 16_384
 RECEIPT_EXPIRY_SECONDS = 3600
 CHUNK_EXPIRY_SECONDS = 600
 
@@ -61,6 +82,17 @@ class Downlink:
         self._clock = clock
         self._chunk_bytes = chunk_bytes
         self._blobs: OrderedDict[bytes, _Blob] = OrderedDict()
+        self._repeats = Buckets(DEVICE_BUDGET, REMEMBERED_DEVICES)
+        self._all_repeats = Bucket(FLEET_BUDGET, clock.monotonic())
+
+    def use_key(self, key: SigningKey) -> None:
+        """Signs with another key from now on; devices must have been told of it."""
+        self._key = key
+
+    @property
+    def topics(self) -> Topics:
+        """Of the fleet that it speaks to."""
+        return self._topics
 
     # ---- rounds ------------------------------------------------------------------------------------------------
 
@@ -86,6 +118,10 @@ class Downlink:
     def send_order(self, device: str, order: Order) -> None:
         self._send(self._topics.by_device("cm", device), device, order, expiry=int(order.deadline))
 
+    def send_masking(self, device: str, body: MaskRoster | MaskInbox | MaskQuestion, deadline: float) -> None:
+        """What a device needs for the next phase of a masked round."""
+        self._send(self._topics.by_device("cm", device), device, body, expiry=int(deadline))
+
     # ---- receipts and releases ---------------------------------------------------------------------------------
 
     def send_receipt(self, device: str, receipt: Receipt) -> None:
@@ -96,19 +132,35 @@ class Downlink:
         """`md/{channel}`, retained."""
         self._send(self._topics.announcement(announcement.channel), ALL_DEVICES, announcement, retain=True)
 
-    def answer_need(self, need: Need) -> None:
-        """Publishes again what a device lacks, for all devices.
+    def answer_need(self, device: str, need: Need) -> None:
+        """Publishes again what a device lacks, for all devices, as far as budgets go.
 
         Raises:
             ChunkError: (peer) a blob that is not on offer, or a bitmap that does not fit it.
+            PeerError: (peer) the budget of the device, or of the fleet, is spent (`reason`: budget).
         """
         blob = self._blobs.get(need.sha256)
         if blob is None:
             raise ChunkError("asks for content that is not on offer", sha256=need.sha256.hex())
         now = self._clock.monotonic()
-        for index in needed_chunks(need.bitmap, len(blob.chunks)):
-            if now - blob.sent_at.get(index, -REPEAT_SECONDS) >= REPEAT_SECONDS:
-                self._send_chunk(blob, index)
+        wanted = needed_chunks(need.bitmap, len(blob.chunks))
+        due = [i for i in wanted if now - blob.sent_at.get(i, -REPEAT_SECONDS) >= REPEAT_SECONDS]
+        for index in due:
+            if index not in blob.sent_at:
+                self._send_chunk(blob, index)  # the first time: somebody had to ask
+                continue
+            self._spend(device, blob, now)
+            self._send_chunk(blob, index)
+
+    def _spend(self, device: str, blob: _Blob, now: float) -> None:
+        """Charges the repetition of one chunk."""
+        cost = 1.0 / max(len(blob.chunks), SMALL_BLOB_CHUNKS)
+        buckets = (self._repeats.of(device, now), self._all_repeats)
+        # A hair of room, so that a whole number of chunks is not one less by rounding.
+        if any(bucket.level(now) < cost * (1.0 - 1e-9) for bucket in buckets):
+            raise PeerError("asks for more repetitions than its budget, or the fleet's, has", reason="budget")
+        for bucket in buckets:
+            bucket.spend(cost)
 
     # ---- inside ------------------------------------------------------------------------------------------------
 

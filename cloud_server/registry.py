@@ -14,11 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from cloud_server.agent_versions import is_new_enough
 from cloud_server.db import devices as table
 from cloud_server.db.audit import append_audit
 from cloud_server.db.devices import APPROVED, QUARANTINED, REVOKED, DeviceRow, PresenceRow
 from cloud_server.db.engine import Connection, Database
+from cloud_server.strikes import is_probation_due, let_back
 from process.clock import Clock
+from process.logs import get_logger
 from wire.envelope import Signer
 from wire.errors import ConfigurationError, PeerError, TrustError
 from wire.messages import Birth
@@ -29,6 +32,7 @@ AGGREGATOR_NAME = "aggregator"
 """What the aggregator is called at the broker: a device of this name would have its rights."""
 DEFAULT_MAX_EXAMPLES = 100_000
 MAX_LABEL_CHARS = 128
+_log = get_logger("cloud.registry")
 # A heartbeat alone is worth a write to the disk only this often.
 _SEEN_EVERY_SECONDS = 60.0
 
@@ -44,9 +48,14 @@ class _Known:
 
 
 class Registry:
-    """The register of one fleet. Safe to use from many threads. A `NodeDirectory` of the round machine."""
+    """The register of one fleet. Safe to use from many threads. A `NodeDirectory` of the round machine.
 
-    def __init__(self, database: Database, clock: Clock) -> None:
+    Args:
+        min_agent_version: devices whose agent is older are not asked for rounds; empty for none.
+    """
+
+    def __init__(self, database: Database, clock: Clock, *, min_agent_version: str = "") -> None:
+        self._min_agent_version = min_agent_version
         self._database = database
         self._clock = clock
         self._lock = threading.Lock()
@@ -102,10 +111,14 @@ class Registry:
     # ---- presence ----
 
     def present(self) -> Mapping[str, int]:
-        """Device → node id, of the approved devices that are online, by name."""
-        known = self._current()
+        """Device → node id, of the approved devices that are online and whose agent is new enough, by name."""
+        known, least = self._current(), self._min_agent_version
         with self._lock:
-            online = {device for device, row in self._presence.items() if row.status == "online"}
+            online = {
+                device
+                for device, row in self._presence.items()
+                if row.status == "online" and is_new_enough(row.agent_version, least)
+            }
         return {
             name: row.node_id
             for name, row in known.devices.items()
@@ -140,6 +153,10 @@ class Registry:
             if before is not None and row.status != "online" and row.boot_id != before.boot_id:
                 return False
         self._keep_presence(row)
+        if row.status == "online" and not is_new_enough(row.agent_version, self._min_agent_version):
+            _log.warning(
+                "agent_too_old", device=device, version=row.agent_version, least=self._min_agent_version
+            )
         return (before is not None and before.status == "online") != (row.status == "online")
 
     def note_seen(self, device: str, release_version: int) -> bool:
@@ -165,7 +182,7 @@ class Registry:
         """The device does not answer: it is not asked again before it speaks."""
         with self._lock:
             before = self._presence.get(device)
-        if before is not None:
+        if before is not None and self.status(device):  # its name may be erased
             self._keep_presence(replace(before, status="lost"))
 
     def _keep_presence(self, row: PresenceRow) -> None:
@@ -203,7 +220,9 @@ class Registry:
         """Lets a device out of quarantine, its strikes forgiven. Raises like `quarantine`."""
         row = self._not_revoked(device)
         with self._database.transaction() as connection:
-            self._change(connection, row, "device.approved", status=APPROVED, reason="", strikes=0)
+            self._change(
+                connection, row, "device.approved", status=APPROVED, reason="", strikes=0, struck_at=0.0
+            )
 
     def rename(self, device: str, label: str) -> None:
         """Gives a device another label for people; its id is in its certificate and stays.
@@ -219,16 +238,19 @@ class Registry:
         with self._database.transaction() as connection:
             self._change(connection, row, "device.renamed", label=label)
 
-    def strike(self, device: str, reason: str, *, limit: int) -> int:
-        """Counts one refused update against a device; at `limit` it is quarantined. Returns the count."""
-        row = self.show(device)
-        with self._database.transaction() as connection:
-            fresh = table.load_device(connection, device)
-            strikes = (fresh or row).strikes + 1
-            self._change(connection, row, "device.struck", strikes=strikes)
-            if strikes >= limit and row.status == APPROVED:
-                self._change(connection, row, "device.quarantined", status=QUARANTINED, reason=reason)
-        return strikes
+    def end_probations(self) -> list[str]:
+        """Lets back the devices whose strikes put them into quarantine long enough ago; returns who they are."""
+        now = self._clock.now()
+        back: list[str] = []
+        for row in self.devices():
+            if not is_probation_due(row, now):
+                continue
+            with self._database.transaction() as connection:
+                is_back = let_back(connection, row.device, now)
+            if is_back:
+                _log.info("device_on_probation", device=row.device, strikes=row.strikes)
+                back.append(row.device)
+        return back
 
     def _not_revoked(self, device: str) -> DeviceRow:
         row = self.show(device)
@@ -280,6 +302,7 @@ def add_device(
     reason: str = "",
     ring: str = "stable",
     max_examples: int = DEFAULT_MAX_EXAMPLES,
+    token: str = "",
 ) -> DeviceRow:
     """Writes a new device in the caller's transaction: enrolment does it, and a simulation for its fleet.
 
@@ -307,6 +330,7 @@ def add_device(
         enrolled_at=now,
         max_examples=max_examples,
         ring=ring,
+        token=token,
     )
     table.insert_device(connection, row, key_id)
     append_audit(

@@ -5,27 +5,33 @@ Laws of the file: nothing leaves before what it says is committed; no number tha
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from cloud_server.db import rounds as books
+from cloud_server.influence import capped_weights
+from cloud_server.privacy.budget import EXHAUSTED
 from cloud_server.rounds import events as ev
 from cloud_server.rounds.head_step import StepTaken
 from cloud_server.rounds.intake import Intake
-from cloud_server.rounds.orders import expected_reply, order_message, round_train
+from cloud_server.rounds.orders import expected_reply, order_message, round_norm, round_train
 from cloud_server.rounds.plan import RunPlan, RunPorts
+from cloud_server.rounds.ports import Measured
 from cloud_server.rounds.replies import StoredReplies
 from cloud_server.rounds.state import NEVER, Collection, Phase, RoundState, Standing
-from cloud_server.screening import Expected
+from cloud_server.screening import RUNNING_ROUNDS, Expected, norm_bound, norm_median
 from process.logs import get_logger
 from wire.checkpoint import Checkpoint
 from wire.codec import ErrorFeedback
 from wire.errors import RoundError, StorageError
-from wire.messages import BlobRef, HeadPatch, Invitation, TrainConfig
+from wire.messages import BlobRef, Body, HeadPatch, Invitation, TrainConfig
 
 _log = get_logger("cloud.rounds")
+NORM_MEDIAN = "update_norm_median"
+"""Metric of a round: how long its updates were, before any was clipped."""
 
 
 class Desk(ABC):
@@ -89,6 +95,10 @@ class Desk(ABC):
         """What came from elsewhere than the fleet since the last turn."""
         return None
 
+    def take_masking(self, device: str, body: Body) -> ev.Event | None:
+        """What a device sent for a masked round; a run without masks has no use for it."""
+        return None
+
     def note_stored(self, device: str, update_id: bytes) -> None:
         """A reply was committed; the machine hears of it in the next turn."""
         return
@@ -115,11 +125,12 @@ class Desk(ABC):
         self._round = replace(row, state=state)
         self._intake.close()
 
-    def _finish_run(self, _action: ev.FinishRun) -> None:
+    def _finish_run(self, action: ev.FinishRun) -> None:
+        status = EXHAUSTED if action.reason else "finished"
         with self._database.transaction(fence=self._ports.fence) as connection:
-            books.set_run_status(connection, self._plan.run, "finished")
+            books.set_run_status(connection, self._plan.run, status)
         self._invite(is_open=False, deadline=0.0)
-        _log.info("run_finished", run=self._plan.run)
+        _log.info("run_finished", run=self._plan.run, status=status, reason=action.reason)
 
     # ---- parts ----
 
@@ -141,7 +152,32 @@ class Desk(ABC):
 
     def _expected(self, order: books.OrderRow) -> Expected:
         cap = self._ports.nodes.max_examples(order.device)
-        return expected_reply(self._plan, order, self._train(), cap)
+        bound = math.inf if self._round is None else round_norm(self._round)
+        return expected_reply(self._plan, order, self._train(), cap, bound)
+
+    def _committed_norm(self) -> dict[str, float]:
+        """What the rounds so far say about the length of the next one's updates; a part of its configuration."""
+        with self._database.read() as connection:
+            medians = books.load_metric(connection, self._plan.run, NORM_MEDIAN, last=RUNNING_ROUNDS)
+        bound = norm_bound(medians, factor=self._plan.norm_factor)
+        return {"norm_bound": bound} if math.isfinite(bound) else {}
+
+    def _measured_norm(self, number: int) -> dict[str, float]:
+        """How long the updates of a round were; a part of its metrics."""
+        with self._database.read() as connection:
+            median = norm_median(books.load_norms(connection, self._plan.run, number))
+        return {NORM_MEDIAN: median} if median > 0.0 else {}
+
+    def _measurements(self, number: int) -> list[Measured]:
+        """What the devices measured in a round, by update id; none weighs more than a few of the others."""
+        with self._database.read() as connection:
+            rows = books.load_updates(connection, self._plan.run, number, "evaluate")
+        weights = capped_weights([row.num_examples for row in rows])
+        node_id = self._ports.nodes.node_id
+        return [
+            Measured(node_id(row.device), weight, row.metrics)
+            for row, weight in zip(rows, weights, strict=True)
+        ]
 
     def _train(self) -> TrainConfig:
         return self._plan.train if self._round is None else round_train(self._round)
@@ -207,8 +243,9 @@ class Desk(ABC):
             orders = books.load_orders(connection, self._plan.run, row.number, "train")
         train = round_train(row)
         nodes = self._ports.nodes
+        bound = round_norm(row)
         expected = {
-            order.order_id: expected_reply(self._plan, order, train, nodes.max_examples(order.device))
+            order.order_id: expected_reply(self._plan, order, train, nodes.max_examples(order.device), bound)
             for order in orders
         }
         node_ids = {order.device: nodes.node_id(order.device) for order in orders}

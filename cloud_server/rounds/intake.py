@@ -1,17 +1,20 @@
 """Replies come in: screened, committed, and only then acknowledged.
 
-Laws of the file: one transaction holds the reply's row and the sender's replay window; a receipt is
+Laws of the file: one transaction holds the reply's row, the sender's replay window and its strike; a receipt is
 returned only after it committed; an id that has a row is answered from the row, whatever comes with it
-(once, and never counted twice). Source: DESIGN.md, laws 3 and 6; docs/protocol.md, clause 9.
+(once, and never counted twice, nor struck twice). A device in quarantine is heard and not counted. Source:
+DESIGN.md, laws 3 and 6; docs/protocol.md, clause 9.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cloud_server.db import rounds as books
+from cloud_server.db.devices import QUARANTINED, load_status
 from cloud_server.db.engine import Connection, Database
 from cloud_server.rounds.events import Event, ReplyRefused, ReplyStored
 from cloud_server.rounds.kept import KeptUpdates
@@ -22,17 +25,21 @@ from cloud_server.screening import (
     Refusal,
     Screened,
     screen_evaluation,
+    screen_masked,
     screen_update,
 )
+from cloud_server.strikes import STRIKING, StrikePolicy, Struck, strike
 from process.clock import Clock
+from process.logs import get_logger
 from wire.errors import MessageError, ReplayError
 from wire.header import Header
-from wire.messages import Evaluation, Receipt, Update, decode_body
+from wire.messages import RING_BYTES, Evaluation, Receipt, Update, decode_body
 
 INLINE_BYTES = 256 * 1024
 """Bodies above this lie in the artefact store instead of the database row."""
 
 _NO_ID = bytes(16)
+_log = get_logger("cloud.rounds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,27 +59,44 @@ class Intake:
 
     Attributes:
         kept: updates that were committed in the collection that was opened last, decoded.
+        unbooked_total: refused messages that have no row in the books, by reason, since the start.
+        strikes_total: strikes by reason, since the start.
+        quarantined_total: devices that were put into quarantine by them, since the start.
     """
 
-    def __init__(self, database: Database, fence: int | None, blobs: Blobs, run: str, clock: Clock) -> None:
+    def __init__(
+        self,
+        database: Database,
+        fence: int | None,
+        blobs: Blobs,
+        run: str,
+        clock: Clock,
+        policy: StrikePolicy | None = None,
+    ) -> None:
         self._database = database
         self._fence = fence
         self._blobs = blobs
         self._run = run
         self._clock = clock
+        self._policy = policy or StrikePolicy()
         self._expected: Mapping[bytes, Expected] = {}
+        self._members: Mapping[str, Expected] = {}
         self._answered: set[bytes] = set()
         self.kept = KeptUpdates()
+        self.unbooked_total: Counter[str] = Counter()
+        self.strikes_total: Counter[str] = Counter()
+        self.quarantined_total = 0
 
     def open(self, expected: Mapping[bytes, Expected], answered: set[bytes]) -> None:
         """Begins a collection: what each order asks for, and the orders that have their reply already."""
         self._expected = expected
+        self._members = {each.device: each for each in expected.values()}
         self._answered = answered
         self.kept.clear()
 
     def close(self) -> None:
         """Ends the collection; what it kept is for its fold."""
-        self._expected, self._answered = {}, set()
+        self._expected, self._members, self._answered = {}, {}, set()
 
     def take(self, arrival: Arrival) -> tuple[Receipt, Event | None]:
         """Screens and stores one reply.
@@ -86,10 +110,11 @@ class Intake:
         try:
             reply = _decoded(arrival)
         except MessageError:
-            return _receipt(_NO_ID, arrival, Refusal.MALFORMED), None
+            return self._take_malformed(arrival)
         screened = self._screen(reply, arrival)
         outcome = screened.num_examples if isinstance(screened, Screened) else screened
         blob = self._keep_large(arrival.body) if not isinstance(outcome, Refusal) else ""
+        struck: Struck | None = None
         with self._database.transaction(fence=self._fence) as connection:
             known = books.load_update(connection, reply.update_id)
             if known is not None:
@@ -97,23 +122,79 @@ class Intake:
             try:
                 self._move_window(connection, arrival)
             except ReplayError:
-                return _receipt(reply.update_id, arrival, Refusal.REPLAYED), None
-            if outcome is Refusal.UNKNOWN_ORDER:
+                return self._unbooked(reply.update_id, arrival, Refusal.REPLAYED), None
+            is_open = reply.order_id in self._expected
+            if load_status(connection, arrival.device) == QUARANTINED:
+                outcome = Refusal.QUARANTINED
+                if not is_open:
+                    # No row: nothing of it could ever count, and it may say such things without end.
+                    return self._unbooked(reply.update_id, arrival, outcome), None
+            elif outcome is Refusal.UNKNOWN_ORDER:
                 outcome = self._past_order(connection, reply, arrival.device)
-            self._insert(connection, reply, arrival, outcome, blob)
-        if isinstance(screened, Screened):
+            self._insert(connection, reply, arrival, outcome, blob, _norm_of(screened))
+            if isinstance(outcome, Refusal) and is_open:
+                struck = self._strike(connection, arrival.device, outcome)
+        if isinstance(outcome, Refusal):
+            self._note_strike(arrival.device, outcome, struck)
+        elif isinstance(screened, Screened):
             self.kept.put(reply.update_id, screened)
         return self._concluded(reply, arrival, outcome)
 
+    def _take_malformed(self, arrival: Arrival) -> tuple[Receipt, Event | None]:
+        """Signed bytes that are no reply: refused without a row, since they name no id.
+
+        Whose they are and what they answer stands in the signed header; the window sees to it that the same message
+        is not held against a device twice.
+        """
+        device, header = arrival.device, arrival.header
+        expected = self._members.get(device)
+        answers = None if expected is None else (expected.run, expected.round_number)
+        is_open = answers == (header.run, header.round_number)
+        struck, is_fresh = None, True
+        with self._database.transaction(fence=self._fence) as connection:
+            try:
+                is_fresh = self._move_window(connection, arrival)
+            except ReplayError:
+                is_fresh = False
+            if is_open and is_fresh:
+                struck = self._strike(connection, device, Refusal.MALFORMED)
+        self._note_strike(device, Refusal.MALFORMED, struck)
+        receipt = self._unbooked(_NO_ID, arrival, Refusal.MALFORMED)
+        return receipt, ReplyRefused(device) if is_open and is_fresh else None
+
+    def _strike(self, connection: Connection, device: str, refusal: Refusal) -> Struck | None:
+        """Holds a refusal against its sender, if it is of the kind."""
+        if refusal not in STRIKING:
+            return None
+        return strike(connection, device, refusal, now=self._clock.now(), policy=self._policy)
+
+    def _note_strike(self, device: str, refusal: Refusal, struck: Struck | None) -> None:
+        """After the commit."""
+        if struck is None:
+            return
+        self.strikes_total[str(refusal)] += 1
+        _log.warning("device_struck", device=device, reason=str(refusal), strikes=struck.strikes)
+        if struck.is_quarantined:
+            self.quarantined_total += 1
+            _log.warning("device_quarantined", device=device, reason=str(refusal), strikes=struck.strikes)
+
+    def _unbooked(self, update_id: bytes, arrival: Arrival, refusal: Refusal) -> Receipt:
+        self.unbooked_total[str(refusal)] += 1
+        return _receipt(update_id, arrival, refusal)
+
     def _screen(self, reply: Update | Evaluation, arrival: Arrival) -> Screened | int | Refusal:
         """A sound update, the weight of a sound evaluation, or why a reply is refused."""
+        if len(arrival.body) > INLINE_BYTES and self._is_quarantined(arrival.device):
+            return Refusal.QUARANTINED  # before its bytes are put into the store
         expected = self._expected.get(reply.order_id)
         if expected is None:
             return Refusal.UNKNOWN_ORDER
         if arrival.header.schema not in (b"", expected.graphs_sha256):
             return Refusal.WRONG_MODEL
         outcome: Screened | int | Refusal
-        if isinstance(reply, Update):
+        if isinstance(reply, Update) and reply.codec in RING_BYTES:
+            outcome = screen_masked(reply, arrival.device, expected)
+        elif isinstance(reply, Update):
             outcome = screen_update(reply, arrival.device, expected)
         else:
             outcome = screen_evaluation(reply, arrival.device, expected)
@@ -121,8 +202,16 @@ class Intake:
             return Refusal.ALREADY_ANSWERED
         return outcome
 
-    def _move_window(self, connection: Connection, arrival: Arrival) -> None:
-        """Lets (epoch, seq) in once. One behind the window is new: its id has no row."""
+    def _is_quarantined(self, device: str) -> bool:
+        with self._database.read() as connection:
+            return load_status(connection, device) == QUARANTINED
+
+    def _move_window(self, connection: Connection, arrival: Arrival) -> bool:
+        """Lets (epoch, seq) in once; False for one behind the window, of which only an id can tell whether it is new.
+
+        Raises:
+            ReplayError: (peer) it was seen.
+        """
         header = arrival.header
         window = books.load_window(connection, arrival.device, header.type)
         try:
@@ -130,8 +219,9 @@ class Intake:
         except ReplayError as error:
             if error.facts.get("reason") != "behind":
                 raise
-            return
+            return False
         books.save_window(connection, arrival.device, header.type, window)
+        return True
 
     def _past_order(self, connection: Connection, reply: Update | Evaluation, device: str) -> Refusal:
         owner = books.load_order_device(connection, reply.order_id)
@@ -146,10 +236,12 @@ class Intake:
         arrival: Arrival,
         outcome: int | Refusal,
         blob: str,
+        norm: float,
     ) -> None:
         now = self._clock.now()
         is_refused = isinstance(outcome, Refusal)
         state = ("late" if outcome in LATE else "refused") if is_refused else "stored"
+        is_told = not is_refused and self._keeps_metrics(reply.order_id)
         row = books.UpdateRow(
             update_id=reply.update_id,
             order_id=reply.order_id,
@@ -159,18 +251,23 @@ class Intake:
             state=state,
             num_examples=0 if isinstance(outcome, Refusal) else outcome,
             codec=reply.codec if isinstance(reply, Update) else "",
-            metrics={} if is_refused else reply.metrics,
+            metrics=reply.metrics if is_told else {},
             body=b"" if is_refused or blob else arrival.body,
-            artefact_key=blob,
+            artefact_key="" if is_refused else blob,
             body_sha256=hashlib.sha256(arrival.body).digest(),
             transfer_sha256=arrival.transfer_sha256,
             size_bytes=arrival.size_bytes,
             reason=str(outcome) if is_refused else "",
             received_at=now,
+            norm=norm if is_told else 0.0,
         )
         books.insert_update(connection, self._run, row)
         if not is_refused:
             books.set_order_state(connection, reply.order_id, "answered", now)
+
+    def _keeps_metrics(self, order_id: bytes) -> bool:
+        expected = self._expected.get(order_id)
+        return expected is None or expected.keeps_metrics
 
     def _concluded(
         self, reply: Update | Evaluation, arrival: Arrival, outcome: int | Refusal
@@ -192,6 +289,10 @@ def _decoded(arrival: Arrival) -> Update | Evaluation:
     if arrival.header.type == Update.TYPE:
         return decode_body(arrival.body, Update)
     return decode_body(arrival.body, Evaluation)
+
+
+def _norm_of(screened: Screened | int | Refusal) -> float:
+    return screened.norm if isinstance(screened, Screened) else 0.0
 
 
 def _receipt(update_id: bytes, arrival: Arrival, refusal: Refusal | None) -> Receipt:

@@ -6,20 +6,25 @@ restart and nobody can guess the id of an order that was not sent to him.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
 
 from cloud_server.db.rounds import OrderRow, RoundRow
+from cloud_server.release.gate import SERVED
 from cloud_server.rounds.draws import order_id
 from cloud_server.rounds.plan import RunPlan
 from cloud_server.rounds.ports import Scalar
-from cloud_server.screening import Expected
+from cloud_server.screening import TRAIN_METRICS, Expected
 from wire.errors import StorageError
 from wire.messages import MAX_BODY_BYTES, Order, TrainConfig
 
 _CODEC_BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4, "int2": 2, "sign": 1, "dithered": 4}
+# Torch's name of BatchNorm's variance.
+_VARIANCE = "running_var"
+_SHARE = "accuracy"
 _EVALUATION_BYTES = 64 * 1024
 # Order bytes of an envelope: head, hybrid key, signature, CBOR of the body's other fields.
 _ENVELOPE_BYTES = 64 * 1024
@@ -43,6 +48,16 @@ def round_train(row: RoundRow) -> TrainConfig:
         return msgspec.convert(row.config["train"], TrainConfig)
     except (KeyError, msgspec.ValidationError) as error:
         raise StorageError(f"round {row.number} has no usable configuration") from error
+
+
+def round_norm(row: RoundRow) -> float:
+    """How long (L2 norm) an update of this round may be by those of earlier rounds, as it was committed."""
+    return float(row.config.get("norm_bound", math.inf))
+
+
+def needed_metrics(plan: RunPlan, kind: str) -> frozenset[str]:
+    """What a reply to an order (`train` or `evaluate`) must say of itself."""
+    return TRAIN_METRICS if kind == "train" else frozenset({"loss", plan.manifest.task.metric})
 
 
 def make_orders(
@@ -80,8 +95,15 @@ def order_message(plan: RunPlan, row: OrderRow, train: TrainConfig) -> Order:
     )
 
 
-def expected_reply(plan: RunPlan, row: OrderRow, train: TrainConfig, max_examples: int) -> Expected:
-    """What the reply to an order must be like."""
+def expected_reply(
+    plan: RunPlan, row: OrderRow, train: TrainConfig, max_examples: int, norm_bound: float = math.inf
+) -> Expected:
+    """What the reply to an order must be like.
+
+    Args:
+        norm_bound: see `round_norm`; what devices are told to clip to bounds an update in any case.
+    """
+    manifest = plan.manifest
     return Expected(
         device=row.device,
         kind=row.kind,
@@ -89,11 +111,19 @@ def expected_reply(plan: RunPlan, row: OrderRow, train: TrainConfig, max_example
         round_number=row.round_number,
         base_sha256=row.head_sha256,
         graphs_sha256=plan.graphs_sha256,
-        params_size=plan.manifest.params_size,
-        buffers_size=plan.manifest.buffers_size,
-        max_examples=max_examples,
-        clipping_norm=train.clipping_norm,
+        params_size=manifest.params_size,
+        buffers_size=manifest.buffers_size,
+        max_examples=1 if plan.is_private else max_examples,
+        clipping_norm=min(train.clipping_norm, norm_bound),
         codecs=frozenset({train.codec}),
+        keeps_metrics=not plan.is_private,
+        metrics=needed_metrics(plan, row.kind),
+        shares=frozenset({_SHARE, SERVED + _SHARE}),
+        variances=tuple(
+            (slot.offset, slot.offset + slot.size)
+            for slot in manifest.buffers
+            if slot.name.endswith(_VARIANCE)
+        ),
     )
 
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
 
 from cloud_server.db import rounds as books
+from cloud_server.db.engine import Connection
+from cloud_server.privacy.budget import EXHAUSTED, MODE
 from cloud_server.rounds import events as ev
+from cloud_server.rounds.chronicle import ROUND_FAILED, ROUND_FOLDED, note_round
 from cloud_server.rounds.desk import Desk
 from cloud_server.rounds.draws import draw_seed
 from cloud_server.rounds.head_step import StepTaken, take_step
@@ -22,10 +26,10 @@ from cloud_server.rounds.intake import Intake
 from cloud_server.rounds.orders import make_orders, merged_train
 from cloud_server.rounds.plan import RunPlan, RunPorts
 from cloud_server.rounds.ports import Aggregate, Candidate, Decision, Measured, Plan, Vector
-from cloud_server.rounds.state import Phase, RoundState
+from cloud_server.rounds.state import COLLECTING, Phase, RoundState
 from process.logs import get_logger
 from wire.checkpoint import Checkpoint
-from wire.errors import ModelError, PeerError, QuorumError, RoundError
+from wire.errors import BudgetError, ModelError, PeerError, QuorumError, RoundError
 from wire.norm import l2_norm
 
 _log = get_logger("cloud.rounds")
@@ -35,11 +39,13 @@ _PHASES = {
     "evaluating": Phase.EVALUATING,
     "deciding": Phase.DECIDING,
 }
-_COLLECTIONS = {"training": "train", "evaluating": "evaluate"}
 
 
 class Performer(Desk):
     """Drives a run by a strategy."""
+
+    _opening_state: ClassVar = "training"
+    _phases: ClassVar = _PHASES
 
     def __init__(self, plan: RunPlan, ports: RunPorts, intake: Intake) -> None:
         super().__init__(plan, ports, intake)
@@ -60,39 +66,66 @@ class Performer(Desk):
     def _open_round(self, action: ev.OpenRound) -> ev.Event:
         number, now = action.round_number, self._ports.clock.now()
         seed = draw_seed(self._seed, "round", number)
-        devices = self._devices_by_node()
+        devices, budget = self._devices_by_node(), self._ports.budget
         try:
+            if budget is not None:
+                budget.prepare(number, len(devices))
             plan = self._ports.strategy.plan_train(number, self.head, sorted(devices), seed)
+            members = [(devices[node_id], node_id) for node_id in plan.node_ids]
+            terms = self._committed_terms(number, [device for device, _ in members])
+        except BudgetError as error:
+            _log.warning("privacy_budget_spent", reason=str(error), hint=error.hint)
+            return ev.RunEnded(str(error))
         except QuorumError as error:
             return ev.RoundNotOpened(str(error))
-        if not plan.node_ids:
+        if not plan.node_ids and budget is None:
             return ev.RoundNotOpened("the strategy asked nobody to train")
         train = merged_train(self._plan.train, plan.config, draw_seed(seed, "train"))
         row = books.RoundRow(
             number=number,
-            state="training",
+            state=self._opening_state,
             base_sha256=self.head.sha256,
             deadline=now + self._plan.policy.round_seconds,
-            config={"train": msgspec.to_builtins(train)},
+            config={
+                "train": msgspec.to_builtins(train),
+                **self._committed_norm(),
+                **self._privacy(),
+                **terms,
+            },
             seed=seed,
             node_ids=plan.node_ids,
             started=now,
         )
-        members = [(devices[node_id], node_id) for node_id in plan.node_ids]
         orders = make_orders(self._seed, number, "train", members, self.head.sha256, row.deadline)
         with self._database.transaction(fence=self._ports.fence) as connection:
             books.insert_round(connection, self._plan.run, row)
             books.insert_orders(connection, self._plan.run, orders, now)
+            if budget is not None:
+                budget.commit(connection, len(orders), now)
         self._round, self._last_number = row, number
         self._listen(orders, set())
         _log.info("round_opened", run=self._plan.run, round=number, cohort=len(orders))
         return ev.RoundOpened(tuple(order.device for order in orders), row.deadline)
+
+    def _privacy(self) -> dict[str, str]:
+        """That the round must have a charge; a part of its configuration, which outlives a ledger that was cut."""
+        return {} if self._ports.budget is None else {"privacy": MODE}
+
+    def _committed_terms(self, number: int, devices: Sequence[str]) -> dict[str, Any]:
+        """What else the devices of a round are told and committed to; a part of its configuration.
+
+        Raises:
+            QuorumError: no round can be opened with these devices.
+        """
+        return {}
 
     # ---- the fold ----
 
     def _fold(self, _action: ev.Fold) -> ev.Event:
         row, base, ports = self._open_row(), self.head, self._ports
         try:
+            if "privacy" in row.config and ports.budget is None:
+                raise RoundError("the round was opened under differential privacy, which is switched off now")
             replies = self._stored_replies(row)
             seed = draw_seed(row.seed, "aggregate")
             folded = ports.strategy.aggregate_train(row.number, base, replies, seed)
@@ -100,9 +133,11 @@ class Performer(Desk):
             step = self._take_step(row, base, folded)
             step.head.check(self._plan.manifest)
             self._check_bound(base, step.head.params)
+            self._check_held_out(base, step.head)
         except (RoundError, ModelError, PeerError) as error:
             return ev.FoldDone(str(error))
-        self._folded = (step, {**folded.metrics, "train_devices": float(len(replies))})
+        measured = {"train_devices": float(len(replies)), **self._measured_norm(row.number)}
+        self._folded = (step, {**folded.metrics, **measured})
         return ev.FoldDone()
 
     def _take_step(self, row: books.RoundRow, base: Checkpoint, folded: Aggregate) -> StepTaken:
@@ -126,6 +161,18 @@ class Performer(Desk):
                 f"the head would move by {change:.3g} of {limit:.3g}", change=change, limit=limit
             )
 
+    def _check_held_out(self, base: Checkpoint, head: Checkpoint) -> None:
+        held_out, limit = self._ports.held_out, self._plan.max_holdout_drop
+        if held_out is None:
+            return
+        loss = held_out.loss_of(base, head)
+        if loss > limit:
+            raise RoundError(
+                f"the head would be worse by {loss:.3g} of {limit:.3g} on held-out data",
+                loss=loss,
+                limit=limit,
+            )
+
     def _commit_fold(self, action: ev.CommitFold) -> None:
         if self._folded is None:
             raise RoundError("nothing was folded")
@@ -141,6 +188,8 @@ class Performer(Desk):
             books.insert_strategy_state(connection, run, row.number, exported)
             books.end_updates(connection, run, row.number, "train", "folded")
             books.update_round(connection, run, row.number, **values)
+            self._end_charge(connection, row.number)
+            note_round(connection, ROUND_FOLDED, run, row, rows, now, head=head.sha256.hex())
         self._round = replace(row, state=state, head_sha256=head.sha256, metrics=metrics)
         self._move_head(step, row.number)
         self._folded, self._orders = None, {}
@@ -168,27 +217,28 @@ class Performer(Desk):
 
     def _decide(self, _action: ev.Decide) -> ev.Event:
         row, ports = self._open_row(), self._ports
-        with self._database.read() as connection:
-            rows = books.load_updates(connection, self._plan.run, row.number, "evaluate")
-        measured = [Measured(ports.nodes.node_id(r.device), r.num_examples, r.metrics) for r in rows]
+        measured = self._measurements(row.number)
         metrics: Mapping[str, float] = {}
         try:
             if measured:
                 metrics = ports.strategy.aggregate_evaluate(row.number, measured)
-            self._decision = ports.releaser.decide(self._candidate(row, metrics, len(measured)))
+            self._decision = ports.releaser.decide(self._candidate(row, metrics, measured))
         except (RoundError, ModelError) as error:
             _log.warning("round_not_decided", run=self._plan.run, round=row.number, reason=str(error))
             self._decision = Decision(reason=f"not decided: {error}")
         self.metrics = {**row.metrics, **metrics, **self._decision.metrics}
         return ev.DecisionMade()
 
-    def _candidate(self, row: books.RoundRow, metrics: Mapping[str, float], devices: int) -> Candidate:
+    def _candidate(
+        self, row: books.RoundRow, metrics: Mapping[str, float], measured: Sequence[Measured]
+    ) -> Candidate:
         return Candidate(
             run=self._plan.run,
             round_number=row.number,
             checkpoint=self.head,
             metrics=metrics,
-            devices=devices,
+            devices=len(measured),
+            measured=measured,
         )
 
     def _commit_round(self, _action: ev.CommitRound) -> None:
@@ -217,7 +267,9 @@ class Performer(Desk):
             books.expire_orders(connection, run, row.number, "train", now)
             books.end_updates(connection, run, row.number, "train", "discarded", "round_failed")
             books.update_round(connection, run, row.number, state="failed", ended=now, reason=action.reason)
+            note_round(connection, ROUND_FAILED, run, row, rows, now)
             state = books.load_strategy_state(connection, run)
+            self._end_charge(connection, row.number)
         self._ports.strategy.import_state(state)
         self._forget(each.artefact_key for each in rows)
         self._end_round()
@@ -225,6 +277,11 @@ class Performer(Desk):
         _log.warning("round_failed", run=run, round=row.number, reason=action.reason)
 
     # ---- parts ----
+
+    def _end_charge(self, connection: Connection, number: int) -> None:
+        """In the transaction that ends a round's use of noise; what it was charged stays charged."""
+        if self._ports.budget is not None:
+            self._ports.budget.end(connection, number)
 
     def _end_round(self) -> None:
         self._round, self._orders, self._folded, self._decision = None, {}, None, Decision()
@@ -242,6 +299,10 @@ class Performer(Desk):
         last = rounds[-1] if rounds else None
         self._last_number = last.number if last else 0
         self.metrics = next((each.metrics for each in reversed(rounds) if each.head_sha256), {})
+        if row.status == EXHAUSTED:
+            # The operator may have raised the budget since; if not, the next round says so again.
+            with self._database.transaction(fence=self._ports.fence) as connection:
+                books.set_run_status(connection, row.run, "active")
         failures = _failures(rounds)
         rest = self._plan.policy.backoff(failures - 1) if failures else 0.0
         state = RoundState(
@@ -251,12 +312,13 @@ class Performer(Desk):
             is_paused=row.status == "paused",
             not_before=last.ended + rest if last else 0.0,
         )
-        if last is None or last.state not in _PHASES:
+        if last is None or last.state not in self._phases:
             return state
         self._round = last
-        state = replace(state, phase=_PHASES[last.state])
-        if last.state in _COLLECTIONS:
-            return self._restore_collection(last, _COLLECTIONS[last.state], state)
+        state = replace(state, phase=self._phases[last.state])
+        if state.phase in COLLECTING:
+            kind = "evaluate" if state.phase is Phase.EVALUATING else "train"
+            return self._restore_collection(last, kind, state)
         return state
 
 

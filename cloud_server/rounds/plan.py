@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from cloud_server.db.engine import Database
-from cloud_server.rounds.ports import Blobs, Finisher, NodeDirectory, Outbox, Releaser, Strategy
+from cloud_server.privacy.budget import Budget
+from cloud_server.rounds.ports import Blobs, Finisher, HeldOut, NodeDirectory, Outbox, Releaser, Strategy
 from cloud_server.rounds.state import Phase, RoundPolicy
+from cloud_server.strikes import StrikePolicy
 from process.clock import Clock
 from wire.manifest import Manifest
 from wire.messages import CodecName, TrainConfig
@@ -25,6 +27,11 @@ class RunPlan:
         policy: when rounds open, close and fail.
         train: how devices train; a strategy may change `proximal_mu` and `clipping_norm` per round.
         max_head_change: a round whose head lies further (L2 norm) from its base is rejected.
+        max_holdout_drop: a round whose head is so much worse than its base on held-out data is rejected.
+        norm_factor: an update longer (L2 norm) than so many times the running median of the rounds before is clipped
+            to that; 0: only `train.clipping_norm` bounds it, as differential privacy wants it.
+        strikes: what broken and hostile replies cost a device.
+        is_private: of a reply only its update counts, as much as any other's: neither weight nor metrics are kept.
         patch_codec: how the step from head to head is coded; empty: heads move exactly and travel whole.
     """
 
@@ -33,6 +40,10 @@ class RunPlan:
     policy: RoundPolicy
     train: TrainConfig
     max_head_change: float = 1e6
+    max_holdout_drop: float = 0.25
+    norm_factor: float = 3.0
+    strikes: StrikePolicy = field(default_factory=StrikePolicy)
+    is_private: bool = False
     patch_codec: CodecName | Literal[""] = DEFAULT_PATCH_CODEC
 
     @property
@@ -47,6 +58,8 @@ class RunPorts:
 
     Attributes:
         fence: the token of `Database.claim_writer`, or None where nobody else can write.
+        held_out: None where the operator has no labelled data.
+        budget: what private rounds are charged to; None for a run without differential privacy.
     """
 
     database: Database
@@ -58,6 +71,8 @@ class RunPorts:
     finisher: Finisher
     releaser: Releaser
     clock: Clock
+    held_out: HeldOut | None = None
+    budget: Budget | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,9 +22,9 @@ from cloud_server.rounds.plan import RunPlan, RunPorts, RunView
 from cloud_server.rounds.state import NEVER, Phase, RoundState
 from process.logs import get_logger
 from wire.checkpoint import Checkpoint
-from wire.errors import ConfigurationError
+from wire.errors import ConfigurationError, UpdateError
 from wire.header import Header
-from wire.messages import Join, Receipt
+from wire.messages import Join, MaskKeys, MaskOpened, MaskShares, Receipt
 
 _log = get_logger("cloud.rounds")
 
@@ -45,7 +45,7 @@ class RoundRunner:
     ) -> None:
         self._plan = plan
         self._ports = ports
-        self._intake = Intake(ports.database, ports.fence, ports.blobs, plan.run, ports.clock)
+        self._intake = Intake(ports.database, ports.fence, ports.blobs, plan.run, ports.clock, plan.strikes)
         self._desk = make_desk(plan, ports, self._intake)
         self._state = RoundState()
         self._queue: deque[ev.Event] = deque()
@@ -71,6 +71,11 @@ class RoundRunner:
         """When `tick` must be called at the latest (unix seconds): now if something waits, `inf` for
         never."""
         return self._ports.clock.now() if self._queue else self._next_tick
+
+    @property
+    def intake(self) -> Intake:
+        """Where replies come in; for what it counts."""
+        return self._intake
 
     def view(self) -> RunView:
         """The run as it stands."""
@@ -133,6 +138,19 @@ class RoundRunner:
                 now = self._ports.clock.now()
                 books.set_order_state(connection, order.order_id, "declined", now, join.reason)
         self._queue.append(ev.JoinArrived(device, join.accepted))
+
+    def on_masking(self, device: str, body: MaskKeys | MaskShares | MaskOpened) -> None:
+        """A device sent what a phase of a masked round asks for; what does not fit is dropped and logged."""
+        order = self._desk.order_of(device)
+        if order is None or order.order_id != body.order_id:
+            return
+        try:
+            event = self._desk.take_masking(device, body)
+        except UpdateError as error:
+            _log.warning("masking_refused", device=device, type=body.TYPE, reason=str(error))
+            return
+        if event is not None:
+            self._queue.append(event)
 
     def on_update(
         self, device: str, header: Header, body: bytes, *, transfer_sha256: bytes, size_bytes: int
