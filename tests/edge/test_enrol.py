@@ -12,19 +12,32 @@ import pytest
 
 from cloud_server.enrolment.ca import CertificateAuthority
 from edge_agent import identity as identity_files
-from edge_agent.enrol import RENEW_AFTER_SHARE, enrol, parse_token, renew, renewal_is_due
+from edge_agent.enrol import (
+    RENEW_AFTER_SHARE,
+    enrol,
+    is_expired,
+    parse_token,
+    renew,
+    renew_late,
+    renewal_is_due,
+    was_expired,
+)
 from edge_agent.fetcher import HttpsFetcher
+from edge_agent.identity import Identity
 from tests.edge.https_server import TLS_NAME, Script, https_server
 from tests.edge.tiny_release import SteppedClock
 from wire.enrolment import (
+    Challenge,
     EnrolmentToken,
     EnrolRequest,
     EnrolResponse,
+    LateRenewRequest,
     Refusal,
     RenewRequest,
     RenewResponse,
     decode_json,
     encode_json,
+    late_proof_bytes,
     proof_bytes,
 )
 from wire.errors import ConfigurationError, EnrolmentError, PeerError, TransportError, TrustError
@@ -33,10 +46,12 @@ from wire.primitives import (
     certificate_fingerprint,
     certificate_not_after,
     certificate_validity,
+    make_csr,
     read_private,
 )
 
 NOW = time.time()
+DAY = 86_400.0
 CLOCK = SteppedClock(NOW)
 
 
@@ -47,7 +62,12 @@ class Aggregator:
         self.authority = authority
         self.requests: list[EnrolRequest] = []
         self.script = Script(files={"/v1/ca": authority.certificate_pem.encode()})
-        self.script.post = {"/v1/enroll": self.enrol, "/v1/renew": self.renew}
+        self.script.post = {
+            "/v1/enroll": self.enrol,
+            "/v1/renew": self.renew,
+            "/v1/challenge": lambda *_: (200, encode_json(Challenge(challenge="ab" * 20))),
+            "/v1/late-renewal": self.renew_late,
+        }
         self.url = ""
         self.changes: dict[str, str] = {}
 
@@ -77,6 +97,22 @@ class Aggregator:
     def renew(self, body: bytes, client: str) -> tuple[int, bytes]:
         request = decode_json(body, RenewRequest)
         issued = self.authority.issue_device(request.csr, client, now=NOW + 60)
+        return 200, encode_json(RenewResponse(certificate=issued.pem, ca=self.authority.certificate_pem))
+
+    def renew_late(self, body: bytes, client: str) -> tuple[int, bytes]:
+        assert client == ""  # no certificate was shown
+        request = decode_json(body, LateRenewRequest)
+        signed = late_proof_bytes(
+            tenant="tenant",
+            fleet="fleet",
+            ca_sha256=self.authority.fingerprint,
+            device="device-1",
+            challenge="ab" * 20,
+            csr=request.csr,
+        )
+        key = VerifyKey(bytes.fromhex(self.requests[0].update_key))
+        key.verify(bytes.fromhex(request.proof), signed)
+        issued = self.authority.issue_device(request.csr, request.device, now=NOW)
         return 200, encode_json(RenewResponse(certificate=issued.pem, ca=self.authority.certificate_pem))
 
     def refuse(self, code: str, status: int = 403) -> None:
@@ -193,6 +229,8 @@ def test_another_server_of_the_same_ca_is_not_sent_the_secret(tmp_path: Path, ag
         "csr",
         "update_key",
         "revoked",
+        "quarantined",
+        "too_late",
         "busy",
         "?",
     ],
@@ -366,3 +404,70 @@ def test_revoked_device_is_told_to_enrol_anew(tmp_path: Path, aggregator: Aggreg
         renew(replace(identity, url_api=url))
     assert "enrol it anew" in caught.value.hint
     assert certificate_fingerprint(identity.certificate_pem)
+
+
+def expired(folder: Path, aggregator: Aggregator) -> Identity:
+    """A device whose certificate ended a day ago."""
+    identity = enrol(aggregator.token(), folder, clock=CLOCK)
+    csr = make_csr(read_private(identity.tls_key_path), identity.device).decode()
+    issued = aggregator.authority.issue_device(csr, identity.device, now=NOW - 8 * DAY)
+    identity.certificate_path.write_text(issued.pem)
+    return identity_files.load(folder)
+
+
+def test_expired_certificate_is_renewed_by_the_update_key(tmp_path: Path, aggregator: Aggregator) -> None:
+    identity = expired(tmp_path / "state", aggregator)
+    assert is_expired(identity, NOW)
+    renewed = renew_late(identity)
+    assert not is_expired(renewed, NOW)
+    assert identity_files.load(tmp_path / "state").certificate_pem == renewed.certificate_pem
+    assert (renewed.update_key, renewed.device) == (identity.update_key, "device-1")
+
+
+def test_server_that_sees_our_certificate_expired_is_believed(tmp_path: Path, aggregator: Aggregator) -> None:
+    """The device's own clock may be behind: then only the other side knows."""
+    identity = expired(tmp_path / "state", aggregator)
+    with (
+        https_server(
+            tmp_path / "b", aggregator.authority, aggregator.script, now=NOW, wants_client=True
+        ) as url,
+        pytest.raises(TransportError) as caught,
+    ):
+        renew(replace(identity, url_api=url))
+    assert was_expired(caught.value)
+    with pytest.raises(TransportError) as nobody:
+        renew(replace(identity, url_api="https://127.0.0.1:9"))
+    assert not was_expired(nobody.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "hint"),
+    [
+        ("revoked", "another name"),
+        ("quarantined", "device approve"),
+        ("too_late", "revoke it"),
+        ("challenge", ""),
+    ],
+)
+def test_late_renewal_that_is_refused_says_what_to_do_and_keeps_the_certificate(
+    tmp_path: Path, aggregator: Aggregator, code: str, hint: str
+) -> None:
+    identity = expired(tmp_path / "state", aggregator)
+    refusal = encode_json(Refusal(error=code, message="no entry"))
+    aggregator.script.post["/v1/late-renewal"] = lambda *_: (403, refusal)
+    with pytest.raises(EnrolmentError) as caught:
+        renew_late(identity)
+    assert caught.value.facts["code"] == code
+    assert hint in caught.value.hint
+    assert identity_files.load(tmp_path / "state").certificate_pem == identity.certificate_pem
+
+
+def test_late_renewal_with_another_ca_sends_nothing(tmp_path: Path, aggregator: Aggregator) -> None:
+    identity = expired(tmp_path / "state", aggregator)
+    other = CertificateAuthority.create(tmp_path / "other", name="other", now=NOW)
+    with (
+        https_server(tmp_path / "c", other, aggregator.script, now=NOW) as url,
+        pytest.raises(TrustError),
+    ):
+        renew_late(replace(identity, url_enrol=url))
+    assert is_expired(identity_files.load(tmp_path / "state"), NOW)
