@@ -21,13 +21,14 @@ from cloud_server.flower.exchange import Board, Exchange
 from cloud_server.flower.private import NODE_UNAVAILABLE
 from cloud_server.flower.records import AppArrays, to_config
 from cloud_server.rounds import events as ev
+from cloud_server.rounds.chronicle import EXCHANGE_DONE, note_round
 from cloud_server.rounds.desk import Desk
 from cloud_server.rounds.draws import draw_seed
 from cloud_server.rounds.head_step import StepTaken
 from cloud_server.rounds.intake import Intake
-from cloud_server.rounds.orders import expected_reply, make_orders, round_train
+from cloud_server.rounds.orders import expected_reply, make_orders, needed_metrics, round_norm, round_train
 from cloud_server.rounds.plan import RunPlan, RunPorts
-from cloud_server.rounds.ports import Candidate, Decision, Measured, Scalar, Vector
+from cloud_server.rounds.ports import Candidate, Decision, Scalar, Vector
 from cloud_server.rounds.replies import StoredReplies
 from cloud_server.rounds.state import Phase, RoundState
 from process.logs import get_logger
@@ -61,6 +62,7 @@ class Request:
     Attributes:
         template: the record that the app sent, whose keys the replies have.
         digest: of all that decides what devices are told, hex.
+        metrics: names of those that every reply has, which the app is given.
     """
 
     exchange: Exchange
@@ -71,6 +73,7 @@ class Request:
     buffers: Vector
     train: TrainConfig
     digest: str
+    metrics: frozenset[str]
 
 
 class ExchangeDesk(Desk):
@@ -191,6 +194,7 @@ class ExchangeDesk(Desk):
                 "train": msgspec.to_builtins(request.train),
                 "request": request.digest,
                 "present": sorted(devices),
+                **self._committed_norm(),
             },
             seed=seed,
             node_ids=asked,
@@ -231,10 +235,7 @@ class ExchangeDesk(Desk):
         is_new = bool(row.head_sha256) and row.number > 1
         if request is None or (request.kind == "train" and not is_new):
             return ev.DecisionMade()
-        with self._database.read() as connection:
-            rows = books.load_updates(connection, self._plan.run, row.number, "evaluate")
-        node_id = self._ports.nodes.node_id
-        measured = [Measured(node_id(r.device), r.num_examples, r.metrics) for r in rows]
+        measured = self._measurements(row.number)
         metrics: Mapping[str, float] = {}
         try:
             if measured:
@@ -245,6 +246,7 @@ class ExchangeDesk(Desk):
                 checkpoint=self.head,
                 metrics=metrics,
                 devices=len(measured),
+                measured=measured,
             )
             self._decision = self._ports.releaser.decide(candidate)
         except (RoundError, ModelError) as error:
@@ -256,9 +258,13 @@ class ExchangeDesk(Desk):
     def _commit_round(self, _action: ev.CommitRound) -> None:
         row, now = self._open_row(), self._ports.clock.now()
         values: dict[str, Any] = {"state": "done", "ended": now, "reason": self._decision.reason}
+        metrics = {**self.metrics, **self._measured_norm(row.number)}
         with self._database.transaction(fence=self._ports.fence) as connection:
-            metrics = dict(self.metrics)
             books.update_round(connection, self._plan.run, row.number, metrics=metrics, **values)
+            kind = "train" if self._active is None else self._active.kind
+            replies = books.load_updates(connection, self._plan.run, row.number, kind)
+            facts = {"head": row.head_sha256.hex(), "asked": kind}
+            note_round(connection, EXCHANGE_DONE, self._plan.run, row, replies, now, **facts)
         if self._active is not None:
             self._deliver_errors(self._active.exchange)
         self._round, self._orders, self._active = None, {}, None
@@ -301,7 +307,8 @@ class ExchangeDesk(Desk):
             deadline=row.deadline,
         )
         cap = nodes.max_examples(update.device)
-        expected = {update.order_id: expected_reply(self._plan, order, round_train(row), cap)}
+        bound = round_norm(row)
+        expected = {update.order_id: expected_reply(self._plan, order, round_train(row), cap, bound)}
         node_ids = {update.device: order.node_id}
         kept = self._intake.kept
         return StoredReplies(self._database, self._ports.blobs, [update], expected, node_ids, kept)
@@ -347,7 +354,8 @@ def read_request(exchange: Exchange, plan: RunPlan, buffers: Vector) -> Request:
     text = repr((kind, nodes, sorted(config.items()), msgspec.to_builtins(train))).encode()
     sent = own_buffers.tobytes() if arrays.buffers else b""
     digest = hashlib.sha256(text + params.tobytes() + sent).hexdigest()
-    return Request(exchange, kind, template, arrays, params, own_buffers, train, digest)
+    metrics = needed_metrics(plan, kind)
+    return Request(exchange, kind, template, arrays, params, own_buffers, train, digest, metrics)
 
 
 def _check_same(exchange: Exchange) -> None:
@@ -377,7 +385,9 @@ def _maker(
             (reply,) = update
             params, buffers = request.params + reply.update, reply.buffers
             content["arrays"] = request.arrays.record(params, buffers, request.template)
-        content["metrics"] = MetricRecord({**row.metrics, "num-examples": row.num_examples})
+        # Those that every reply has: Flower ends the run when one has a metric that another lacks.
+        metrics = {name: row.metrics[name] for name in sorted(request.metrics & row.metrics.keys())}
+        content["metrics"] = MetricRecord({**metrics, "num-examples": row.num_examples})
         return Message(content, reply_to=message)
 
     return make
