@@ -64,6 +64,10 @@ class Newcomer:
         self.update_key = SigningKey.generate()
         self.csr = make_csr(generate_tls_key(), device).decode()
 
+    def proof(self, token_id: str) -> str:
+        """The proof of a request that names this token."""
+        return self.update_key.sign(proof_bytes(token_id, self.device, self.csr)).hex()
+
     def request(self, token: EnrolmentToken, **changes: str) -> EnrolRequest:
         csr = changes.get("csr", self.csr)
         device = changes.get("device", self.device)

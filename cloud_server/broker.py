@@ -1,0 +1,131 @@
+"""The broker of one deployment: started here or run by somebody else, watched, and told of revoked devices.
+
+Laws of the file: wiring only; what watches has a thread of its own, because a probe of a dead broker takes
+seconds, and nothing that goes wrong there ends the service.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cloud_server.db.devices import load_revoked_serials
+from cloud_server.deployment import Deployment
+from cloud_server.enrolment.ca import refresh_revocation_list
+from cloud_server.enrolment.sessions import LIST_NAME, RevokedSessions, stand_in
+from cloud_server.registry import AGGREGATOR_NAME
+from process.logs import get_logger
+from wire.errors import BrokerError, StorageError
+from wire.transport.broker import BrokerTls, RunningBroker, end_session, start_broker
+
+BROKER_PROBE_SECONDS = 5.0
+SESSIONS_SECONDS = 1.0
+"""How often the register is asked whom to disconnect."""
+_CALLED = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where we find what listens everywhere
+
+_log = get_logger("cloud.broker")
+
+
+@contextmanager
+def open_broker(deployment: Deployment) -> Iterator[tuple[str, int]]:
+    """Host and port of the broker, which is started here unless it is external."""
+    settings = deployment.settings.broker
+    if settings.kind == "external":
+        sessions = _sessions(deployment, settings.host, settings.port, None) if settings.tls else None
+        with _watched(None, sessions):
+            yield settings.host, settings.port
+        return
+    tls = _broker_tls(deployment) if settings.tls else None
+    with start_broker(
+        settings.kind, folder=deployment.folder.broker, host=settings.host, port=settings.port, tls=tls
+    ) as broker:
+        _log.info("broker_started", kind=broker.kind, port=broker.port)
+        sessions = _sessions(deployment, broker.host, broker.port, broker) if tls is not None else None
+        with _watched(broker, sessions):
+            yield broker.host, broker.port
+
+
+@contextmanager
+def _watched(broker: RunningBroker | None, sessions: RevokedSessions | None) -> Iterator[None]:
+    """Keeps an eye on the broker and its sessions, on a thread of its own: a probe of a dead one takes seconds."""
+    ended = threading.Event()
+    watch = threading.Thread(
+        target=_watch_broker, args=(broker, sessions, ended), name="broker-watch", daemon=True
+    )
+    watch.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watch.join()
+
+
+def _watch_broker(
+    broker: RunningBroker | None, sessions: RevokedSessions | None, ended: threading.Event
+) -> None:
+    """Starts a broker that no longer answers anew, and ends the sessions of revoked devices."""
+    next_probe = BROKER_PROBE_SECONDS
+    waited = 0.0
+    while not ended.wait(SESSIONS_SECONDS):
+        waited += SESSIONS_SECONDS
+        try:
+            if sessions is not None:
+                sessions.follow()
+            if broker is not None and waited >= next_probe:
+                next_probe = waited + BROKER_PROBE_SECONDS
+                if broker.revive():
+                    _log.warning("broker_revived", kind=broker.kind)
+        except BrokerError as error:
+            _log.error("broker_does_not_come_back", error=str(error), hint=error.hint)
+        except StorageError as error:
+            _log.error("revocations_not_read", error=str(error), hint=error.hint)
+
+
+def _sessions(deployment: Deployment, host: str, port: int, broker: RunningBroker | None) -> RevokedSessions:
+    """What ends the sessions of revoked devices at a broker with TLS; an external one reads the list when told to."""
+
+    def end(device: str) -> None:
+        context = stand_in(deployment.authority, device, now=deployment.clock.now())
+        end_session(_CALLED.get(host, host), port, device, tls=context)
+
+    def reload() -> None:
+        if broker is not None:
+            broker.reload()
+        else:
+            _log.warning(
+                "revocation_list_changed",
+                file=str(_list_file(deployment)),
+                hint="give it to the broker: `shoal-cloud broker revoked` writes it too",
+            )
+
+    return RevokedSessions(
+        deployment.database,
+        deployment.authority,
+        deployment.clock,
+        list_file=_list_file(deployment),
+        reload=reload,
+        end_session=end,
+    )
+
+
+def _list_file(deployment: Deployment) -> Path:
+    deployment.folder.broker.mkdir(parents=True, exist_ok=True)
+    return deployment.folder.broker / LIST_NAME
+
+
+def _broker_tls(deployment: Deployment) -> BrokerTls:
+    certificate, key = deployment.server_files("broker")
+    with deployment.database.read() as connection:
+        serials = load_revoked_serials(connection, deployment.clock.now())
+    refresh_revocation_list(deployment.authority, _list_file(deployment), serials, now=deployment.clock.now())
+    return BrokerTls(
+        ca_file=deployment.authority_file,
+        certificate_file=certificate,
+        key_file=key,
+        tenant=deployment.settings.tenant,
+        fleet=deployment.settings.fleet,
+        aggregators=(AGGREGATOR_NAME,),
+        revocation_file=_list_file(deployment),
+    )
