@@ -362,6 +362,7 @@ class Agent:
                 event = event_of(self.parts.speaker.hear(packet), self.parts)
                 if event is not None:
                     self._step(event)
+            self.parts.clock.note_acknowledgement(self.parts.speaker.acknowledged_until)
         except EnvelopeError as error:
             reason = str(error.facts.get("reason", ""))
             self._complaints.add(packet.topic, reason)
