@@ -44,6 +44,7 @@ from wire.envelope import peek
 from wire.header import header_bytes, header_from_map
 from wire.manifest import Manifest, Release
 from wire.messages import CODEC_NAMES, BlobRef, Body, decode_body, encode_body
+from wire.onnx_file import MAX_NODES, check_onnx
 from wire.patch import apply_patch, make_patch
 from wire.replay import Window
 from wire.topics import Topics
@@ -356,6 +357,33 @@ def _json(kind: type[Any]) -> Callable[[bytes], None]:
 _TOPICS = Topics("acme", "wrists")
 
 
+def _onnx(data: bytes) -> None:
+    facts = check_onnx(data, "fuzzed.onnx")
+    keep(facts.nodes <= MAX_NODES, "nodes are bounded")
+    keep(facts.tensor_bytes <= 8 * len(data), "no tensor is larger than its data")
+
+
+def _onnx_seeds() -> tuple[bytes, ...]:
+    """A tensor in each spelling, and graphs within a graph."""
+
+    def field(number: int, data: bytes) -> bytes:
+        return bytes([number << 3 | 2, len(data)]) + data
+
+    head = bytes([0x08, 8]) + field(8, bytes([0x10, 20]))
+    raw = bytes([0x08, 2, 0x10, 1]) + field(9, bytes(8))
+    typed = field(1, bytes([2])) + bytes([0x10, 7]) + field(7, bytes([1, 2]))
+    inner = field(5, typed) + field(1, field(4, b"Add") + field(7, b""))
+    node = field(4, b"If") + field(5, field(1, b"then") + field(6, inner))
+    constant = field(4, b"Constant") + field(5, field(5, raw))
+    return (
+        head + field(7, field(5, raw) + field(1, node)),
+        head + field(7, field(1, constant) + field(5, typed)),
+    )
+
+
+_ONNX = _onnx_seeds()
+
+
 def _topic(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
     topic = _TOPICS.parse(text)
@@ -445,6 +473,7 @@ DECODERS: tuple[Decoder, ...] = (
     Decoder("patch", _patch, _PATCHES, "cbor"),
     Decoder("token", _token, (str(TOKEN).encode(),)),
     *(Decoder(f"json_{kind.__name__}", _json(kind), (encode_json(value),), "json") for kind, value in _BODIES_JSON),
+    Decoder("onnx_file", _onnx, _ONNX),
     Decoder("topic", _topic, tuple(f"{_TOPICS.base}/{levels}".encode() for levels in _LEGAL_TOPICS)),
     Decoder("window", _window, (struct.pack(">qqq", 1, 100, 5), struct.pack(">qqq", 0, -1, 0))),
 )  # fmt: skip
