@@ -10,8 +10,10 @@ from __future__ import annotations
 from typing import Final
 
 from cloud_server.db.devices import APPROVED, QUARANTINED, REVOKED
+from cloud_server.enrolment.service import OUTCOMES
 from cloud_server.release.gate import HoldReason
 from cloud_server.screening import Refusal
+from cloud_server.strikes import STRIKING
 from process.metrics import OTHER, Counter, Gauge, Histogram, Registry
 from wire.messages import InferenceReport
 from wire.transport import Packet
@@ -39,6 +41,7 @@ REFUSED: Final[dict[str, str]] = {
     ),
     "MessageError": "body",
     "ChunkError": "chunk",
+    "budget": "budget",
     "PeerError": "revoked",
 }
 """Our log's words for a refused message, by the few that a person would act on differently."""
@@ -85,7 +88,8 @@ class CloudMetrics:
         self.refused: Counter = registry.counter(
             "shoal_messages_refused_total",
             "Messages that were dropped unread, by reason.",
-            "Alarm on signature, signer or replayed: somebody forges; format after an upgrade: versions do not fit.",
+            "Alarm on signature, signer or replayed: somebody forges; format after an upgrade: versions do not fit;"
+            " budget: a device asks for the same content without end.",
             {"reason": sorted(set(REFUSED.values()))},
         )
         self.sent: Counter = registry.counter(
@@ -169,7 +173,15 @@ class CloudMetrics:
         self.certificates_expiring: Gauge = registry.gauge(
             "shoal_device_certificates_expiring",
             "Approved devices whose certificate ends within a day.",
-            "They do not reach the aggregator's HTTPS port to renew it: after that only a new enrolment helps.",
+            "They do not reach the aggregator's HTTPS port to renew it; after its end they renew by their update key,"
+            " until enrolment.grace_days have passed.",
+        )
+        self.enrolments: Counter = registry.counter(
+            "shoal_enrolments_total",
+            "Requests for a certificate by what came of them, since the start.",
+            "Alarm on claimed_twice: a token was stolen, or used twice; many refused ones: somebody guesses, or tokens"
+            " are old; waiting ones want `shoal-cloud device approve`.",
+            {"outcome": OUTCOMES},
         )
         self.inferences: Counter = registry.counter(
             "shoal_fleet_inferences_total",
@@ -263,6 +275,17 @@ class CloudMetrics:
             "Refused and late replies by reason.",
             "not_finite or wrong_size after a release: the model diverges or an agent is broken.",
             {"reason": sorted(map(str, Refusal))},
+        )
+        self.strikes: Counter = registry.counter(
+            "shoal_device_strikes_total",
+            "Refused replies that were held against the device that signed them, by reason, since the start.",
+            "One device: broken or hostile, `device show` tells; many after an upgrade: the new agent is broken.",
+            {"reason": sorted(map(str, STRIKING))},
+        )
+        self.quarantines: Counter = registry.counter(
+            "shoal_device_quarantines_total",
+            "Devices that their strikes put into quarantine, since the start.",
+            "Alarm on any: `device list` names them; `device approve` lets one back before its probation.",
         )
         self.updates_open: Gauge = registry.gauge(
             "shoal_updates_open",

@@ -12,11 +12,9 @@ from cloud_server.cli.output import print_facts, print_json, say
 from cloud_server.db.overview import list_rounds, list_runs, load_incarnation
 from cloud_server.db.releases import load_models, load_releases, load_rollouts
 from cloud_server.deployment import Deployment
+from cloud_server.enrolment.queue import is_claimed_twice, is_pending
 from cloud_server.layout import is_locked
-
-# A signature that is this close to its end although the service renews it at half of its life needs a person.
-ALARM_SECONDS = {"root": 60 * 86_400.0, "targets": 30 * 86_400.0}
-DEFAULT_ALARM_SECONDS = 6 * 3600.0
+from cloud_server.release.expiry import judge_expiries
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -30,13 +28,18 @@ def _status(options: argparse.Namespace) -> int:
         facts = collect_status(deployment)
     (print_json if options.json else print_facts)(facts)
     for role in facts["expiring"]:
-        say(f"warning: the signature of TUF role {role} ends soon")
+        say(f"warning: the signature of TUF role {role} ends soon: see `shoal-cloud keys expiry`")
+    for device in facts["claimed_twice"]:
+        say(f"warning: the token of {device} was claimed twice: see docs/how-to/enrol-a-fleet.md")
+    if facts["pending"]:
+        say(f"{facts['pending']} devices wait for approval: see `shoal-cloud device list --pending`")
     return 0
 
 
 def collect_status(deployment: Deployment) -> dict[str, Any]:
     """What `status` prints."""
     registry, now = deployment.registry, deployment.clock.now()
+    devices = registry.devices()
     expiries = deployment.repository.expiries()
     with deployment.database.read() as connection:
         rounds = list_rounds(connection, last=1)
@@ -52,7 +55,9 @@ def collect_status(deployment: Deployment) -> dict[str, Any]:
         "state": str(deployment.folder.root),
         "is_running": is_locked(deployment.folder.lock("service")),
         "incarnation": incarnation,
-        "devices": dict(Counter(row.status for row in registry.devices())),
+        "devices": dict(Counter(row.status for row in devices)),
+        "pending": sum(is_pending(row) for row in devices),
+        "claimed_twice": [row.device for row in devices if is_claimed_twice(row)],
         "online": len(registry.present()),
         "models": models,
         "run": runs[-1]["run"] if runs else "",
@@ -63,8 +68,6 @@ def collect_status(deployment: Deployment) -> dict[str, Any]:
         "rings": rings,
         "expires": expiries,
         "expiring": sorted(
-            role
-            for role, end in expiries.items()
-            if end - now < ALARM_SECONDS.get(role, DEFAULT_ALARM_SECONDS)
+            each.role for each in judge_expiries(expiries, deployment.repository.expiry, now) if each.is_due
         ),
     }
