@@ -1,13 +1,16 @@
 """The aggregator's HTTP interface as two applications: one for everybody, one for enrolled devices.
 
-Laws of the file: nothing but `/healthz`, the CA and enrolment answers without a certificate; every request of
-a device asks the register again, whatever TLS has verified; a body is counted while it is read; a refusal is
-a `Refusal` and says nothing of others. Only what TUF published and checkpoints are served: raw updates lie in
-the same store and have no address here. Source: docs/architecture.md, "The aggregator".
+Laws of the file: nothing but `/healthz`, the CA, enrolment and late renewal answers without a certificate;
+every request of a device asks the register again, whatever TLS has verified; strangers are let through only so
+often; a body is counted while it is read, and must come soon; a refusal is a `Refusal` and says nothing of
+others. Only what TUF published and checkpoints are served: raw updates lie in the same store and have no
+address here. Source: docs/architecture.md, "The aggregator".
 """
 
 from __future__ import annotations
 
+import asyncio
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,16 +22,26 @@ from starlette.concurrency import run_in_threadpool
 
 from cloud_server.artefacts import Artefacts, blob_key
 from cloud_server.db.devices import REVOKED
+from cloud_server.enrolment.limits import RateLimit
 from cloud_server.enrolment.service import EnrolmentService
 from cloud_server.registry import Registry
 from cloud_server.release.tuf_repository import served_key
-from wire.enrolment import MAX_BODY_BYTES, EnrolRequest, Refusal, RenewRequest, decode_json, encode_json
+from wire.enrolment import (
+    MAX_BODY_BYTES,
+    EnrolRequest,
+    LateRenewRequest,
+    Refusal,
+    RenewRequest,
+    decode_json,
+    encode_json,
+)
 from wire.errors import EnrolmentError, MessageError, ShoalError, StorageError
 
 PEER: Final = "shoal.peer"
 """Where `https.py` puts the verified certificate's `Peer` into the ASGI scope."""
 
 _CHUNK_BYTES: Final = 1024 * 1024
+_BODY_SECONDS: Final = 15.0
 _RANGE: Final = re.compile(r"bytes=(\d{0,15})-(\d{0,15})")
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _IMMUTABLE: Final = "public, max-age=31536000, immutable"
@@ -39,6 +52,7 @@ _STATUS: Final = {
     "csr": 400,
     "name": 400,
     "update_key": 400,
+    "challenge": 400,
 }
 
 
@@ -50,8 +64,16 @@ class Peer:
     serial: str
 
 
-def public_app(enrolment: EnrolmentService) -> FastAPI:
-    """The port without client certificates: enrolment, the CA, liveness."""
+class _TooOftenError(EnrolmentError):
+    """A stranger came too often; `wait_seconds` says when to come again."""
+
+
+def public_app(enrolment: EnrolmentService, limit: RateLimit) -> FastAPI:
+    """The port without client certificates: enrolment, late renewal, the CA, liveness.
+
+    Args:
+        limit: of requests that cost us anything.
+    """
     app = _app()
 
     @app.get("/healthz")
@@ -64,11 +86,33 @@ def public_app(enrolment: EnrolmentService) -> FastAPI:
 
     @app.post("/v1/enroll")
     async def enroll(request: Request) -> Response:
+        address = _let_through(request, limit)
         body = decode_json(await _read_body(request), EnrolRequest)
-        answer = await run_in_threadpool(enrolment.enrol, body)
+        answer = await run_in_threadpool(enrolment.enrol, body, address)
+        return Response(encode_json(answer), media_type="application/json")
+
+    @app.post("/v1/challenge")
+    async def challenge(request: Request) -> Response:
+        _let_through(request, limit)
+        return Response(encode_json(enrolment.challenge()), media_type="application/json")
+
+    @app.post("/v1/late-renewal")
+    async def renew_late(request: Request) -> Response:
+        address = _let_through(request, limit)
+        body = decode_json(await _read_body(request), LateRenewRequest)
+        answer = await run_in_threadpool(enrolment.renew_late, body, address)
         return Response(encode_json(answer), media_type="application/json")
 
     return app
+
+
+def _let_through(request: Request, limit: RateLimit) -> str:
+    """The address that a stranger came from; raises `_TooOftenError`. On the port's own thread only."""
+    address = request.client.host if request.client is not None else ""
+    wait_seconds = limit.take(address)
+    if wait_seconds:
+        raise _TooOftenError("too many requests: try again later", code="busy", wait_seconds=wait_seconds)
+    return address
 
 
 def device_app(
@@ -131,6 +175,10 @@ def _app(*dependencies: params.Depends) -> FastAPI:
 
 def _answer_error(error: Exception) -> Response:
     """What a peer is told of an error: its own mistake by a word, ours only as `busy`."""
+    if isinstance(error, _TooOftenError):
+        refusal = _refuse(429, "busy", str(error))
+        refusal.headers["Retry-After"] = str(math.ceil(error.facts["wait_seconds"]))
+        return refusal
     if isinstance(error, EnrolmentError):
         code = str(error.facts.get("code", "bad_request"))
         return _refuse(_STATUS.get(code, 403), code, str(error))
@@ -151,12 +199,18 @@ def _missing() -> Response:
 
 
 async def _read_body(request: Request) -> bytes:
-    """The body, given up as soon as it is too long (its declared length may lie)."""
+    """The body, given up as soon as it is too long (its declared length may lie) or takes too long."""
     data = bytearray()
-    async for piece in request.stream():
-        data += piece
-        if len(data) > MAX_BODY_BYTES:
-            raise MessageError("the body is too long", size_bytes=len(data), limit_bytes=MAX_BODY_BYTES)
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for piece in request.stream():
+                data += piece
+                if len(data) > MAX_BODY_BYTES:
+                    raise MessageError(
+                        "the body is too long", size_bytes=len(data), limit_bytes=MAX_BODY_BYTES
+                    )
+    except TimeoutError as error:
+        raise MessageError("the body takes too long") from error
     return bytes(data)
 
 

@@ -22,12 +22,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from cloud_server.api import PEER, Peer, device_app, public_app
 from cloud_server.db.releases import is_checkpoint
 from cloud_server.deployment import Deployment
+from cloud_server.enrolment.limits import RateLimit
 from wire.errors import ConfigurationError, ShoalError, TransportError
 
 _START_SECONDS: Final = 30.0
 _STOP_SECONDS: Final = 5
 _MAX_CONNECTIONS: Final = 1024
 _MAX_HEADER_BYTES: Final = 16_384
+_FIRST_REQUEST_SECONDS: Final = 20.0
 
 
 def tls_context(certificate: Path, key: Path, client_ca: str | None = None) -> ssl.SSLContext:
@@ -111,6 +113,9 @@ class HttpsFront:
     Args:
         broker_url: what enrolled devices are told.
 
+    Attributes:
+        enrolment: what answers on both.
+
     Raises:
         TransportError: (operator) a port cannot be listened on.
     """
@@ -126,9 +131,11 @@ class HttpsFront:
             self._public.stop()
             raise
         self.public_port, self.device_port = self._public.port, self._device.port
-        enrolment = deployment.enrolment(
+        enrolment = self.enrolment = deployment.enrolment(
             deployment.welcome(device_port=self.device_port, broker_url=broker_url)
         )
+        bounds = deployment.settings.enrolment
+        limit = RateLimit(deployment.clock, per_address=bounds.address_per_minute, overall=bounds.per_minute)
 
         def is_served_blob(sha256: str) -> bool:
             with deployment.database.read() as connection:
@@ -137,7 +144,7 @@ class HttpsFront:
         self._device.start(
             device_app(enrolment, deployment.registry, deployment.artefacts, is_served_blob=is_served_blob)
         )
-        self._public.start(public_app(enrolment))
+        self._public.start(public_app(enrolment, limit))
 
     def stop(self) -> None:
         """Stops both ports. Safe to call twice."""
@@ -164,7 +171,10 @@ class _Server(uvicorn.Server):
 
 
 class _DeviceProtocol(H11Protocol):
-    """HTTP/1.1 that tells the application whom the client certificate names, which ASGI servers do not."""
+    """HTTP/1.1 that tells the application whom the client certificate names, which ASGI servers do not.
+
+    Who connects and asks for nothing is let go: there are only so many connections for all.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -175,6 +185,11 @@ class _DeviceProtocol(H11Protocol):
             await inner({**scope, PEER: peer}, receive, send)
 
         self.app = with_peer
+        self.loop.call_later(_FIRST_REQUEST_SECONDS, self._let_go)
+
+    def _let_go(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
 
 
 def _peer(connection: ssl.SSLObject | None) -> Peer | None:

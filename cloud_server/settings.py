@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field, structs
 
+from cloud_server.privacy.plan import PrivacyPlan
 from process.settings import load_settings
 from wire.messages import CodecName, TrainConfig
 
@@ -93,6 +94,35 @@ class EnrolmentSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
         int, _option("Most examples that one update of a device may count for.", ge=1, le=2**31)
     ] = 100_000
     token_hours: Annotated[float, _option("Life of a token, in hours.", gt=0.0, le=8784.0)] = 24.0
+    grace_days: Annotated[
+        float,
+        _option(
+            "Days after the end of its certificate in which a device that was away renews by its update key;"
+            " 0 for never.",
+            ge=0.0,
+            le=3660.0,
+        ),
+    ] = 90.0
+    address_per_minute: Annotated[
+        int,
+        _option(
+            "Requests a minute to the port without certificates, from one address (IPv6: one /64); a gateway or"
+            " a proxy in between is one address.",
+            ge=1,
+            le=1_000_000,
+        ),
+    ] = 60
+    per_minute: Annotated[
+        int, _option("Requests a minute to that port, from all addresses together.", ge=1, le=1_000_000)
+    ] = 1200
+    min_agent_version: Annotated[
+        str,
+        _option(
+            'Oldest agent that is asked for rounds, such as "0.2.0"; older ones answer inferences, get releases and'
+            " stand in the log as agent_too_old; empty for any.",
+            max_length=64,
+        ),
+    ] = ""
 
 
 class TufSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -115,9 +145,9 @@ class RunSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         str,
         _option("The model it trains, by name or graphs hash; empty for the newest import.", max_length=64),
     ] = ""
-    strategy: Annotated[str, _option("Flower strategy, by its class name.", min_length=1, max_length=128)] = (
-        "FedAvg"
-    )
+    strategy: Annotated[
+        str, _option("Strategy, by its class name: Flower's, or a robust rule.", min_length=1, max_length=128)
+    ] = "ClippedMean"
     parameters: Annotated[dict[str, Any], _option("Parameters of the strategy's constructor.")] = {}
     serverapp: Annotated[
         str, _option("module:app of a stock Flower ServerApp that drives the rounds instead.", max_length=256)
@@ -139,6 +169,20 @@ class RunSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     evaluate_every: Annotated[
         int, _option("Evaluate and decide on a release after this many rounds; 0 for never.", ge=0, le=10**6)
     ] = 1
+    secure_aggregation: Annotated[
+        Literal["plain", "pairwise"],
+        _option(
+            "Whether the aggregator reads each update (plain) or, by masks that devices agree on, their sum only;"
+            " masked rounds have at least 3 devices, which weigh the same, and no screening of single updates."
+        ),
+    ] = "plain"
+    secure_dropout: Annotated[
+        float, _option("Share of a masked cohort that may vanish without failing the round.", ge=0.0, lt=0.5)
+    ] = 0.2
+    secure_colluding: Annotated[
+        float,
+        _option("Share of a masked cohort that may tell the aggregator all they know.", ge=0.0, lt=0.5),
+    ] = 0.1
     pause_seconds: Annotated[float, _option("Rest between rounds, in seconds.", ge=0.0, le=2_592_000.0)] = 0.0
     paused: Annotated[bool, _option("Begin paused: no round opens before `shoal-cloud round resume`.")] = (
         False
@@ -149,6 +193,15 @@ class RunSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             "L2 distance of a new head from its base above which the round is rejected.", gt=0.0, le=1e12
         ),
     ] = 1e6
+    max_holdout_drop: Annotated[
+        float,
+        _option(
+            "How much worse than its base a new head may be on the operator's held-out data (gate.holdout), in the"
+            " metric's unit, before the round is rejected.",
+            ge=0.0,
+            le=1e9,
+        ),
+    ] = 0.25
 
 
 class TrainSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -168,6 +221,35 @@ class TrainSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def config(self) -> TrainConfig:
         """What an invitation carries."""
         return TrainConfig(**structs.asdict(self))
+
+
+class ScreeningSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[screening]`: what is done about updates that are too long, broken or hostile."""
+
+    norm_factor: Annotated[
+        float,
+        _option(
+            "An update longer (L2 norm) than so many times the running median of the last rounds is clipped to that;"
+            " 0: only train.clipping_norm bounds it. Off under differential privacy, whose clip is fixed.",
+            ge=0.0,
+            le=1e6,
+        ),
+    ] = 3.0
+    strike_limit: Annotated[
+        int, _option("Refused replies of broken content that put a device into quarantine.", ge=1, le=10**6)
+    ] = 5
+    clean_rounds: Annotated[
+        int, _option("Sound updates of a device that wear off one of its strikes.", ge=1, le=10**6)
+    ] = 10
+    probation_hours: Annotated[
+        float,
+        _option(
+            "Hours after which a device that its strikes quarantined is let back, one strike below the limit; 0: only"
+            " `shoal-cloud device approve` lets it back.",
+            ge=0.0,
+            le=8784.0,
+        ),
+    ] = 24.0
 
 
 class GateSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -197,6 +279,45 @@ class GateSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = ""
 
 
+class PrivacySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[privacy]`: differential privacy of the devices' data (docs/how-to/privacy.md)."""
+
+    mode: Annotated[
+        Literal["none", "central"],
+        _option("central: devices trust the aggregator with their updates, and it adds noise to their sum."),
+    ] = "none"
+    clipping_norm: Annotated[
+        float, _option("Largest L2 norm of an update; over train.clipping_norm.", ge=1e-9, le=1e9)
+    ] = 1.0
+    noise_multiplier: Annotated[
+        float, _option("Standard deviation of the noise on the sum, in clipping norms.", ge=0.01, le=1000.0)
+    ] = 1.0
+    sampling_rate: Annotated[
+        float,
+        _option("Probability with which each device that is present is asked in a round.", ge=1e-9, le=1.0),
+    ] = 0.1
+    epsilon: Annotated[
+        float,
+        _option(
+            "What all rounds of the fleet may spend; one that would cross it is not opened.", ge=1e-6, le=1e6
+        ),
+    ] = 8.0
+    delta: Annotated[
+        float,
+        _option(
+            "Probability with which epsilon may not hold; far below 1 over the devices.", ge=1e-15, le=0.1
+        ),
+    ] = 1e-5
+
+    def plan(self) -> PrivacyPlan | None:
+        """What a private run does; None for a run without differential privacy."""
+        if self.mode == "none":
+            return None
+        values = structs.asdict(self)
+        del values["mode"]
+        return PrivacyPlan(**values)
+
+
 class RefineSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[refine]`: a little training on the operator's own data after every fold."""
 
@@ -204,7 +325,11 @@ class RefineSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         int, _option("Passes over the operator's data; 0 for no refinement.", ge=0, le=1000)
     ] = 0
     data: Annotated[
-        str, _option("Samples: an .npz with x and y, relative to the state folder.", max_length=1024)
+        str,
+        _option(
+            "Samples: an .npz with x and y, relative to the state folder; FLTrust trains on them too.",
+            max_length=1024,
+        ),
     ] = "refine.npz"
     model: Annotated[
         str,
@@ -245,6 +370,38 @@ class MetricsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = ""
 
 
+class AuditSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[audit]`: when the chain is signed, and who else keeps its heads."""
+
+    head_entries: Annotated[
+        int, _option("Sign a head at the latest after so many entries.", ge=1, le=1_000_000)
+    ] = 256
+    head_seconds: Annotated[
+        float,
+        _option("Sign a head at the latest when an entry is so old, in seconds.", ge=1.0, le=2_592_000.0),
+    ] = 600.0
+    witness: Annotated[
+        str,
+        _option(
+            "Who else is given every signed head: the path of a file (best on another machine) or an https:// address"
+            " that takes a POST of JSON; empty for nobody.",
+            max_length=1024,
+        ),
+    ] = ""
+
+
+class OperatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[operators]`: the interface for people and their scripts."""
+
+    listen: Annotated[
+        str,
+        _option(
+            'Where it answers over HTTPS, such as "127.0.0.1:8445"; every request needs a token; empty for nowhere.',
+            max_length=260,
+        ),
+    ] = ""
+
+
 class LogSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[log]`"""
 
@@ -266,10 +423,14 @@ class CloudSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     tuf: TufSettings = field(default_factory=TufSettings)
     run: RunSettings = field(default_factory=RunSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+    screening: ScreeningSettings = field(default_factory=ScreeningSettings)
     gate: GateSettings = field(default_factory=GateSettings)
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
     refine: RefineSettings = field(default_factory=RefineSettings)
     compute: ComputeSettings = field(default_factory=ComputeSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
+    audit: AuditSettings = field(default_factory=AuditSettings)
+    operators: OperatorSettings = field(default_factory=OperatorSettings)
     log: LogSettings = field(default_factory=LogSettings)
 
 

@@ -15,14 +15,16 @@ import pytest
 from cloud_server.deployment import Deployment, initialise
 from cloud_server.enrolment.tokens import mint_token
 from cloud_server.https import HttpsFront
-from cloud_server.settings import CloudSettings, ListenSettings
-from edge_agent.enrol import enrol, renew
+from cloud_server.settings import CloudSettings, EnrolmentSettings, ListenSettings
+from edge_agent.enrol import enrol, renew, renew_late
 from edge_agent.fetcher import HttpsFetcher
 from edge_agent.https import HttpsConnection, identity_context, unverified_context, verified_context
 from edge_agent.identity import Identity
 from process.clock import SystemClock
-from wire.enrolment import EnrolmentToken
+from tests.cloud.deployment import Newcomer
+from wire.enrolment import EnrolmentToken, encode_json
 from wire.errors import ConfigurationError, EnrolmentError, RefusedError, TransportError, TrustError
+from wire.primitives import certificate_not_after
 
 BROKER = "mqtt://127.0.0.1:1883"
 CLOCK = SystemClock()
@@ -31,7 +33,10 @@ CLOCK = SystemClock()
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     settings = CloudSettings(
-        tenant="t", fleet="f", listen=ListenSettings(public_port=0, device_port=0, tls_name="cloud.test")
+        tenant="t",
+        fleet="f",
+        listen=ListenSettings(public_port=0, device_port=0, tls_name="cloud.test"),
+        enrolment=EnrolmentSettings(address_per_minute=10_000, per_minute=10_000),
     )
     with initialise(tmp_path_factory.mktemp("cloud") / "state", settings) as made:
         yield made
@@ -111,7 +116,8 @@ def test_device_enrols_and_knows_its_way(identity: Identity, deployment: Deploym
 def test_device_fetches_metadata_and_targets(identity: Identity, deployment: Deployment) -> None:
     assert fetch(identity, "/metadata/timestamp.json") == deployment.repository.timestamp()
     data = deployment.keys.online_json(tenant="t", fleet="f")
-    path = "/" + next(deployment.artefacts.keys("tuf/targets/keys")).removeprefix("tuf/")
+    keys = deployment.artefacts.keys("tuf/targets/keys")
+    path = "/" + next(key for key in keys if key.endswith("online.json")).removeprefix("tuf/")
     assert fetch(identity, path) == data
     assert fetch(identity, path, offset=10) == data[10:]
 
@@ -188,7 +194,10 @@ def test_checkpoint_is_served(identity: Identity, deployment: Deployment) -> Non
             "INSERT OR IGNORE INTO runs VALUES ('r', 0, :g, '{}', 0, 'active')",
         ):
             connection.exec_driver_sql(statement, model)
-        connection.exec_driver_sql("INSERT INTO checkpoints VALUES ('r', 0, :d, :d, 0)", {"d": digest})
+        connection.exec_driver_sql(
+            "INSERT INTO checkpoints (run, round, sha256, artefact_key, created) VALUES ('r', 0, :d, :d, 0)",
+            {"d": digest},
+        )
     answer = call(identity, "GET", f"/blobs/{digest}", Range="bytes=2-")
     assert (answer.status, answer.data) == (206, b"head")
 
@@ -286,6 +295,72 @@ def test_enrolment_with_a_used_token_names_the_reason(
         enrol(token, tmp_path / "two", name="two", clock=CLOCK)
     assert caught.value.facts["code"] == "token_used"
     assert not (tmp_path / "two" / "identity").exists()
+
+
+def test_stranger_learns_nothing_of_tokens_but_that_his_is_none(
+    front: HttpsFront, deployment: Deployment
+) -> None:
+    """Unknown, wrong, spent and for another name: the very same answer to whoever does not know the secret."""
+    spent, named = mint(deployment, front, "spent"), mint(deployment, front, "named")
+    honest = Newcomer("spent")
+    public(front, deployment, "POST", "/v1/enroll", encode_json(honest.request(spent)))
+    guess = Newcomer("guess")
+    requests = [
+        guess.request(named, token_id="0" * 16, proof=guess.proof("0" * 16)),
+        guess.request(named, secret="A" * 43),
+        guess.request(spent, secret="A" * 43),
+        guess.request(named, secret="%"),
+    ]
+    answers = [public(front, deployment, "POST", "/v1/enroll", encode_json(each)) for each in requests]
+    assert {answer.status for answer in answers} == {403}
+    assert len({answer.data for answer in answers}) == 1
+    assert deployment.registry.status("spent") == "approved"
+
+
+def test_device_that_was_away_for_too_long_for_its_certificate_comes_back(
+    identity: Identity, deployment: Deployment
+) -> None:
+    with (
+        Deployment.open(deployment.folder.root, clock=_Later(30 * 86_400.0)) as later,
+        HttpsFront(later, broker_url=BROKER) as door,
+    ):
+        there = replace(identity, url_enrol=f"https://127.0.0.1:{door.public_port}")
+        renewed = renew_late(there)
+        later.registry.quarantine(identity.device)
+        with pytest.raises(EnrolmentError) as quarantined:
+            renew_late(there)
+        later.registry.revoke(identity.device)
+        with pytest.raises(EnrolmentError) as revoked:
+            renew_late(there)
+    assert certificate_not_after(renewed.certificate_pem) > CLOCK.now() + 36 * 86_400.0
+    assert quarantined.value.facts["code"] == "quarantined"
+    assert "device approve" in quarantined.value.hint
+    assert revoked.value.facts["code"] == "revoked"
+    assert "another name" in revoked.value.hint
+
+
+@pytest.mark.parametrize("path", ["/v1/enroll", "/v1/challenge", "/v1/late-renewal"])
+def test_stranger_that_asks_too_often_is_told_when_to_come_again(tmp_path: Path, path: str) -> None:
+    settings = CloudSettings(
+        listen=ListenSettings(public_port=0, device_port=0, tls_name="cloud.test"),
+        enrolment=EnrolmentSettings(address_per_minute=3),
+    )
+    with initialise(tmp_path / "state", settings) as made, HttpsFront(made, broker_url=BROKER) as door:
+        answers = [public(door, made, "POST", path, b"{}") for _ in range(4)]
+        assert public(door, made, "GET", "/healthz").status == 200
+    assert [answer.status == 429 for answer in answers] == [False, False, False, True]
+    assert json.loads(answers[-1].data)["error"] == "busy"
+    assert 1 <= int(answers[-1].headers["retry-after"]) <= 20
+
+
+@pytest.mark.parametrize("path", ["/v1/late-renewal", "/v1/challenge"])
+def test_late_renewal_with_nonsense_is_a_bad_request_or_nothing(
+    front: HttpsFront, deployment: Deployment, path: str
+) -> None:
+    for body in (b"", b"[1]", b"\xff", b"x" * 60_000):
+        answer = public(front, deployment, "POST", path, body)
+        assert answer.status == (400 if path == "/v1/late-renewal" else 200)
+        assert public(front, deployment, "GET", path).status == 405
 
 
 def test_enrolment_with_a_wrong_pin_sends_nothing(

@@ -91,6 +91,33 @@ def test_agent_at_two_thirds_of_its_certificates_life_renews_and_rejoins_while_i
         assert row.status == "approved"
 
 
+def test_agent_that_was_away_longer_than_its_certificate_comes_back_by_itself(
+    tmp_path: Path, thirds_bundle: Bundle
+) -> None:
+    """Real processes: the certificate expired 23 days ago, both ports with mutual TLS refuse it, the agent starts."""
+    federation = thirds.make_federation(DEVICE)
+    place = tmp_path / "agent.toml"
+    place.write_text(render_toml(EdgeSettings(inference=InferenceSettings(variant="int8"))))
+    state = tmp_path / DEVICE
+    with LocalCloud(tmp_path / "cloud", settings(), federation) as cloud:
+        cloud.import_model(thirds_bundle)
+        cloud.start()
+        enrol(cloud.token(DEVICE), state, clock=SystemClock())
+        old = age(cloud.deployment, state, days=30)
+        agent = LocalAgent(DEVICE, state, place, "", federation.devices[DEVICE], rate_hz=50.0)
+        try:
+            wait_for(lambda: "certificate_renewed" in agent.log_file.read_text(), "the late renewal")
+            wait_for(lambda: agent.status().get("connected") is True, "the broker, with the new certificate")
+            wait_for(lambda: agent.answered > 0, "answers of the model that it fetched with it")
+            agent.check()
+        finally:
+            agent.stop()
+        new = identity_files.load(state).certificate_pem
+        assert new != old
+        assert certificate_not_after(new) > time.time() + (LIFE_DAYS - 1) * DAY
+        assert "certificate_renewed_late" in cloud.log_file.read_text()
+
+
 class Gate:
     """A device on disk as far as TLS sees it, and a broker that asks for its certificate."""
 
