@@ -21,6 +21,7 @@ from models.bundle import Bundle
 from tests.cloud.deployment import Newcomer
 from tests.cloud.small_bundle import make_candidate, write_bundle
 from wire.enrolment import EnrolmentToken
+from wire.errors import EnrolmentError
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,92 @@ def test_device_add_prints_a_token_and_nothing_else(made: Run) -> None:
     assert printed.out == f"{token}\n"
     assert (token.device, token.url, token.tls_name) == ("watch-1", "https://127.0.0.1:9443", "shoal-cloud")
     assert "shoal-edge enroll" in printed.err
+
+
+def test_device_add_writes_each_numbered_token_into_a_file_of_its_own(made: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "tokens"
+    printed = made("device", "add", "cam-{n:02}", "--count", "3", "--output-dir", str(folder))
+    assert (printed.code, printed.out) == (0, "")
+    files = sorted(folder.iterdir())
+    assert [file.name for file in files] == ["cam-01.token", "cam-02.token", "cam-03.token"]
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+    tokens = [EnrolmentToken.parse(file.read_text()) for file in files]
+    assert [token.device for token in tokens] == ["cam-01", "cam-02", "cam-03"]
+    assert len({token.secret for token in tokens}) == 3
+    assert made("device", "add", "cam-{n:02}", "--count", "2", "--json").json[0]["device"] == "cam-04"
+    again = made("device", "add", "--count", "3", "--output-dir", str(folder))
+    assert again.code == 0
+    assert (folder / "1.token").exists()
+    refused = made("device", "add", "--count", "3", "--output-dir", str(folder))
+    assert refused.code == 2
+    assert "there already" in refused.err
+
+
+def test_devices_of_a_token_of_many_uses_wait_in_a_queue(made: Run, tmp_path: Path) -> None:
+    token = made("device", "add", "door-*", "--uses", "4").out.strip()
+    for name in ("door-1", "door-2", "door-3"):
+        enrol(tmp_path, name, token)
+    pending = made("device", "list", "--pending", "--json").json
+    assert [row["device"] for row in pending] == ["door-1", "door-2", "door-3"]
+    assert {row["enrolled_with"] for row in pending} == {EnrolmentToken.parse(token).token_id}
+    waiting = made("status")
+    assert "3 devices wait for approval" in waiting.err
+    assert made("device", "approve", "door-1", "door-2").code == 0
+    assert made("device", "deny", "door-3").code == 0
+    assert made("device", "list", "--pending", "--json").json == []
+    rows = {row["device"]: (row["status"], row["reason"]) for row in made("device", "list", "--json").json}
+    assert rows == {"door-1": ("approved", ""), "door-2": ("approved", ""), "door-3": ("revoked", "denied")}
+    late = made("device", "deny", "door-1")
+    assert late.code == 2
+    assert "does not wait for approval" in late.err
+
+
+def test_misspelt_name_among_many_changes_nothing(made: Run, tmp_path: Path) -> None:
+    token = made("device", "add", "--uses", "2").out.strip()
+    enrol(tmp_path, "one", token)
+    assert made("device", "approve", "one", "tow").code == 2
+    assert made("device", "show", "one", "--json").json["status"] == "quarantined"
+
+
+def test_token_that_was_claimed_twice_stands_in_the_status_until_somebody_decides(
+    made: Run, tmp_path: Path
+) -> None:
+    token = made("device", "add").out.strip()
+    enrol(tmp_path, "first", token)
+    with pytest.raises(EnrolmentError):
+        enrol(tmp_path, "second", token)
+    alarmed = made("status", "--json")
+    assert alarmed.json["claimed_twice"] == ["first"]
+    assert "the token of first was claimed twice" in alarmed.err
+    assert made("device", "approve", "first").code == 0
+    quiet = made("status", "--json")
+    assert (quiet.json["claimed_twice"], quiet.json["pending"]) == ([], 0)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("watch", "--count", "2"),
+        ("a/b",),
+        ("aggregator",),
+        ("watch", "--uses", "2"),
+        ("cam-{x}", "--count", "2"),
+        ("--output", "x", "--output-dir", "y"),
+    ],
+)
+def test_device_add_that_cannot_be_makes_no_token(made: Run, tmp_path: Path, words: tuple[str, ...]) -> None:
+    refused = made("device", "add", *words)
+    assert (refused.code, refused.out) == (2, "")
+    assert "hint:" in refused.err
+    with Deployment.open(state_folder(tmp_path)) as deployment, deployment.database.read() as connection:
+        assert connection.exec_driver_sql("SELECT count(*) FROM tokens").scalar_one() == 0
+
+
+def test_device_add_for_a_taken_name_is_refused(made: Run, tmp_path: Path) -> None:
+    enrol(tmp_path, "watch", made("device", "add", "watch").out.strip())
+    refused = made("device", "add", "watch")
+    assert refused.code == 2
+    assert "is taken" in refused.err
 
 
 @pytest.mark.parametrize(
