@@ -10,8 +10,8 @@ from pathlib import Path
 
 from bench.table import Row, render
 
-ALL = ("sealing", "folding", "train_step", "gpu", "memory", "flower", "learning")
-BY_NAME = ("learning_fashion", "cards")
+ALL = ("sealing", "enrolment", "folding", "train_step", "gpu", "memory", "flower", "learning")
+BY_NAME = ("learning_fashion", "robustness", "masking", "cards")
 
 
 def main() -> int:
