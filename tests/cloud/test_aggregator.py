@@ -12,17 +12,22 @@ from cloud_server.aggregator import SILENT_SECONDS
 from cloud_server.artefacts import Artefacts
 from cloud_server.assembly import Assembled, Base, assemble, open_base
 from cloud_server.db.engine import open_database
+from cloud_server.influence import MAX_VOTES_PER_SECOND, WINDOW_SECONDS
 from cloud_server.keys import CloudKeys
+from cloud_server.metrics import refusal_reason as refused_label
 from cloud_server.registry import add_device
 from cloud_server.release.announcer import CHECK_SECONDS
 from cloud_server.release.publish import Publisher
+from cloud_server.screening import Refusal
+from cloud_server.strikes import StrikePolicy, strike
 from edge_agent.settings import EdgeSettings
 from fleet.virtual import VirtualTime
 from tests.cloud.small_bundle import make_candidate, write_bundle
 from wire import envelope
-from wire.messages import Announcement, Birth, Telemetry, decode_body
+from wire.header import Header
+from wire.messages import Announcement, Birth, InferenceReport, Need, Telemetry, decode_body, encode_body
 from wire.primitives import SigningKey
-from wire.transport import Received, TransportEvent
+from wire.transport import Packet, Received, TransportEvent
 from wire.transport.memory import MemoryBroker, MemoryTransport
 
 
@@ -159,6 +164,66 @@ def test_presence_survives_two_lost_heartbeats_and_ends_after_that(hall: Hall) -
     assert not hall.base.registry.present()
     hall.cloud.aggregator.on_telemetry("a", heartbeat())
     assert list(hall.base.registry.present()) == ["a"]
+
+
+# ---- one device's part -------------------------------------------------------------------------------------
+
+
+def judged(count: int) -> InferenceReport:
+    return InferenceReport(
+        release_version=0,
+        requests=count,
+        errors=0,
+        latency_p50_seconds=0.001,
+        latency_p99_seconds=0.002,
+        confidence_mean=0.5,
+        feedback_correct=0,
+        feedback_total=count,
+    )
+
+
+def test_report_counts_for_what_one_device_can_have_done(hall: Hall) -> None:
+    metrics = hall.cloud.metrics
+    hall.cloud.aggregator.on_inference_report("a", judged(7))
+    assert metrics.feedback.value(outcome="wrong") == 7
+    hall.cloud.aggregator.on_inference_report("a", judged(2**53))
+    assert metrics.feedback.value(outcome="wrong") == MAX_VOTES_PER_SECOND * WINDOW_SECONDS
+
+
+def test_report_of_a_device_in_quarantine_does_not_count(hall: Hall) -> None:
+    hall.base.registry.quarantine("a", "looked at")
+    hall.cloud.aggregator.on_inference_report("a", judged(7))
+    assert not hall.cloud.metrics.feedback.value(outcome="wrong")
+    assert hall.cloud.aggregator.inference["a"] == judged(7)
+
+
+def test_device_whose_probation_has_come_is_let_back_at_a_sweep(hall: Hall) -> None:
+    policy = StrikePolicy(limit=1, probation_seconds=600.0)
+    with hall.base.database.transaction() as connection:
+        struck = strike(connection, "a", Refusal.NOT_FINITE, now=hall.time.now(), policy=policy)
+    assert struck is not None
+    assert struck.is_quarantined
+    assert hall.base.registry.status("a") == "quarantined"
+    hall.tick(300.0)
+    assert hall.base.registry.status("a") == "quarantined"
+    hall.tick(301.0)
+    assert hall.base.registry.status("a") == "approved"
+
+
+def test_request_above_the_budget_is_counted_as_such(hall: Hall) -> None:
+    """Through the whole door: signed by the device, opened, and refused for what it asks."""
+    ref = hall.cloud.downlink.publish_blob(bytes(1000))
+    for seq in range(200):
+        hall.time.advance_to(hall.time.now() + 1.1)
+        header = Header(type="nd", direction="up", tenant="t", fleet="f", device="a", epoch=1, seq=seq)
+        need = encode_body(Need(sha256=ref.sha256, bitmap=b"\x01"))
+        message = envelope.sign(header, need, signer=SigningKey.from_bytes(b"a" * 32))
+        topic = f"fl/1/t/f/nd/a/{ref.sha256.hex()}"
+        hall.cloud.aggregator.handle(Received(Packet(topic, message)))
+    refused = hall.cloud.aggregator.inbox.refused_total
+    assert set(refused) == {"nd: budget"}
+    assert refused_label("nd: budget") == "budget"
+    assert 100 < refused["nd: budget"] < 200
 
 
 def test_aggregator_counts_what_comes_and_goes(hall: Hall, tmp_path: Path) -> None:
