@@ -13,13 +13,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cloud_server.agent_versions import check_least
 from cloud_server.artefacts import Artefacts
+from cloud_server.audit.notary import Notary, NotaryPolicy, list_key
+from cloud_server.audit.witness import open_witness
 from cloud_server.db.engine import Database, open_database
 from cloud_server.enrolment.ca import CertificateAuthority, ensure_server_files
 from cloud_server.enrolment.service import EnrolmentService, Welcome
 from cloud_server.enrolment.tokens import Door
-from cloud_server.keys import CloudKeys, init_keys
+from cloud_server.keys import CloudKeys, KeyFolder, copy_keys, init_keys
 from cloud_server.layout import StateFolder
+from cloud_server.operators.accounts import FIRST_ADMIN, Role, add_operator
 from cloud_server.registry import Registry
 from cloud_server.release.publish import Publisher
 from cloud_server.release.tuf_repository import TufRepository
@@ -28,6 +32,7 @@ from cloud_server.settings import CloudSettings, load_cloud_settings
 from process.clock import Clock, SystemClock
 from process.options import render_toml
 from wire.errors import ConfigurationError, StorageError
+from wire.primitives import write_private
 
 if TYPE_CHECKING:
     from models.bundle import Bundle
@@ -41,6 +46,7 @@ class Deployment:
 
     Args:
         fence: what `Database.claim_writer` gave to the running service; None for commands.
+        offline: where the offline keys are for this command, such as on a stick; `keys/offline` if None.
     """
 
     def __init__(
@@ -50,15 +56,22 @@ class Deployment:
         *,
         clock: Clock | None = None,
         fence: int | None = None,
+        offline: Path | None = None,
     ) -> None:
         self.folder = folder
         self.settings = settings
         self.clock: Clock = clock or SystemClock()
         self.fence = fence
+        self.key_folder = KeyFolder(folder.keys, self.clock, offline=offline)
 
     @classmethod
     def open(
-        cls, root: Path, environment: Mapping[str, str] | None = None, *, clock: Clock | None = None
+        cls,
+        root: Path,
+        environment: Mapping[str, str] | None = None,
+        *,
+        clock: Clock | None = None,
+        offline: Path | None = None,
     ) -> Deployment:
         """Opens a state folder.
 
@@ -67,7 +80,8 @@ class Deployment:
         """
         folder = StateFolder(root)
         folder.check()
-        return cls(folder, load_cloud_settings(folder.settings, environment), clock=clock)
+        settings = load_cloud_settings(folder.settings, environment)
+        return cls(folder, settings, clock=clock, offline=offline)
 
     def close(self) -> None:
         """Closes the database, if it was opened. Safe to call twice."""
@@ -103,9 +117,10 @@ class Deployment:
             raise
         return opened
 
-    @cached_property
+    @property
     def keys(self) -> CloudKeys:
-        return CloudKeys.load(self.folder.keys)
+        """The keys of now; another object whenever one was rotated."""
+        return self.key_folder()
 
     @cached_property
     def authority(self) -> CertificateAuthority:
@@ -130,15 +145,32 @@ class Deployment:
             timestamp=days.timestamp_days,
         )
         lock = self.folder.lock("tuf")
-        return TufRepository(self.artefacts, self.keys, self.clock, expiry=expiry, lock=lock)
+        return TufRepository(self.artefacts, self.key_folder, self.clock, expiry=expiry, lock=lock)
 
     @cached_property
     def registry(self) -> Registry:
-        return Registry(self.database, self.clock)
+        least = check_least(self.settings.enrolment.min_agent_version)
+        return Registry(self.database, self.clock, min_agent_version=least)
 
     @cached_property
     def publisher(self) -> Publisher:
-        return Publisher(self.database, self.artefacts, self.repository, self.clock, fence=self.fence)
+        return Publisher(
+            self.database,
+            self.artefacts,
+            self.repository,
+            self.clock,
+            fence=self.fence,
+            notary=self.notary,
+        )
+
+    @cached_property
+    def notary(self) -> Notary:
+        """Signs the audit chain; its key is one that the release metadata lists."""
+        list_key(self.repository, self.keys.audit)
+        audit = self.settings.audit
+        witness = open_witness(audit.witness)
+        policy = NotaryPolicy(entries=audit.head_entries, seconds=audit.head_seconds)
+        return Notary(self.database, self.keys.audit, self.clock, policy=policy, witness=witness)
 
     def enrolment(self, welcome: Welcome) -> EnrolmentService:
         """Enrolment that tells devices where to go; `welcome` makes the usual answer."""
@@ -148,7 +180,8 @@ class Deployment:
             welcome,
             self.clock,
             tuf_root=self.repository.first_root,
-            online_keys=self.keys.online_keys,
+            online_keys=lambda: self.keys.online_keys(),
+            grace_seconds=self.settings.enrolment.grace_days * 86_400.0,
         )
 
     # ---- addresses ----
@@ -231,8 +264,13 @@ def _url(scheme: str, host: str, port: int) -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def initialise(root: Path, settings: CloudSettings, *, clock: Clock | None = None) -> Deployment:
-    """Makes a state folder: settings, keys, CA, database, an empty signed repository. All of it, or nothing.
+def initialise(
+    root: Path, settings: CloudSettings, *, clock: Clock | None = None, keys: Path | None = None
+) -> Deployment:
+    """Makes a state folder: settings, keys, CA, database with the first admin, an empty signed repository; or nothing.
+
+    Args:
+        keys: a folder that `init_keys` made, whose keys are copied; new ones if None.
 
     Raises:
         ConfigurationError: (operator) something lies there already.
@@ -242,7 +280,7 @@ def initialise(root: Path, settings: CloudSettings, *, clock: Clock | None = Non
     folder.create()
     deployment = Deployment(folder, settings, clock=clock)
     try:
-        _fill(deployment)
+        _fill(deployment, keys)
         folder.seal()
     except BaseException:  # an interrupt too: half a folder would be in the way of the next try
         deployment.close()
@@ -251,15 +289,21 @@ def initialise(root: Path, settings: CloudSettings, *, clock: Clock | None = Non
     return deployment
 
 
-def _fill(deployment: Deployment) -> None:
+def _fill(deployment: Deployment, made: Path | None) -> None:
     folder, settings = deployment.folder, deployment.settings
     try:
         folder.settings.write_text(render_toml(settings), encoding="utf-8")
     except OSError as error:
         raise StorageError(f"{folder.settings} cannot be written: {error.strerror}") from error
-    keys = init_keys(folder.keys)
+    if made is None:
+        init_keys(folder.keys)
+    else:
+        copy_keys(made, folder.keys)
+    keys = deployment.keys
     name = f"Shoal CA of {settings.tenant} {settings.fleet}"[:64]
     CertificateAuthority.create(folder.authority, name=name, now=deployment.clock.now())
-    with deployment.database.read():
-        pass
+    with deployment.database.transaction() as connection:
+        token = add_operator(connection, FIRST_ADMIN, Role.ADMIN, deployment.clock.now())
+    write_private(folder.first_admin, f"{token}\n".encode())
     deployment.repository.init(online_keys=keys.online_json(tenant=settings.tenant, fleet=settings.fleet))
+    list_key(deployment.repository, keys.audit)

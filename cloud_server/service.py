@@ -13,28 +13,30 @@ import secrets
 import signal
 import ssl
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import FrameType
 from typing import Protocol
 
 from cloud_server.aggregator import Aggregator
 from cloud_server.assembly import Base, assemble
+from cloud_server.broker import open_broker
 from cloud_server.db.rounds import load_run
 from cloud_server.deployment import Deployment
 from cloud_server.enrolment.ca import ensure_client_files
 from cloud_server.https import HttpsFront
 from cloud_server.metrics_reading import EventQueue, read_metrics
+from cloud_server.operators.front import OperatorsFront
 from cloud_server.registry import AGGREGATOR_NAME
+from cloud_server.release.key_watch import KeyWatch
 from cloud_server.rounds.runner import RoundRunner
 from cloud_server.run_setup import PreparedRun, open_run, prepare_run
 from process.logs import get_logger
 from process.metrics_port import MetricsPort
 from process.vitals import register_vitals
-from wire.errors import BrokerError, ConfigurationError, ModelError
+from wire.errors import ConfigurationError, ModelError
 from wire.transport import Transport, TransportEvent
-from wire.transport.broker import BrokerTls, RunningBroker, start_broker
 from wire.transport.mqtt import MqttTransport
 
 _log = get_logger("cloud.service")
@@ -43,7 +45,6 @@ QUEUED_EVENTS = 100_000
 EVENTS_PER_TICK = 256
 LONGEST_WAIT_SECONDS = 1.0
 POLL_SECONDS = 1.0
-BROKER_PROBE_SECONDS = 5.0
 RETRY_SECONDS = 60.0
 """How long a model that cannot be used is left alone before it is looked at again."""
 
@@ -58,13 +59,14 @@ class StopSignal(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """Where a started service can be reached; `metrics_port` 0: nowhere."""
+    """Where a started service can be reached; `metrics_port` or `operators_port` 0: nowhere."""
 
     public_port: int
     device_port: int
     broker_host: str
     broker_port: int
     metrics_port: int = 0
+    operators_port: int = 0
 
 
 def run(
@@ -93,7 +95,7 @@ def run(
         # Before anything is started: what cannot be loaded is one error, and no device saw half a service.
         prepared = prepare_run(deployment, serverapp)
         base = _open_base(deployment)
-        broker_host, broker_port = stack.enter_context(_broker(deployment))
+        broker_host, broker_port = stack.enter_context(open_broker(deployment))
         loop = _Loop(deployment, base, _transport(deployment, broker_host, broker_port), stop, serverapp)
         stack.callback(loop.close)
         if prepared is not None:
@@ -101,11 +103,19 @@ def run(
         metrics_port = loop.open_metrics(stack)
         broker_url = deployment.broker_url(broker_host, broker_port)
         front = stack.enter_context(HttpsFront(deployment, broker_url=broker_url))
-        ready = Running(front.public_port, front.device_port, broker_host, broker_port, metrics_port)
+        loop.count_enrolments(front)
+        operators_port = 0
+        if deployment.settings.operators.listen:
+            operators = OperatorsFront(deployment, deployment.settings.operators.listen)
+            operators_port = stack.enter_context(operators).port
+        ready = Running(
+            front.public_port, front.device_port, broker_host, broker_port, metrics_port, operators_port
+        )
         ports = {"public_port": ready.public_port, "device_port": ready.device_port, "broker": broker_port}
-        _log.info("service_ready", **ports, metrics=metrics_port)
+        _log.info("service_ready", **ports, metrics=metrics_port, operators=operators_port)
         on_ready(ready)
-        loop.run()
+        with deployment.notary.running():
+            loop.run()
     if isinstance(stop, _Signalled) and stop.is_interrupt:
         raise KeyboardInterrupt
     return 0
@@ -133,6 +143,15 @@ class _Loop:
             slot_bytes=settings.broker.slot_bytes,
             silent_seconds=settings.broker.silent_seconds,
         )
+        self._key_watch = KeyWatch(
+            deployment.key_folder,
+            base.repository,
+            downlink=self._cloud.downlink,
+            inbox=self._cloud.aggregator.inbox,
+            clock=base.clock,
+            tenant=settings.tenant,
+            fleet=settings.fleet,
+        )
         self._next_poll = 0.0
         self._next_model_look = 0.0
         self._runner: RoundRunner | None = None
@@ -157,6 +176,10 @@ class _Loop:
         if not settings.metrics.listen:
             return 0
         return stack.enter_context(MetricsPort(metrics.registry, settings.metrics.listen)).port
+
+    def count_enrolments(self, front: HttpsFront) -> None:
+        """Lets metrics say what came of requests at the HTTPS ports."""
+        self._cloud.metrics.enrolments.read_from(front.enrolment.counts)
 
     def run(self) -> None:
         """Serves until the stop signal."""
@@ -202,6 +225,7 @@ class _Loop:
         if now < self._next_poll:
             return
         self._next_poll = now + POLL_SECONDS
+        self._key_watch.tick()
         if self._runner is None:
             self._look_for_model(now)
             return
@@ -265,50 +289,6 @@ def _open_base(deployment: Deployment) -> Base:
         deployment.registry,
         deployment.repository,
         fence,
-    )
-
-
-@contextmanager
-def _broker(deployment: Deployment) -> Iterator[tuple[str, int]]:
-    """Host and port of the broker, which is started here unless it is external."""
-    settings = deployment.settings.broker
-    if settings.kind == "external":
-        yield settings.host, settings.port
-        return
-    tls = _broker_tls(deployment) if settings.tls else None
-    with start_broker(
-        settings.kind, folder=deployment.folder.broker, host=settings.host, port=settings.port, tls=tls
-    ) as broker:
-        _log.info("broker_started", kind=broker.kind, port=broker.port)
-        ended = threading.Event()
-        watch = threading.Thread(target=_watch_broker, args=(broker, ended), name="broker-watch", daemon=True)
-        watch.start()
-        try:
-            yield broker.host, broker.port
-        finally:
-            ended.set()
-            watch.join()
-
-
-def _watch_broker(broker: RunningBroker, ended: threading.Event) -> None:
-    """Starts a broker that no longer answers anew. On its own thread: a probe of a dead one takes seconds."""
-    while not ended.wait(BROKER_PROBE_SECONDS):
-        try:
-            if broker.revive():
-                _log.warning("broker_revived", kind=broker.kind)
-        except BrokerError as error:
-            _log.error("broker_does_not_come_back", error=str(error), hint=error.hint)
-
-
-def _broker_tls(deployment: Deployment) -> BrokerTls:
-    certificate, key = deployment.server_files("broker")
-    return BrokerTls(
-        ca_file=deployment.authority_file,
-        certificate_file=certificate,
-        key_file=key,
-        tenant=deployment.settings.tenant,
-        fleet=deployment.settings.fleet,
-        aggregators=(AGGREGATOR_NAME,),
     )
 
 

@@ -27,6 +27,13 @@ COMMANDS = {
     "model": "the models that devices may run",
     "round": "federated rounds",
     "release": "what the rings run",
+    "privacy": "the privacy budget and its ledger",
+    "broker": "the files of a broker that you run yourself",
+    "audit": "the books: whether they are whole, and what stands in them",
+    "user": "people and scripts that may use the operators' interface",
+    "backup": "keep a copy of everything",
+    "restore": "bring an aggregator back from a copy",
+    "keys": "make, show, rotate and sign with the keys that devices trust",
 }
 
 

@@ -11,11 +11,12 @@ import msgspec
 from cloud_server.cli import add_state
 from cloud_server.cli.output import say
 from cloud_server.deployment import initialise
-from cloud_server.settings import BrokerSettings, CloudSettings, load_cloud_settings
+from cloud_server.settings import BrokerSettings, CloudSettings, OperatorSettings, load_cloud_settings
 from process.arguments import path
 from process.settings import check_settings
 from wire.errors import ConfigurationError
 
+OPERATORS = "127.0.0.1:8445"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -25,6 +26,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     listen, broker = defaults.listen, defaults.broker
     add_state(parser)
     parser.add_argument("--settings", type=path, metavar="FILE", help="settings to begin with, as TOML")
+    parser.add_argument(
+        "--keys", type=path, metavar="DIR", help="keys that `shoal-cloud keys init DIR` made, perhaps elsewhere"
+    )
     parser.add_argument("--tenant", metavar="ID", help=f"who runs the fleet ({defaults.tenant})")
     parser.add_argument("--fleet", metavar="ID", help=f"the fleet ({defaults.fleet})")
     parser.add_argument("--host", metavar="ADDRESS", help=f"address to listen on ({listen.host})")
@@ -42,14 +46,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="mutual TLS to the broker, with access rules for each device (mosquitto and external)",
     )
+    parser.add_argument(
+        "--operators",
+        metavar="HOST:PORT",
+        default=OPERATORS,
+        help=f"where the operators' interface answers; empty for nowhere ({OPERATORS})",
+    )
     parser.set_defaults(handler=_init)
 
 
 def _init(options: argparse.Namespace) -> int:
     settings = _settings(options)
-    initialise(options.state, settings).close()
+    initialise(options.state, settings, keys=options.keys).close()
     say(f"made {options.state} for {settings.tenant}/{settings.fleet}")
     say(f"keep {options.state / 'keys' / 'offline'} somewhere safe: it signs what devices trust")
+    say(f"{options.state / 'admin.token'} is the first admin's token: take it away, and delete it there")
     say(f"next: shoal-cloud model import BUNDLE --state {options.state}")
     say(f"      shoal-cloud device add NAME --state {options.state}")
     say(f"      shoal-cloud run --state {options.state}")
@@ -72,7 +83,10 @@ def _settings(options: argparse.Namespace) -> CloudSettings:
         port=options.broker_port,
         tls=options.broker_tls,
     )
-    settings = _changed(base, tenant=options.tenant, fleet=options.fleet, listen=listen, broker=broker)
+    operators = base.operators if options.settings else OperatorSettings(listen=options.operators)
+    settings = _changed(
+        base, tenant=options.tenant, fleet=options.fleet, listen=listen, broker=broker, operators=operators
+    )
     settings = check_settings(settings, "the command line")
     _check_broker(settings.broker)
     return settings
