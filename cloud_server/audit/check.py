@@ -31,6 +31,14 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
+class ListedKey:
+    """A key that may have signed heads, of chains of at most `last` entries; 0 for any."""
+
+    key: VerifyKey
+    last: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Anchor:
     """A head as somebody else than the database has it: release metadata, a witness."""
 
@@ -85,7 +93,7 @@ def head_from_plain(plain: object) -> HeadRow:
 def check_chain(
     entries: Iterable[AuditEntry],
     heads: Iterable[HeadRow],
-    keys: Mapping[str, VerifyKey],
+    keys: Mapping[str, ListedKey],
     anchors: Iterable[Anchor] = (),
 ) -> Checked:
     """Looks at everything.
@@ -128,16 +136,20 @@ def _walk(entries: Iterable[AuditEntry], wanted: set[int], result: Checked) -> t
 
 
 def _check_claim(
-    claim: Anchor, last: int, hashes: Mapping[int, str], keys: Mapping[str, VerifyKey], result: Checked
+    claim: Anchor, last: int, hashes: Mapping[int, str], keys: Mapping[str, ListedKey], result: Checked
 ) -> None:
     head = claim.head
-    key = keys.get(head.key_id)
-    if key is None:
+    listed = keys.get(head.key_id)
+    if listed is None:
         what = f"{claim.where} at entry {head.seq} is of the key {head.key_id[:16]}, which is not listed"
         result.findings.append(Finding(head.seq, what))
         return
+    if 0 < listed.last < head.seq:
+        what = f"{claim.where} at entry {head.seq} is of the key {head.key_id[:16]}, which ended at {listed.last}"
+        result.findings.append(Finding(head.seq, what))
+        return
     try:
-        key.verify(bytes.fromhex(head.signature), statement(head))
+        listed.key.verify(bytes.fromhex(head.signature), statement(head))
     except (EnvelopeError, ValueError):
         result.findings.append(Finding(head.seq, f"{claim.where} at entry {head.seq} is not signed"))
         return

@@ -1,6 +1,6 @@
 """The audit chain as a file that anybody can check without us: one JSON object a line.
 
-    {"keys": {"<key id>": "<public key>"}, "tenant": …, "fleet": …}      first
+    {"keys": {"<key id>": ["<public key>", last]}, "tenant": …, "fleet": …}   first; `last` as in ListedKey
     {"entry": {"seq", "prev", "hash", "at", "kind", "body"}}             in order; `body` is the text that was hashed
     {"head": {"seq", "hash", "at", "incarnation", "key_id", "signature"}}
 
@@ -18,7 +18,7 @@ from typing import Any, Final, TextIO
 
 import msgspec
 
-from cloud_server.audit.check import Checked, check_chain, head_from_plain, head_to_plain
+from cloud_server.audit.check import Checked, ListedKey, check_chain, head_from_plain, head_to_plain
 from cloud_server.db.audit import AuditEntry, HeadRow
 from wire.errors import StorageError, TrustError
 from wire.primitives import VerifyKey
@@ -30,7 +30,7 @@ def write_export(
     out: TextIO,
     *,
     about: Mapping[str, str],
-    keys: Mapping[str, VerifyKey],
+    keys: Mapping[str, ListedKey],
     entries: Iterable[AuditEntry],
     heads: Iterable[HeadRow],
 ) -> int:
@@ -39,7 +39,7 @@ def write_export(
     Args:
         about: tenant and fleet.
     """
-    listed = {name: key.public_bytes.hex() for name, key in keys.items()}
+    listed = {name: [each.key.public_bytes.hex(), each.last] for name, each in keys.items()}
     _line(out, {**about, "keys": listed})
     count = 0
     for entry in entries:
@@ -58,11 +58,11 @@ def _line(out: TextIO, plain: Mapping[str, Any]) -> None:
 class _Reading:
     """What stands in an export besides its entries, as it is met."""
 
-    keys: dict[str, VerifyKey] = field(default_factory=dict)
+    keys: dict[str, ListedKey] = field(default_factory=dict)
     heads: list[HeadRow] = field(default_factory=list)
 
 
-def check_export(path: Path, keys: Mapping[str, VerifyKey] | None = None) -> Checked:
+def check_export(path: Path, keys: Mapping[str, ListedKey] | None = None) -> Checked:
     """Checks an exported chain.
 
     Args:
@@ -106,6 +106,6 @@ def _read(path: Path, reading: _Reading) -> Iterator[AuditEntry]:
         raise StorageError(f"{path} cannot be read: {error.strerror}", path=str(path)) from error
 
 
-def _keys(listed: Mapping[str, str]) -> dict[str, VerifyKey]:
-    found = (VerifyKey(bytes.fromhex(public)) for public in listed.values())
-    return {key.key_id.hex(): key for key in found}
+def _keys(listed: Mapping[str, tuple[str, int]]) -> dict[str, ListedKey]:
+    found = (ListedKey(VerifyKey(bytes.fromhex(public)), int(last)) for public, last in listed.values())
+    return {each.key.key_id.hex(): each for each in found}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event, Thread
@@ -18,13 +18,12 @@ from typing import Any, Protocol
 
 import msgspec
 
-from cloud_server.audit.check import head_to_plain, sign_head
+from cloud_server.audit.check import ListedKey, head_to_plain, sign_head
 from cloud_server.db import audit as chain
 from cloud_server.db.audit import HeadRow
 from cloud_server.db.engine import Database
 from process.clock import Clock
 from process.logs import get_logger
-from wire.enrolment import OnlineKey
 from wire.errors import ReleaseError, ShoalError, TrustError
 from wire.primitives import SigningKey, VerifyKey
 
@@ -61,12 +60,16 @@ class KeyList(Protocol):
 
 
 class Notary:
-    """Signs the heads of one database. From any thread."""
+    """Signs the heads of one database. From any thread.
+
+    Args:
+        key: gives the audit key of now, since a command may replace it while the service runs.
+    """
 
     def __init__(
         self,
         database: Database,
-        key: SigningKey,
+        key: Callable[[], SigningKey],
         clock: Clock,
         *,
         policy: NotaryPolicy | None = None,
@@ -88,7 +91,7 @@ class Notary:
             if head is not None and head.seq >= last.seq:
                 return head
             made = sign_head(
-                self._key, seq=last.seq, hash=last.hash, at=self._clock.now(), incarnation=incarnation
+                self._key(), seq=last.seq, hash=last.hash, at=self._clock.now(), incarnation=incarnation
             )
             chain.insert_head(connection, made)
         return made
@@ -149,36 +152,52 @@ class Notary:
 # ---- the keys that may sign heads --------------------------------------------------------------------------
 
 
+class _Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One audit key. `last`: the longest chain that it may have signed; 0 for any."""
+
+    id: str
+    public: str
+    last: int = 0
+
+
 class _Listed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`keys/audit.json`; the newest key first."""
 
-    audit: tuple[OnlineKey, ...]
+    audit: tuple[_Key, ...]
 
 
-def list_key(repository: KeyList, key: SigningKey) -> None:
-    """Makes sure that the release metadata lists the audit key; keys that were listed stay, since their heads do."""
+def list_key(repository: KeyList, key: SigningKey, *, retired_at: int = 0) -> None:
+    """Makes sure that the release metadata lists the audit key; keys that were listed stay, since their heads do.
+
+    Args:
+        retired_at: keys before this one count for chains up to so long, and no longer; 0 leaves them as they are.
+    """
     found = repository.audit_keys()
     listed = () if found is None else _read(found).audit
-    mine = OnlineKey(id=key.key_id.hex(), public=key.public_bytes.hex())
+    mine = _Key(id=key.key_id.hex(), public=key.public_bytes.hex())
     if mine.id in {each.id for each in listed}:
         return
-    plain = {"audit": [{"id": each.id, "public": each.public} for each in (mine, *listed)]}
+    if retired_at:
+        listed = tuple(
+            msgspec.structs.replace(each, last=min(each.last or retired_at, retired_at)) for each in listed
+        )
+    plain = {"audit": [msgspec.to_builtins(each) for each in (mine, *listed)]}
     repository.set_audit_keys(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
 
 
-def listed_keys(data: bytes | None) -> dict[str, VerifyKey]:
+def listed_keys(data: bytes | None) -> dict[str, ListedKey]:
     """Key id (hex) → key, of `keys/audit.json`; none where there is no such file.
 
     Raises:
         ReleaseError: (us) the file is not what it should be.
     """
-    found: dict[str, VerifyKey] = {}
+    found: dict[str, ListedKey] = {}
     for each in () if data is None else _read(data).audit:
         try:
             key = VerifyKey(bytes.fromhex(each.public))
         except (TrustError, ValueError) as error:
             raise ReleaseError("keys/audit.json lists what is no key") from error
-        found[key.key_id.hex()] = key
+        found[key.key_id.hex()] = ListedKey(key, each.last)
     return found
 
 

@@ -8,15 +8,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cloud_server.audit.check import Anchor, Checked, check_chain, head_from_plain
+from cloud_server.audit.check import Anchor, Checked, ListedKey, check_chain, head_from_plain
 from cloud_server.audit.export import check_export, write_export
-from cloud_server.audit.notary import listed_keys
+from cloud_server.audit.notary import list_key, listed_keys
 from cloud_server.audit.witness import read_witness
 from cloud_server.cli import add_json, add_state
 from cloud_server.cli.output import print_facts, print_json, print_table, say
-from cloud_server.db.audit import load_audit, load_heads, newest_entry, newest_head
+from cloud_server.db.audit import append_audit, load_audit, load_heads, newest_entry, newest_head
 from cloud_server.db.engine import Connection
 from cloud_server.deployment import Deployment
+from cloud_server.keys import replace_audit_key
 from process.arguments import path, whole_number
 from wire.errors import ConfigurationError, StorageError, TrustError
 from wire.primitives import VerifyKey
@@ -50,7 +51,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     show.set_defaults(handler=_show)
     sign = actions.add_parser("sign", help="sign a head now, and tell the witness")
     sign.set_defaults(handler=_sign)
-    for command in (verify, export, show, sign):
+    rotate = actions.add_parser("rotate", help="replace the audit key; heads of the one before stay good")
+    rotate.set_defaults(handler=_rotate)
+    for command in (verify, export, show, sign, rotate):
         add_state(command)
         add_json(command)
 
@@ -77,7 +80,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def verify_books(
-    deployment: Deployment, *, witness: Path | None = None, keys: dict[str, VerifyKey] | None = None
+    deployment: Deployment, *, witness: Path | None = None, keys: dict[str, ListedKey] | None = None
 ) -> Checked:
     """Checks the database against itself, its signed heads, the release metadata and the witness's file."""
     repository = deployment.repository
@@ -106,14 +109,14 @@ def facts_of(checked: Checked) -> dict[str, Any]:
     }
 
 
-def _given_keys(texts: list[str] | None) -> dict[str, VerifyKey] | None:
+def _given_keys(texts: list[str] | None) -> dict[str, ListedKey] | None:
     if not texts:
         return None
     try:
         found = [VerifyKey(bytes.fromhex(text)) for text in texts]
     except (ValueError, TrustError) as error:
         raise ConfigurationError("--key is no public key", hint="64 hex digits: an Ed25519 key") from error
-    return {key.key_id.hex(): key for key in found}
+    return {key.key_id.hex(): ListedKey(key) for key in found}
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -176,4 +179,19 @@ def _sign(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"entries": kept.seq, "hash": kept.hash, "key_id": kept.key_id, "at": kept.at})
     say(f"signed a head of {kept.seq} entries")
+    return 0
+
+
+def _rotate(options: argparse.Namespace) -> int:
+    with Deployment.open(options.state, os.environ) as deployment:
+        before = deployment.notary.sign()
+        key = replace_audit_key(deployment.folder.keys)
+        list_key(deployment.repository, key, retired_at=0 if before is None else before.seq)
+        now = deployment.clock.now()
+        with deployment.database.transaction() as connection:
+            append_audit(connection, "audit.key_rotated", now, {"key": key.key_id.hex()})
+        head = deployment.notary.sign()
+    if options.json:
+        print_json({"key_id": key.key_id.hex(), "public": key.public_bytes.hex()})
+    say(f"heads are signed by {key.key_id.hex()} from entry {1 if head is None else head.seq} on")
     return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cloud_server.agent_versions import is_new_enough
 from cloud_server.db.devices import DeviceRow, PresenceRow
 from cloud_server.db.engine import Connection
 from cloud_server.db.operators import OperatorRow
@@ -18,12 +19,14 @@ from cloud_server.deployment import Deployment
 def devices(deployment: Deployment) -> list[dict[str, Any]]:
     """Every device, by name."""
     presence = deployment.registry.presence()
-    return [_device(row, presence) for row in deployment.registry.devices()]
+    least = deployment.settings.enrolment.min_agent_version
+    return [_device(row, presence, least) for row in deployment.registry.devices()]
 
 
 def device(deployment: Deployment, name: str) -> dict[str, Any]:
     """One device; raises like `Registry.show`."""
-    return _device(deployment.registry.show(name), deployment.registry.presence())
+    least = deployment.settings.enrolment.min_agent_version
+    return _device(deployment.registry.show(name), deployment.registry.presence(), least)
 
 
 def releases(connection: Connection) -> list[dict[str, Any]]:
@@ -37,7 +40,7 @@ def operator(row: OperatorRow) -> dict[str, Any]:
     return {"name": row.name, "role": row.role, "created": row.created, "last_seen": row.last_seen}
 
 
-def _device(row: DeviceRow, presence: Mapping[str, PresenceRow]) -> dict[str, Any]:
+def _device(row: DeviceRow, presence: Mapping[str, PresenceRow], least: str) -> dict[str, Any]:
     seen = presence.get(row.device)
     return {
         "device": row.device,
@@ -51,6 +54,7 @@ def _device(row: DeviceRow, presence: Mapping[str, PresenceRow]) -> dict[str, An
         "presence": seen.status if seen else "",
         "release_version": seen.release_version if seen else 0,
         "agent_version": seen.agent_version if seen else "",
+        "agent_too_old": seen is not None and not is_new_enough(seen.agent_version, least),
         "last_seen": seen.last_seen if seen else 0.0,
     }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cloud_server.artefacts import Artefacts
-from cloud_server.audit.check import Anchor, Checked, check_chain
+from cloud_server.audit.check import Anchor, Checked, ListedKey, check_chain
 from cloud_server.audit.export import check_export, write_export
 from cloud_server.audit.lineage import trace_lineage
 from cloud_server.audit.notary import Notary, NotaryPolicy, list_key, listed_keys
@@ -25,7 +25,7 @@ from wire.errors import ConfigurationError, StorageError, TrustError
 from wire.primitives import SigningKey
 
 KEY = SigningKey.generate()
-KEYS = {KEY.key_id.hex(): KEY.verify_key}
+KEYS = {KEY.key_id.hex(): ListedKey(KEY.verify_key)}
 
 
 class Books:
@@ -36,7 +36,7 @@ class Books:
         self.database = open_database("sqlite://")
         self.database.migrate()
         policy = NotaryPolicy(entries=4, seconds=600.0)
-        self.notary = Notary(self.database, KEY, self.clock, policy=policy, witness=witness)
+        self.notary = Notary(self.database, lambda: KEY, self.clock, policy=policy, witness=witness)
 
     def add(self, count: int) -> None:
         for number in range(count):
@@ -209,12 +209,22 @@ def test_export_of_somebody_else_is_not_believed_with_our_key(books: Books, tmp_
     signed(books)
     exported(books, tmp_path / "export")
     other = SigningKey.generate()
-    checked = check_export(tmp_path / "export", {other.key_id.hex(): other.verify_key})
+    checked = check_export(tmp_path / "export", {other.key_id.hex(): ListedKey(other.verify_key)})
     assert ["not listed" in finding.what for finding in checked.findings] == [True]
 
 
 @pytest.mark.parametrize(
-    "line", ["", "[]", "{", '{"entry":{}}', '{"head":{}}', '{"keys":{"a":"zz"}}', "[" * 10_000]
+    "line",
+    [
+        "",
+        "[]",
+        "{",
+        '{"entry":{}}',
+        '{"head":{}}',
+        '{"keys":{"a":["zz",0]}}',
+        '{"keys":{"a":"00"}}',
+        "[" * 10_000,
+    ],
 )
 def test_export_with_a_line_that_is_none_names_it(tmp_path: Path, line: str) -> None:
     (tmp_path / "export").write_text(line + "\n")
@@ -230,6 +240,18 @@ def test_keys_that_were_listed_stay_listed() -> None:
     for key in (KEY, keys.audit, KEY):
         list_key(repository, key)
     assert set(listed_keys(repository.audit_keys())) == {KEY.key_id.hex(), keys.audit.key_id.hex()}
+
+
+def test_key_that_ended_signs_nothing_longer(books: Books) -> None:
+    books.add(3)
+    signed(books)
+    books.add(2)
+    signed(books)
+    ended = {KEY.key_id.hex(): ListedKey(KEY.verify_key, 3)}
+    with books.database.read() as connection:
+        checked = check_chain(load_audit(connection), load_heads(connection), ended)
+    assert checked.signed == 3
+    assert ["which ended at 3" in finding.what for finding in checked.findings] == [True]
 
 
 # ---- what is written into it -------------------------------------------------------------------------------

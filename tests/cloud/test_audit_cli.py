@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from cloud_server.audit.notary import Notary
 from cloud_server.cli import main
+from cloud_server.db.audit import append_audit
 from cloud_server.deployment import Deployment
 from cloud_server.enrolment.service import Welcome
 from models.bundle import Bundle
@@ -112,6 +114,20 @@ def test_audit_sign_tells_the_witness_of_the_settings(run: Run, state: Path, tmp
     # Whoever has the database, and even the key, cannot write another history behind the witness's back.
     forge(state, "DELETE FROM audit WHERE seq > 1", "DELETE FROM audit_heads")
     assert "(the witness)" in run("audit", "verify", "--json")[1]
+
+
+def test_audit_key_that_is_rotated_ends_and_its_heads_stay(run: Run, state: Path) -> None:
+    with Deployment.open(state) as deployment:
+        stolen = deployment.keys.audit
+    assert run("audit", "rotate")[0] == 0
+    assert run("audit", "verify")[0] == 0
+    with Deployment.open(state) as deployment:
+        assert deployment.keys.audit.public_bytes != stolen.public_bytes
+        with deployment.database.transaction() as connection:
+            append_audit(connection, "device.approved", 1.0, {"device": "somebody"})
+        Notary(deployment.database, lambda: stolen, deployment.clock).sign()
+    code, _, err = run("audit", "verify")
+    assert (code, "which ended at" in err) == (5, True)
 
 
 def test_audit_show_prints_the_newest_entries(run: Run) -> None:

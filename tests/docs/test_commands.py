@@ -151,7 +151,7 @@ def free_ports(count: int) -> list[str]:
 def with_ports(init: re.Match[str]) -> str:
     """The default ports of an aggregator, said aloud, so that `script_of` can put free ones in their place."""
     broker = "" if "--settings" in init[0] else " --broker-port 1883"
-    return f"{init[0].rstrip()} --public-port 8443 --device-port 8444{broker} "
+    return f"{init[0].rstrip()} --public-port 8443 --device-port 8444{broker} --operators 127.0.0.1:0 "
 
 
 def script_of(todo: list[Step], document: Path) -> str:
