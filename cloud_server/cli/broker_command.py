@@ -70,8 +70,7 @@ def _configure_config(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--port",
         type=whole_number(1, 65_535),
-        default=DEFAULT_PORT,
-        help=f"port to listen on ({DEFAULT_PORT})",
+        help=f"port to listen on (that of the settings for an external broker, else {DEFAULT_PORT})",
     )
     command.add_argument(
         "--install-dir", type=path, metavar="DIR", help="where the folder will lie on the broker's machine"
@@ -132,9 +131,10 @@ def _fill(staged: Path, deployment: Deployment, options: argparse.Namespace) -> 
         aggregators=(AGGREGATOR_NAME,),
         revocation_file=place / REVOKED,
     )
+    configured = settings.broker.port if settings.broker.kind == "external" else 0
     site = BrokerSite(
         options.listen,
-        options.port,
+        options.port or configured or DEFAULT_PORT,
         data=place,
         access_file=place / ACCESS,
         user=options.user,
@@ -150,11 +150,11 @@ def _fill(staged: Path, deployment: Deployment, options: argparse.Namespace) -> 
         "installed_at": str(place),
         "files": sorted(entry.name for entry in staged.iterdir()),
         "listen": options.listen,
-        "port": options.port,
+        "port": site.port,
         "names": names,
         "user": options.user,
         "certificate_not_after": certificate_ends(staged)["broker"],
-        "settings": {"kind": "external", "host": names[-1], "port": options.port, "tls": True},
+        "settings": {"kind": "external", "host": names[-1], "port": site.port, "tls": True},
     }
 
 
@@ -181,9 +181,7 @@ def _check_words(options: argparse.Namespace) -> None:
     }
     for option, word in words.items():
         if not word.isprintable() or (option in ("--listen", "--user") and (not word or " " in word)):
-            raise ConfigurationError(
-                f"{option} cannot be {word[:80]!a}", hint="use a plain word or path"
-            )
+            raise ConfigurationError(f"{option} cannot be {word[:80]!a}", hint="use a plain word or path")
 
 
 def _move(staged: Path, out: Path) -> None:
@@ -208,7 +206,7 @@ def _tell(facts: dict[str, Any], options: argparse.Namespace) -> None:
     say(f"      chown -R {options.user}: {place}")
     say(f"      mosquitto -c {place}/{CONFIGURATION}")
     say(f'then, in {options.state}/settings.toml: [broker] kind = "external", host = "{host}",')
-    say(f"      port = {options.port}, tls = true; and start the aggregator again")
+    say(f"      port = {facts['port']}, tls = true; and start the aggregator again")
     say(
         f"after a device is revoked: shoal-cloud broker revoked --state {options.state} --out {place}/{REVOKED}"
     )
