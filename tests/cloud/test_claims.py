@@ -167,3 +167,16 @@ def test_numbered_names_go_on_where_devices_and_open_tokens_leave_off(deployment
 def test_pattern_that_gives_no_names_is_refused(deployment: Deployment, pattern: str) -> None:
     with pytest.raises(ConfigurationError):
         numbered(deployment, pattern, 1)
+
+
+def test_whole_reason_of_a_refusal_is_in_the_operators_log(
+    deployment: Deployment, caplog: pytest.LogCaptureFixture
+) -> None:
+    token = deployment.mint()
+    with caplog.at_level("INFO"), pytest.raises(EnrolmentError):
+        deployment.enrolment.enrol(Newcomer("guess").request(token, secret="A" * 43), "192.0.2.7")
+    (line,) = [record for record in caplog.records if record.getMessage() == "enrolment_refused"]
+    fields = line.__dict__["fields"]
+    assert (fields["reason"], fields["device"], fields["address"]) == ("token", "guess", "192.0.2.7")
+    assert fields["id"] == token.token_id
+    assert token.secret not in str(line.__dict__)
