@@ -238,24 +238,30 @@ def send_all(lab: Lab, name: str, messages: list[Message]) -> list[Receipt]:
 
 
 def test_hostile_broker_cannot_earn_a_device_a_strike() -> None:
-    """All that it can do with what an honest device signed: again, later, in another order, in another session."""
-    lab = StrictLab(4, rounds=6, evaluate_every=1)
-    kept: list[Message] = []
-    for _ in range(200):
+    """All that it can do with what an honest device signed: again, late, in another order, in another session."""
+    signed: list[Message] = []
+
+    def withheld(device: Device, order: Order) -> Message | None:
+        """In every other round the broker keeps what the device says, until the round is over."""
+        signed.append(device.honest(order))
+        return None if order.round_number % 2 else signed[-1]
+
+    lab = StrictLab(4, rounds=6, evaluate_every=1, goal=3)
+    lab.devices[BAD].behaviour = withheld
+    reasons: set[str] = set()
+    for _ in range(300):
         if lab.runner.is_finished:
             break
         lab.step()
-        device = lab.devices[BAD]
-        kept = [answer for answer in device.answers.values() if isinstance(answer, Message)]
-        # Everything that it ever signed, backwards and twice, in whatever round is open now.
-        for receipt in send_all(lab, BAD, [*reversed(kept), *kept]):
-            assert receipt.verdict in ("duplicate", "refused")
-    assert len(kept) == 12
-    # A new session of the device, and then its old ones once more.
-    header = msgspec.structs.replace(kept[0].header, epoch=5, seq=1)
-    lab.send_up(BAD, Message(header, kept[0].body))
-    send_all(lab, BAD, kept)
-    # A body under the header of another, which no signature covers, never comes so far; one cut short neither.
+        over = [each for each in signed if each.header.round_number < lab.runner.view().round_number]
+        for receipt in send_all(lab, BAD, [*reversed(over), *over]):
+            reasons.add(receipt.reason or receipt.verdict)
+    # In a new session of the device, and the old one's once more.
+    header = msgspec.structs.replace(signed[0].header, epoch=5, seq=1)
+    send_all(lab, BAD, [Message(header, signed[0].body), *signed])
+    assert reasons == {"duplicate", str(Refusal.ROUND_CLOSED)}
+    assert {row.state for row in lab.rows(schema.updates) if row.device == BAD} == {"folded", "late"}
+    # A body under another header, or one that was cut, no signature covers: it never comes so far.
     assert lab.row().strikes == 0
     assert lab.audit() == []
     assert lab.runner.intake.strikes_total == {}
