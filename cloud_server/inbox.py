@@ -18,10 +18,21 @@ from process.logs import get_logger
 from wire.chunks import Chunk, Reassembly, parse
 from wire.envelope import Expect, Opened, Signer, open_sealed, open_signed
 from wire.errors import ChunkError, MessageError, PeerError, ReplayError
-from wire.messages import Birth, InferenceReport, Join, Need, Receipt, Telemetry, decode_body
+from wire.messages import (
+    Birth,
+    InferenceReport,
+    Join,
+    MaskKeys,
+    MaskOpened,
+    MaskShares,
+    Need,
+    Receipt,
+    Telemetry,
+    decode_body,
+)
 from wire.primitives import KemPrivateKey
 from wire.replay import Window
-from wire.topics import Topic, Topics
+from wire.topics import Topic, Topics, message_types
 from wire.transport import Packet
 
 OPEN_SENDERS = 16_384
@@ -30,6 +41,9 @@ ASSEMBLY_BYTES = 1024 * 1024 * 1024
 SMALL_MESSAGE_BYTES = 64 * 1024
 _UPDATE_TYPES = frozenset({"up", "ev"})
 _ZERO_ID = bytes(16)
+_MASKING: dict[str, type[MaskKeys | MaskShares | MaskOpened]] = {
+    body.TYPE: body for body in (MaskKeys, MaskShares, MaskOpened)
+}
 
 _log = get_logger("cloud.inbox")
 
@@ -46,6 +60,8 @@ class Receiver(Protocol):
     def on_join(self, device: str, join: Join) -> None: ...
 
     def on_need(self, device: str, need: Need) -> None: ...
+
+    def on_masking(self, device: str, body: MaskKeys | MaskShares | MaskOpened) -> None: ...
 
     def on_update(self, device: str, opened: Opened, transfer: bytes, size_bytes: int) -> None: ...
 
@@ -100,6 +116,10 @@ class Inbox:
         """Bytes that those updates will have; `ASSEMBLY_BYTES` at most."""
         return self._granted_bytes
 
+    def use_keys(self, kem_keys: Mapping[bytes, KemPrivateKey]) -> None:
+        """Opens what is sealed to these keys from now on."""
+        self._kem_keys = kem_keys
+
     def receive(self, packet: Packet) -> None:
         """Takes one packet; never raises for what is in it."""
         self.received_bytes_total += len(packet.payload)
@@ -141,7 +161,11 @@ class Inbox:
 
     def _on_join(self, topic: Topic, payload: bytes) -> None:
         opened = self._open_small(topic, payload)
-        self._receiver.on_join(topic.device, decode_body(opened.body, Join))
+        masking = _MASKING.get(opened.header.type)
+        if masking is not None:
+            self._receiver.on_masking(topic.device, decode_body(opened.body, masking))
+        else:
+            self._receiver.on_join(topic.device, decode_body(opened.body, Join))
 
     def _on_telemetry(self, topic: Topic, payload: bytes) -> None:
         opened = self._open_small(topic, payload)
@@ -194,7 +218,7 @@ class Inbox:
             payload,
             signers=self._signers(),
             recipients=self._kem_keys,
-            expect=self._expect(topic, topic.kind),
+            expect=self._expect(topic, message_types(topic.kind)),
             now=self._clock.now(),
             limit_bytes=SMALL_MESSAGE_BYTES,
         )
