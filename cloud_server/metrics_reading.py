@@ -82,7 +82,7 @@ def read_metrics(
     _read_devices(metrics, base, assembled)
     _read_round(metrics, runner)
     books = Throttled(lambda: _totals(base, metrics, ring), base.clock, BOOKS_SECONDS)
-    _read_books(metrics, books)
+    _read_books(metrics, books, runner)
     expiries = Throttled(base.repository.expiries, base.clock, SIGNATURES_SECONDS)
     metrics.tuf_expiry.read_from(expiries)
     metrics.certificate_expiry.read_from(lambda: certificate_ends(authority))
@@ -151,6 +151,14 @@ def _read_round(metrics: CloudMetrics, runner: Callable[[], RoundRunner | None])
     metrics.round_number.read_from(of_round(lambda current: current.view().round_number))
     metrics.cohort.read_from(of_round(lambda current: current.view().cohort))
     metrics.replies.read_from(of_round(lambda current: current.view().answered))
+    metrics.quarantines.read_from(of_round(lambda current: float(current.intake.quarantined_total)))
+
+    def strikes() -> dict[str, float]:
+        current = runner()
+        counted = {} if current is None else dict(current.intake.strikes_total)
+        return {reason: float(count) for reason, count in counted.items()}
+
+    metrics.strikes.read_from(strikes)
 
 
 def _totals(base: Base, metrics: CloudMetrics, ring: str) -> Totals:
@@ -158,7 +166,9 @@ def _totals(base: Base, metrics: CloudMetrics, ring: str) -> Totals:
         return load_totals(connection, ring=ring, bounds=metrics.round_seconds.buckets)
 
 
-def _read_books(metrics: CloudMetrics, books: Callable[[], Totals]) -> None:
+def _read_books(
+    metrics: CloudMetrics, books: Callable[[], Totals], runner: Callable[[], RoundRunner | None]
+) -> None:
     def updates() -> dict[tuple[str, ...], float]:
         counted: Counter[tuple[str, ...]] = Counter()
         for (kind, state, _), count in books().updates.items():
@@ -171,6 +181,9 @@ def _read_books(metrics: CloudMetrics, books: Callable[[], Totals]) -> None:
         for (_, state, reason), count in books().updates.items():
             if state in ("refused", "late"):
                 counted[reason] += count
+        current = runner()
+        if current is not None:
+            counted.update(dict(current.intake.unbooked_total))
         return {key: float(count) for key, count in counted.items()}
 
     def stored() -> dict[str, float]:
