@@ -363,6 +363,34 @@ def test_late_renewal_with_nonsense_is_a_bad_request_or_nothing(
         assert public(front, deployment, "GET", path).status == 405
 
 
+def test_stranger_that_asks_for_nothing_or_never_ends_is_let_go(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connections are few: one that only holds its place, or drips its headers or its body, loses it."""
+    monkeypatch.setattr("cloud_server.https._FIRST_REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr("cloud_server.api._BODY_SECONDS", 0.3)
+    unfinished = b"POST /v1/enroll HTTP/1.1\r\nHost: x\r\n"
+    with HttpsFront(deployment, broker_url=BROKER) as door:
+        assert said_by(door, b"") == b""
+        assert said_by(door, unfinished) == b""
+        late = said_by(door, unfinished + b"Content-Length: 100\r\nConnection: close\r\n\r\n{")
+    assert late.startswith(b"HTTP/1.1 400")
+    assert b"takes too long" in late
+
+
+def said_by(door: HttpsFront, request: bytes) -> bytes:
+    """All that the public port says to these bytes before it closes the connection."""
+    with (
+        socket.create_connection(("127.0.0.1", door.public_port), timeout=20) as plain,
+        unverified_context().wrap_socket(plain) as connection,
+    ):
+        connection.sendall(request)
+        found = b""
+        while piece := connection.recv(4096):
+            found += piece
+    return found
+
+
 def test_enrolment_with_a_wrong_pin_sends_nothing(
     front: HttpsFront, deployment: Deployment, tmp_path: Path
 ) -> None:
