@@ -7,29 +7,36 @@ clock, database, store, keys) is an argument. Source: docs/architecture.md, "The
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cloud_server.aggregate.fold import Fold, choose_device
 from cloud_server.aggregator import SILENT_SECONDS, Aggregator
 from cloud_server.artefacts import Artefacts
+from cloud_server.audit.notary import Notary, list_key
 from cloud_server.db.engine import Database
 from cloud_server.downlink import Downlink
 from cloud_server.flower.driver import StrategyDriver
-from cloud_server.flower.strategies import build_strategy
+from cloud_server.flower.strategies import WRAPPERS, build_strategy, is_folded
 from cloud_server.keys import CloudKeys
 from cloud_server.metrics import CloudMetrics
+from cloud_server.privacy.budget import PrivateRun
+from cloud_server.privacy.run import check_private, make_private
+from cloud_server.refine.reference import reference_of
 from cloud_server.refine.refinement import Refinery
 from cloud_server.registry import Registry
 from cloud_server.release.announcer import Announcer
 from cloud_server.release.gate import GatePolicy
+from cloud_server.release.held_out_bound import HeldOutBound
 from cloud_server.release.publish import DEFAULT_RING, Publisher
 from cloud_server.release.releaser import CalibratingFinisher, GatedReleaser, Holdout
 from cloud_server.release.tuf_repository import TufRepository
 from cloud_server.release.tuf_signing import TufExpiry
 from cloud_server.rounds.plan import RunPlan, RunPorts
 from cloud_server.rounds.state import RoundPolicy
+from cloud_server.secure.opening import MaskingRules, check_strategy
 from cloud_server.sender import Sender
+from cloud_server.strikes import StrikePolicy
 from models.bundle import Bundle
 from models.candidate import CandidateMaker
 from process.clock import Clock
@@ -46,10 +53,14 @@ class RunConfig:
         strategy: a name of `cloud_server.flower.strategies`; `strategy_parameters` go to it as they are.
         fold_device: torch device of the fold: `auto`, `cpu`, `cuda`, `cuda:N`.
         max_head_change: a round whose head would move further (L2 norm) is rejected.
+        norm_factor, strikes: see `rounds.plan.RunPlan`.
+        masking: what masked rounds must survive; None: updates come without masks.
+        max_holdout_drop: so is one whose head would be so much worse on the operator's held-out data.
+        privacy: None for a run without differential privacy.
     """
 
     run: str = "main"
-    strategy: str = "FedAvg"
+    strategy: str = "ClippedMean"
     strategy_parameters: Mapping[str, Any] = field(default_factory=dict)
     policy: RoundPolicy = field(default_factory=RoundPolicy)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -57,6 +68,11 @@ class RunConfig:
     ring: str = DEFAULT_RING
     fold_device: str = "cpu"
     max_head_change: float = 1e6
+    max_holdout_drop: float = 0.25
+    privacy: PrivateRun | None = None
+    masking: MaskingRules | None = None
+    norm_factor: float = 3.0
+    strikes: StrikePolicy = field(default_factory=StrikePolicy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +86,15 @@ class Base:
     registry: Registry
     repository: TufRepository
     fence: int
+    notary: Notary | None = None
 
     @property
     def publisher(self) -> Publisher:
         """Signs releases under this process's fencing token."""
-        return Publisher(self.database, self.artefacts, self.repository, self.clock, fence=self.fence)
+        notary = self.notary or Notary(self.database, lambda: self.keys.audit, self.clock)
+        return Publisher(
+            self.database, self.artefacts, self.repository, self.clock, fence=self.fence, notary=notary
+        )
 
 
 def open_base(
@@ -93,6 +113,7 @@ def open_base(
     repository = TufRepository(artefacts, keys, clock, expiry=expiry)
     if not repository.is_initialised():
         repository.init(online_keys=keys.online_json(tenant=tenant, fleet=fleet))
+        list_key(repository, keys.audit)
     registry = Registry(database, clock)
     return Base(database, artefacts, keys, clock, registry, repository, fence)
 
@@ -163,24 +184,31 @@ def make_run_parts(
     config: RunConfig,
     holdout: Holdout | None,
     refinery: Refinery | None = None,
+    trusted: Refinery | None = None,
 ) -> tuple[RunPlan, RunPorts]:
     """What a runner is made of.
 
     Args:
         holdout: the operator's own labelled data, which the gate measures a candidate on.
         refinery: trains an aggregate on the operator's data before it becomes the head.
+        trusted: trains FLTrust's reference on the operator's data.
 
     Raises:
-        ConfigurationError: (operator) a strategy, parameter or device that does not exist.
+        ConfigurationError: (operator) a strategy, parameter or device that does not exist, or FLTrust without data.
     """
     manifest, clock, steps = bundle.manifest, base.clock, cloud.metrics.step_seconds
     maker = CandidateMaker(bundle)
     device = choose_device(config.fold_device)
+    chosen = build_strategy(config.strategy, config.strategy_parameters)
+    if config.masking is not None:
+        check_strategy(chosen)
     strategy = StrategyDriver(
-        build_strategy(config.strategy, config.strategy_parameters),
+        chosen,
         manifest.params,
         buffers_size=manifest.buffers_size,
         make_fold=lambda size: Fold(size, device=device),
+        device=device,
+        reference=None if trusted is None else reference_of(trusted),
         timed=lambda: steps.timed(clock, step="fold"),
     )
     releaser = GatedReleaser(
@@ -202,12 +230,26 @@ def make_run_parts(
         finisher=CalibratingFinisher(maker, refinery, lambda: steps.timed(clock, step="calibrate")),
         releaser=releaser,
         clock=clock,
+        held_out=None if holdout is None else HeldOutBound(bundle, holdout),
     )
     plan = RunPlan(
         run=config.run,
         manifest=manifest,
-        policy=config.policy,
+        policy=replace(config.policy, is_masked=config.masking is not None),
         train=config.train,
         max_head_change=config.max_head_change,
+        max_holdout_drop=config.max_holdout_drop,
+        # The clip of differential privacy is fixed: one that follows from others' updates would tell of them.
+        norm_factor=0.0 if config.strategy in WRAPPERS else config.norm_factor,
+        strikes=config.strikes,
     )
-    return plan, ports
+    if config.privacy is None:
+        return plan, ports
+    check_private(
+        plan.policy,
+        buffers_size=manifest.buffers_size,
+        is_folded=is_folded(chosen),
+        has_holdout=holdout is not None,
+        has_app=False,
+    )
+    return make_private(plan, ports, config.privacy)

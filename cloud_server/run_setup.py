@@ -15,14 +15,19 @@ from cloud_server.assembly import Assembled, Base, RunConfig, make_run_parts
 from cloud_server.db.releases import load_models
 from cloud_server.deployment import Deployment
 from cloud_server.flower.serverapp import load_server_app, make_serverapp_runner
-from cloud_server.flower.strategies import build_strategy
+from cloud_server.flower.strategies import build_strategy, is_folded, needs_reference
 from cloud_server.holdout import load_holdout
+from cloud_server.privacy.budget import PrivateRun
+from cloud_server.privacy.run import check_private, private_run
 from cloud_server.refine.opening import open_refinery
+from cloud_server.refine.reference import reference_config
 from cloud_server.refine.refinement import RefineConfig, Refinery
 from cloud_server.release.gate import GatePolicy
 from cloud_server.release.releaser import Holdout
 from cloud_server.rounds.runner import RoundRunner
 from cloud_server.rounds.state import RoundPolicy
+from cloud_server.secure.opening import check_setup, make_runner, masking_rules
+from cloud_server.strikes import StrikePolicy
 from models.bundle import Bundle
 from wire.errors import BundleError, ConfigurationError
 
@@ -35,6 +40,7 @@ class PreparedRun:
     """All that the operator named, opened: what is left can only fail by the disk.
 
     Attributes:
+        trusted: for FLTrust's reference; None under every other strategy.
         app: drives the rounds instead of the strategy; None without one.
     """
 
@@ -42,6 +48,7 @@ class PreparedRun:
     config: RunConfig
     holdout: Holdout | None
     refinery: Refinery | None
+    trusted: Refinery | None
     app: ServerApp | None
     app_config: Mapping[str, Any]
 
@@ -66,12 +73,26 @@ def prepare_run(deployment: Deployment, serverapp: str = "") -> PreparedRun | No
         # The app brings its own strategy; ours only weighs the metrics of evaluations.
         config = replace(config, strategy="FedAvg", strategy_parameters={})
     # Made again with the run; here to say at once what cannot be made.
-    build_strategy(config.strategy, config.strategy_parameters)
+    strategy = build_strategy(config.strategy, config.strategy_parameters)
+    is_private = config.privacy is not None
+    check_setup(config.masking, strategy, has_app=app is not None, is_private=is_private)
+    is_trusting = needs_reference(strategy)
     choose_device(config.fold_device)
+    if is_trusting:
+        _check_trusted_data(deployment)
     if bundle is None:
         return None
     holdout, refinery = load_holdout(deployment, bundle.manifest), _refinery(deployment, bundle)
-    return PreparedRun(bundle, config, holdout, refinery, app, settings.parameters)
+    trusted = _trusted(deployment, bundle) if is_trusting else None
+    if config.privacy is not None:
+        check_private(
+            config.policy,
+            buffers_size=bundle.manifest.buffers_size,
+            is_folded=is_folded(strategy),
+            has_holdout=holdout is not None,
+            has_app=app is not None,
+        )
+    return PreparedRun(bundle, config, holdout, refinery, trusted, app, settings.parameters)
 
 
 def open_run(
@@ -86,10 +107,18 @@ def open_run(
         ConfigurationError: (operator) a strategy that does not go with the model.
     """
     plan, ports = make_run_parts(
-        base, cloud, prepared.bundle, prepared.config, prepared.holdout, prepared.refinery
+        base,
+        cloud,
+        prepared.bundle,
+        prepared.config,
+        prepared.holdout,
+        prepared.refinery,
+        prepared.trusted,
     )
     if prepared.app is None:
-        return RoundRunner(plan, ports), lambda: None
+        rules = prepared.config.masking
+        runner = make_runner(plan, ports, rules, registry=base.registry, downlink=cloud.downlink)
+        return runner, lambda: None
     return make_serverapp_runner(plan, ports, prepared.app, config=prepared.app_config, wake=wake)
 
 
@@ -105,6 +134,25 @@ def _refinery(deployment: Deployment, bundle: Bundle) -> Refinery | None:
         max_change=settings.max_change,
         is_mixed=settings.mixed,
     )
+    return _open_refinery(deployment, bundle, config)
+
+
+def _check_trusted_data(deployment: Deployment) -> None:
+    data = deployment.folder.root / deployment.settings.refine.data
+    if not data.is_file():
+        raise ConfigurationError(
+            f"FLTrust needs clean labelled samples of the operator's own, and {data} is not there",
+            hint="put an .npz with x and y there, or name one in refine.data",
+            path=str(data),
+        )
+
+
+def _trusted(deployment: Deployment, bundle: Bundle) -> Refinery:
+    return _open_refinery(deployment, bundle, reference_config(deployment.settings.train.config()))
+
+
+def _open_refinery(deployment: Deployment, bundle: Bundle, config: RefineConfig) -> Refinery:
+    settings = deployment.settings.refine
     return open_refinery(
         bundle.manifest,
         settings.model or bundle.manifest.model,
@@ -141,7 +189,21 @@ def run_config(deployment: Deployment) -> RunConfig:
         ring=settings.enrolment.ring,
         fold_device=settings.compute.device,
         max_head_change=run.max_head_change,
+        max_holdout_drop=run.max_holdout_drop,
+        masking=masking_rules(run.secure_aggregation, run.secure_dropout, run.secure_colluding),
+        privacy=_private(deployment),
+        norm_factor=settings.screening.norm_factor,
+        strikes=StrikePolicy(
+            limit=settings.screening.strike_limit,
+            clean_rounds=settings.screening.clean_rounds,
+            probation_seconds=settings.screening.probation_hours * 3600.0,
+        ),
     )
+
+
+def _private(deployment: Deployment) -> PrivateRun | None:
+    plan = deployment.settings.privacy.plan()
+    return None if plan is None else private_run(plan, deployment.database, deployment.folder.keys)
 
 
 def chosen_bundle(deployment: Deployment) -> Bundle | None:

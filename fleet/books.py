@@ -19,7 +19,7 @@ from cloud_server.db.rounds import RoundRow, UpdateRow, load_rounds, load_update
 from fleet import report
 from models.bundle import Bundle
 from models.data.federation import Federation, Floats, Labels, Split
-from models.evaluate import anomaly_scores, area_under_curve, evaluate
+from models.evaluate import anomaly_scores, answers_of, area_under_curve, evaluate
 from wire.checkpoint import Checkpoint
 from wire.manifest import FLOAT32, TEMPLATE, TaskSpec
 from wire.materialize import materialize_float32, materialize_int8
@@ -74,6 +74,12 @@ class Judge:
     def score(self, version: int, x: Floats, y: Labels, variant: Variant = "int8") -> float:
         """The metric of a release's file; 0 where there is nothing to answer."""
         return evaluate(self._file(version, variant), self.task, x, y).metric if len(x) else 0.0
+
+    def share_answered(self, version: int, x: Floats, label: int) -> float:
+        """How many of the windows a release's int8 file answers with this label; 0 without windows."""
+        if not len(x):
+            return 0.0
+        return float(np.mean(answers_of(self._file(version, "int8"), x).argmax(1) == label))
 
     def separation(self, version: int, x: Floats, unseen: Mapping[str, Floats]) -> dict[str, float]:
         """How well a release's int8 file tells samples of each unseen kind from the usual `x` (AUC)."""

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 MAX_DEVICES = 100_000
 MAX_ROUNDS = 1_000_000
 MAX_SEED = 2**31 - 1
+MAX_ATTACKERS = 0.9
+ATTACKS = ("sign_flip", "boost", "label_flip", "alie", "ipm", "noise", "backdoor")
+"""Those of `fleet.attacks`, which is not imported before it is needed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,9 +70,28 @@ def _parser() -> CommandParser:
     simulate.add_argument(
         "--seed", type=whole_number(0, MAX_SEED), default=1, help="of everything that is drawn (1)"
     )
+    simulate.add_argument(
+        "--attack", choices=ATTACKS, help="what attackers among the devices do (the scenario's; none)"
+    )
+    simulate.add_argument(
+        "--attackers",
+        type=_share,
+        metavar="SHARE",
+        help="share of the devices that attack (the scenario's; 0.2)",
+    )
     simulate.add_argument("--out", type=path, metavar="DIR", help="folder for report.json and report.html")
     simulate.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
     return parser
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0.0 < share <= MAX_ATTACKERS:
+        raise argparse.ArgumentTypeError(f"{text} is not a share above 0 and up to {MAX_ATTACKERS}")
+    return share
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -82,12 +104,13 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _simulate(options: argparse.Namespace) -> int:
     from cloud_server.flower.strategies import build_strategy
-    from fleet.scenario import load_scenario, with_model
+    from fleet.scenario import load_scenario, with_attack, with_model
     from fleet.simulate import simulate
 
     scenario = load_scenario(options.scenario)
     if options.model is not None:
         scenario = with_model(scenario, options.model)
+    scenario = with_attack(scenario, options.attack, options.attackers)
     # Said now, and not after a first model was trained for it.
     build_strategy(scenario.run.strategy, scenario.run.parameters)
     with _folder(options.out):

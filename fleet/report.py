@@ -91,6 +91,8 @@ class FleetReport:
     Attributes:
         metric: the task's, `accuracy` or `mse`; the scores of all rows are of this one.
         facts: named values for the head of the page (model, strategy, broker …).
+        attack_success: for a backdoor: share of the later windows with its trigger, of other labels, that the last
+            release answers with its target.
     """
 
     title: str
@@ -103,6 +105,7 @@ class FleetReport:
     facts: dict[str, str] = field(default_factory=dict)
     metric: str = "accuracy"
     higher_is_better: bool = True
+    attack_success: float | None = None
 
     @property
     def first(self) -> float:
@@ -192,6 +195,8 @@ class FleetReport:
             "release_rows": [asdict(row) for row in self.releases],
             "swap_rows": [asdict(row) for row in self.swaps],
         }
+        if self.attack_success is not None:
+            values["attack_success"] = round(self.attack_success, 4)
         if timed is None:
             for row in values["round_rows"]:
                 del row["seconds"]
@@ -245,6 +250,8 @@ def _figures(report: FleetReport) -> dict[str, str]:
     if report.releases:
         figures["last release as float32"] = report.shown(report.releases[-1].float32)
         figures |= {f"AUC, {name}": f"{auc:.3f}" for name, auc in report.releases[-1].separation.items()}
+    if report.attack_success is not None:
+        figures["attack success"] = f"{report.attack_success:.1%} of later windows with the trigger"
     if report.round_seconds_median is not None:
         figures["round"] = f"{report.round_seconds_median:.2f} s (median)"
     return {**figures, **report.facts}

@@ -1,4 +1,4 @@
-"""A scenario of a simulated fleet as TOML: data, training, faults. Every option has a default and a bound.
+"""A scenario of a simulated fleet as TOML: data, training, faults, attacks. Every option has a default and a bound.
 
 Example (`docs/reference.md` lists them all):
 
@@ -18,8 +18,10 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field, structs
 
-from cloud_server.settings import TrainSettings
+from cloud_server.settings import PrivacySettings, TrainSettings
+from fleet.attacks import AttackName
 from process.settings import load_settings
+from wire.errors import ConfigurationError
 
 
 def _option(sentence: str, **bounds: Any) -> Meta:
@@ -64,12 +66,20 @@ class RunScenario(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     model: Annotated[str, _option("Model of the zoo; its data set comes with it.", min_length=1)] = (
         "watch_cnn1d"
     )
-    strategy: Annotated[str, _option("Flower strategy, by its class name.", min_length=1)] = "FedAvg"
+    strategy: Annotated[
+        str, _option("Strategy, by its class name: Flower's, or a robust rule.", min_length=1)
+    ] = "ClippedMean"
     parameters: Annotated[dict[str, Any], _option("Parameters of the strategy's constructor.")] = {}
     quorum_share: Annotated[
         float, _option("Share of the devices that opens and closes a round.", gt=0.0, le=1.0)
     ] = 0.5
     deadline_seconds: Annotated[float, _option("Longest wait for updates.", gt=0.0, le=86_400.0)] = 120.0
+    secure_aggregation: Annotated[
+        Literal["plain", "pairwise"], _option("Whether updates come under masks (FedAvg and its like only).")
+    ] = "plain"
+    secure_dropout: Annotated[
+        float, _option("Share of a masked cohort that may vanish without failing the round.", ge=0.0, lt=0.5)
+    ] = 0.2
     evaluate_every: Annotated[int, _option("Rounds between evaluations; 0 for never.", ge=0, le=10**6)] = 5
     max_operator_drop: Annotated[
         float, _option("How much worse a candidate may be on the operator's data.", ge=0.0, le=1.0)
@@ -90,18 +100,46 @@ class FaultScenario(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     )
 
 
+class AttackScenario(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[attack]`: devices that falsify what they train; who they are is drawn from the seed."""
+
+    kind: Annotated[
+        Literal["none", "sign_flip", "boost", "label_flip", "alie", "ipm", "noise", "backdoor"],
+        _option("What attackers do; fleet/attacks.py says what each is."),
+    ] = "none"
+    attackers: Annotated[float, _option("Share of the devices that attack.", ge=0.0, le=0.9)] = 0.2
+
+
 class Scenario(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A whole scenario. Without `[train]`, devices train as suits the model (`fleet/workloads.py`)."""
 
     data: DataScenario = field(default_factory=DataScenario)
     run: RunScenario = field(default_factory=RunScenario)
     train: TrainSettings | None = None
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
     faults: FaultScenario = field(default_factory=FaultScenario)
+    attack: AttackScenario = field(default_factory=AttackScenario)
 
 
 def with_model(scenario: Scenario, model: str) -> Scenario:
     """The scenario with another model, and so with its data."""
     return structs.replace(scenario, run=structs.replace(scenario.run, model=model))
+
+
+def with_attack(scenario: Scenario, kind: AttackName | None, attackers: float | None) -> Scenario:
+    """The scenario with another attack, or another share of attackers; None leaves the scenario's own.
+
+    Raises:
+        ConfigurationError: (operator) a share of attackers, and nothing for them to do.
+    """
+    attack = scenario.attack
+    if kind is not None:
+        attack = structs.replace(attack, kind=kind)
+    if attackers is not None:
+        if attack.kind == "none":
+            raise ConfigurationError("there are attackers, and no attack", hint="say --attack")
+        attack = structs.replace(attack, attackers=attackers)
+    return structs.replace(scenario, attack=attack)
 
 
 def load_scenario(path: Path | None) -> Scenario:

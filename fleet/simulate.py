@@ -5,25 +5,39 @@ Laws of the file: no time of the machine is in the report; the same scenario, nu
 
 from __future__ import annotations
 
+import hashlib
 import random
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from cloud_server.assembly import RunConfig
+from cloud_server.db.privacy import load_charges
+from cloud_server.privacy.budget import PrivateRun
+from cloud_server.refine.reference import reference_config
+from cloud_server.refine.refinement import Refinery
 from cloud_server.release.gate import GatePolicy
 from cloud_server.rounds.state import RoundPolicy
+from cloud_server.secure.opening import masking_rules
 from cloud_server.settings import TrainSettings
 from edge_agent.ports import JobResult
 from edge_agent.settings import EdgeSettings, ReleaseSettings, ReportSettings
+from fleet.attackers import Conspiracy
+from fleet.attacks import TARGET, with_trigger
 from fleet.books import Judge, device_row, read_books, release_rows, round_rows
 from fleet.report import FleetReport
 from fleet.scenario import FaultScenario, Scenario
 from fleet.simulation import Simulation
 from fleet.workloads import workload
+from models.data.federation import Federation
 from models.first_bundle import make_first_bundle
+from models.zoo import load
 from process.progress import Progress
+from wire.manifest import TaskSpec
+from wire.primitives import SigningKey
 
 RUN = "simulated"
 
@@ -38,27 +52,35 @@ def simulate(scenario: Scenario, *, devices: int, rounds: int, seed: int) -> Fle
         RoundError: the fleet stands still before the run is finished.
     """
     federation = workload(scenario.run.model).federation(devices, scenario.data, seed)
+    task = load(scenario.run.model).task.spec()
+    conspiracy = conspiracy_of(scenario, federation, task, seed)
     with tempfile.TemporaryDirectory(prefix="shoal-simulate-") as folder:
         bundle = make_first_bundle(federation, scenario.run.model, Path(folder) / "bundle", seed=seed)
         simulation = Simulation(
             federation,
             bundle,
-            run_config(scenario, devices=devices, rounds=rounds),
+            run_config(scenario, devices=devices, rounds=rounds, seed=seed),
             seed=seed,
             settings=_agent_settings(),
             cost=job_cost(scenario.faults, seed),
+            conspiracy=conspiracy,
+            trusted=trusted_samples(federation, scenario) if scenario.run.strategy == "FLTrust" else None,
         )
         try:
             plan_cuts(simulation, scenario.faults, seed)
             with Progress("rounds", rounds) as progress:
                 simulation.run(lambda moved: progress.advance(moved - progress.done))
-            return report_of(scenario, simulation, seed)
+            return report_of(scenario, simulation, seed, conspiracy)
         finally:
             simulation.close()
 
 
-def run_config(scenario: Scenario, *, devices: int, rounds: int) -> RunConfig:
-    """The run of a scenario for a fleet of so many devices."""
+def run_config(scenario: Scenario, *, devices: int, rounds: int, seed: int = 0) -> RunConfig:
+    """The run of a scenario for a fleet of so many devices.
+
+    Args:
+        seed: of the noise and the cohorts of a private run, which a simulation must be able to repeat.
+    """
     run = scenario.run
     return RunConfig(
         run=RUN,
@@ -72,7 +94,58 @@ def run_config(scenario: Scenario, *, devices: int, rounds: int) -> RunConfig:
         ),
         train=train_settings(scenario).config(),
         gate=GatePolicy(max_operator_drop=run.max_operator_drop),
+        masking=masking_rules(run.secure_aggregation, run.secure_dropout, 0.0),
+        privacy=private_run(scenario, seed),
     )
+
+
+def conspiracy_of(scenario: Scenario, federation: Federation, task: TaskSpec, seed: int) -> Conspiracy | None:
+    """The scenario's attackers; None where it has none.
+
+    Raises:
+        ConfigurationError: (operator) the attack does not go with the fleet or its model.
+    """
+    attack = scenario.attack
+    if attack.kind == "none" or attack.attackers == 0.0:
+        return None
+    return Conspiracy(attack.kind, attack.attackers, federation.devices, task, seed=seed)
+
+
+def trusted_samples(federation: Federation, scenario: Scenario) -> Refinery:
+    """The operator's own training windows, for FLTrust."""
+    chosen, own = load(scenario.run.model), federation.operator
+    config = reference_config(train_settings(scenario).config())
+    return Refinery(chosen.make_model, chosen.task, own.train_x, own.train_y, config=config)
+
+
+def attack_success(judge: Judge, version: int, federation: Federation) -> float:
+    """Share of the devices' later windows, of other labels, that a release answers with a backdoor's target once the
+    trigger is in them."""
+    splits = federation.devices.values()
+    x, y = np.concatenate([each.test_x for each in splits]), np.concatenate([each.test_y for each in splits])
+    return judge.share_answered(version, with_trigger(x[y != TARGET]), TARGET)
+
+
+def private_run(scenario: Scenario, seed: int) -> PrivateRun | None:
+    """The scenario's differential privacy, of which the seed knows every secret; None where it has none."""
+    plan = scenario.privacy.plan()
+    if plan is None:
+        return None
+
+    def draw(what: str) -> bytes:
+        return hashlib.sha256(f"simulated privacy {seed} {what}".encode()).digest()
+
+    return PrivateRun(plan, SigningKey.from_bytes(draw("key")), lambda number: draw(f"round {number}"))
+
+
+def privacy_facts(simulation: Simulation) -> dict[str, str]:
+    """What a private run has spent, for the report."""
+    with simulation.base.database.read() as connection:
+        charges = load_charges(connection)
+    if not charges:
+        return {}
+    last = charges[-1]
+    return {"epsilon": f"{last.epsilon:.3f} at delta {last.delta:g}, {len(charges)} rounds charged"}
 
 
 def train_settings(scenario: Scenario) -> TrainSettings:
@@ -121,7 +194,9 @@ def _agent_settings() -> EdgeSettings:
     )
 
 
-def report_of(scenario: Scenario, simulation: Simulation, seed: int) -> FleetReport:
+def report_of(
+    scenario: Scenario, simulation: Simulation, seed: int, conspiracy: Conspiracy | None = None
+) -> FleetReport:
     """The report of a simulation that has run."""
     federation, bundle = simulation.federation, simulation.bundle
     with simulation.base.database.read() as connection:
@@ -134,6 +209,12 @@ def report_of(scenario: Scenario, simulation: Simulation, seed: int) -> FleetRep
         counts = (parts.serving.total.requests, parts.serving.total.errors)
         rows.append(device_row(device, split, books, judge, traffic=traffic, counts=counts))
     task = judge.task
+    attacked: dict[str, str] = {}
+    success = None
+    if conspiracy is not None:
+        attacked["attack"] = f"{conspiracy.attack} by {len(conspiracy.attackers)} of {conspiracy.devices}"
+        if conspiracy.attack == "backdoor":
+            success = attack_success(judge, books.released[-1].version, federation)
     return FleetReport(
         title=f"Shoal simulation: {bundle.manifest.model}, {len(rows)} devices, {len(books.rounds)} rounds",
         seed=seed,
@@ -149,5 +230,8 @@ def report_of(scenario: Scenario, simulation: Simulation, seed: int) -> FleetRep
             "strategy": scenario.run.strategy,
             "codec": train_settings(scenario).codec,
             "head": simulation.runner.head.sha256.hex(),
+            **attacked,
+            **privacy_facts(simulation),
         },
+        attack_success=success,
     )

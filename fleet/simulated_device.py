@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from edge_agent.agent import Agent
 from edge_agent.identity import Identity
 from edge_agent.memory_slots import MemorySlots, SharedReleases
-from edge_agent.ports import Engine, JobResult, SelfTest
+from edge_agent.ports import Engine, JobResult, SelfTest, Worker
 from edge_agent.release_source import ReleaseSource
 from edge_agent.settings import EdgeSettings
 from edge_agent.storage import open_database
@@ -82,12 +82,14 @@ def make_agent(
     seed: int,
     cost: Callable[[JobResult], float],
     notify: Callable[[], None],
+    behind: Callable[[Worker], Worker] = lambda worker: worker,
 ) -> Agent:
     """One agent, not started yet.
 
     Args:
         cost: virtual seconds of a finished job.
         notify: called when something waits for the agent's `pump`.
+        behind: puts something between the agent and its worker: where an attacker falsifies what it trained.
     """
     key = device_key(seed, device)
     return Agent(
@@ -96,7 +98,7 @@ def make_agent(
         transport=MemoryTransport(shared.broker, device),
         releases=shared.releases,
         clock=shared.time,
-        worker=InlineWorker(shared.time.later, cost),
+        worker=behind(InlineWorker(shared.time.later, cost)),
         rng=random.Random(f"{seed} {device}"),
         database=open_database(":memory:", clock=shared.time),
         slots=MemorySlots(shared.slots),

@@ -19,9 +19,11 @@ from cloud_server.artefacts import Artefacts
 from cloud_server.assembly import Assembled, Base, RunConfig, assemble, make_run_parts, open_base
 from cloud_server.db.engine import open_database
 from cloud_server.keys import CloudKeys
+from cloud_server.refine.refinement import Refinery
 from cloud_server.registry import add_device
 from cloud_server.release.releaser import Holdout
 from cloud_server.rounds.runner import RoundRunner
+from cloud_server.secure.opening import make_runner
 from edge_agent.agent import Agent
 from edge_agent.fetcher import MemoryFetcher
 from edge_agent.install import SharedTufReleases, TufReleases
@@ -30,6 +32,7 @@ from edge_agent.ports import JobResult
 from edge_agent.runtime import Runtime
 from edge_agent.selftest import InlineSelfTest
 from edge_agent.settings import EdgeSettings
+from fleet.attackers import Conspiracy
 from fleet.simulated_device import FLEET, TENANT, Shared, device_key, make_agent, make_identity
 from fleet.virtual import VirtualTime
 from models.bundle import Bundle
@@ -50,6 +53,8 @@ class Simulation:
         bundle: the first release.
         config: the run; it must name how many rounds it has.
         cost: virtual seconds of a job on a device, by the device's name.
+        conspiracy: who of the devices attacks, and how; None where all are honest.
+        trusted: for FLTrust.
     """
 
     def __init__(
@@ -61,6 +66,8 @@ class Simulation:
         seed: int,
         settings: EdgeSettings | None = None,
         cost: Callable[[str, JobResult], float] = lambda device, result: 1.0,
+        conspiracy: Conspiracy | None = None,
+        trusted: Refinery | None = None,
     ) -> None:
         if config.policy.rounds < 1:
             raise RoundError("a simulated run needs a number of rounds", hint="set policy.rounds")
@@ -70,6 +77,8 @@ class Simulation:
         self.broker = MemoryBroker(self.time, session_queue_packets=100_000)
         self._seed = seed
         self._cost = cost
+        self._conspiracy = conspiracy
+        self._trusted = trusted
         self._ready: deque[Agent] = deque()
         self._waiting: set[str] = set()
         # (when, device): an entry counts only while `_wakes` still says the same.
@@ -194,8 +203,12 @@ class Simulation:
     def _make_runner(self, config: RunConfig) -> RoundRunner:
         operator = self.federation.operator
         holdout = Holdout(operator.val_x, operator.val_y)
-        plan, ports = make_run_parts(self.base, self.cloud, self.bundle, config, holdout)
-        runner = RoundRunner(plan, ports)
+        plan, ports = make_run_parts(
+            self.base, self.cloud, self.bundle, config, holdout, trusted=self._trusted
+        )
+        runner = make_runner(
+            plan, ports, config.masking, registry=self.base.registry, downlink=self.cloud.downlink
+        )
         runner.resume(self.bundle.checkpoint(), self._seed)
         return runner
 
@@ -221,7 +234,7 @@ class Simulation:
         )
 
     def _add(self, device: str, split: Split) -> Agent:
-        key = device_key(self._seed, device)
+        key, conspiracy = device_key(self._seed, device), self._conspiracy
         with self.base.database.transaction() as connection:
             add_device(connection, device, key.verify_key, now=self.time.now())
         agent = make_agent(
@@ -230,8 +243,12 @@ class Simulation:
             seed=self._seed,
             cost=lambda result: self._cost(device, result),
             notify=lambda: self._wake(device),
+            behind=lambda worker: worker if conspiracy is None else conspiracy.behind(device, worker),
         )
-        self._observe(agent, split.train_x, split.train_y, "train")
+        x, y = split.train_x, split.train_y
+        if conspiracy is not None:
+            x, y = conspiracy.training_data(device, x, y)
+        self._observe(agent, x, y, "train")
         self._observe(agent, split.val_x, split.val_y, "val")
         return agent
 

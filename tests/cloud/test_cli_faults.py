@@ -172,6 +172,7 @@ def test_token_that_nobody_read_is_not_let_in(state: Path, monkeypatch: pytest.M
         ("[run]\nstrategy = 'FedNope'", "", "FedNope"),
         ("[run]\nstrategy = 'FedAvgM'\nparameters = { momentum = 3 }", "", "momentum"),
         ("[run]\nmodel = 'never-imported'", "", "never-imported"),
+        ("[run]\nstrategy = 'FLTrust'\n[refine]\ndata = 'clean.npz'", "", "clean.npz is not there"),
     ],
 )
 def test_run_that_cannot_be_is_refused_before_there_is_a_model(
