@@ -31,7 +31,6 @@ from wire.messages import (
     MaskRoster,
     Order,
     TrainConfig,
-    Update,
 )
 from wire.primitives import SigningKey
 
@@ -158,6 +157,13 @@ class MaskedRun(Lab):
     def first_order(self) -> Order:
         return next(body for _, body in self.log if isinstance(body, Order) and body.kind == "train")
 
+    def order_of(self, name: str) -> Order:
+        return next(
+            body
+            for device, body in self.log
+            if device == name and isinstance(body, Order) and body.kind == "train"
+        )
+
     def states(self) -> list[str]:
         return [row.state for row in self.rows(schema.rounds)]
 
@@ -246,30 +252,28 @@ def test_device_that_says_something_else_after_its_keys_is_not_heard_twice() -> 
 
 def test_unmasked_update_is_refused_in_a_masked_round() -> None:
     lab = MaskedRun(rounds=1)
+    lab.runner.tick()
     while not any(isinstance(body, MaskInbox) for _, body in lab.messages):
-        lab.step()
-    order = lab.first_order()
+        lab.deliver()
+        lab.runner.tick()
     lab.messages.clear()
-    device = lab.devices["d00"]
-    receipt = lab.send_up("d00", device.message(device.update(order), order))
+    order, other = lab.order_of("d00"), lab.order_of("d01")
+    plain = lab.devices["d00"].update(order)
+    receipt = lab.send_up("d00", lab.devices["d00"].message(plain, order))
     assert (receipt.verdict, receipt.reason) == ("refused", "wrong_codec")
-    short = device.update(
-        order, num_examples=1, codec=ring_of(lab.terms(order)).name, payload=b"1234", buffers=b""
-    )
-    receipt = lab.send_up("d01", lab.devices["d01"].message(replace_ids(short, "d01"), order))
-    assert receipt.verdict == "refused"
+    ring = ring_of(lab.terms(other))
+    short = lab.devices["d01"].update(other, num_examples=1, codec=ring.name, payload=b"1234", buffers=b"")
+    receipt = lab.send_up("d01", lab.devices["d01"].message(short, other))
+    assert (receipt.verdict, receipt.reason) == ("refused", "wrong_size")
 
 
-def replace_ids(update: Update, name: str) -> Update:
-    return msgspec.structs.replace(update, update_id=hashlib.sha256(name.encode()).digest()[:16])
-
-
-def test_update_before_the_shares_is_late() -> None:
+def test_update_before_the_shares_does_not_count() -> None:
     lab = MaskedRun(rounds=1)
     lab.runner.tick()
-    order = lab.first_order()
+    order = lab.order_of("d00")
     device = lab.devices["d00"]
-    assert lab.send_up("d00", device.message(device.update(order), order)).verdict == "refused"
+    receipt = lab.send_up("d00", device.message(device.update(order), order))
+    assert (receipt.verdict, receipt.reason) == ("refused", "round_closed")
 
 
 def test_round_is_not_opened_with_too_few_for_the_drop_out() -> None:
