@@ -6,6 +6,7 @@ seconds, and nothing that goes wrong there ends the service.
 
 from __future__ import annotations
 
+import ipaddress
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,12 @@ def open_broker(deployment: Deployment) -> Iterator[tuple[str, int]]:
     """Host and port of the broker, which is started here unless it is external."""
     settings = deployment.settings.broker
     if settings.kind == "external":
+        if not settings.tls and not _is_here(settings.host):
+            _log.warning(
+                "broker_without_tls",
+                host=settings.host,
+                hint="anybody on the way can stop the fleet: shoal-cloud broker config, and broker.tls = true",
+            )
         sessions = _sessions(deployment, settings.host, settings.port, None) if settings.tls else None
         with _watched(None, sessions):
             yield settings.host, settings.port
@@ -108,6 +115,14 @@ def _sessions(deployment: Deployment, host: str, port: int, broker: RunningBroke
         reload=reload,
         end_session=end,
     )
+
+
+def _is_here(host: str) -> bool:
+    """Whether nothing of what goes there leaves this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _list_file(deployment: Deployment) -> Path:

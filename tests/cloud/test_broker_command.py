@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
+from cloud_server.broker import open_broker
+from cloud_server.deployment import initialise
+from cloud_server.settings import BrokerSettings, CloudSettings
 from tests.cloud.test_cli import Run, enrol, made, shoal
 from wire.transport.broker_access import mosquitto_access
 
@@ -128,3 +131,26 @@ def test_list_of_revoked_certificates_follows_the_register(made: Run, tmp_path: 
     assert len(facts["revoked"]) == 1
     listed = [f"{entry.serial_number:x}" for entry in x509.load_pem_x509_crl(file.read_bytes())]
     assert listed == facts["revoked"]
+
+
+@pytest.mark.parametrize(
+    ("host", "tls", "is_said"),
+    [
+        ("192.0.2.7", False, True),
+        ("mq.example.com", False, True),
+        ("192.0.2.7", True, False),
+        ("127.0.0.1", False, False),
+        ("::1", False, False),
+        ("localhost", False, False),
+    ],
+)
+def test_external_broker_without_tls_is_warned_of_unless_it_is_here(
+    host: str, tls: bool, is_said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = BrokerSettings(kind="external", host=host, port=1883, tls=tls)
+    with (
+        initialise(tmp_path / "state", CloudSettings(broker=broker)) as deployment,
+        open_broker(deployment) as at,
+    ):
+        assert at == (host, 1883)
+    assert ("broker_without_tls" in caplog.text) == is_said
