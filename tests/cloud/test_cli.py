@@ -457,7 +457,7 @@ def test_rounds_are_listed_and_shown(made: Run, tmp_path: Path) -> None:
                2.0, 3.0)""",
             """INSERT INTO updates VALUES ('bb', 'aa', 'spring', 1, 'watch-1', 'train', 12, 'int4', '{}',
             NULL,
-               NULL, :g, :g, 999, 'folded', '', 3.0)""",
+               NULL, :g, :g, 999, 'folded', '', 3.0, 0.0)""",
         ):
             connection.exec_driver_sql(statement, {"g": graphs})
     rounds = made("round", "list", "--json").json
