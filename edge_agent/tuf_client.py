@@ -304,8 +304,8 @@ def _translated(what: str) -> Iterator[None]:
 
 def _location(info: TargetFile) -> str:
     """Where a target is served (consistent snapshots: its hash stands before its file name)."""
-    folder, _, name = info.path.rpartition("/")
-    return f"{TARGETS_PATH}/{folder}/{info.hashes['sha256']}.{name}"
+    folder, slash, name = info.path.rpartition("/")
+    return f"{TARGETS_PATH}/{folder}{slash}{info.hashes['sha256']}.{name}"
 
 
 def _release(data: bytes, version: int) -> Release:

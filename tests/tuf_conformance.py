@@ -3,6 +3,7 @@
 The suite (https://github.com/theupdateframework/tuf-conformance, CLIENT-CLI.md) is not part of this repository. In a
 clone of it, with this repository on PYTHONPATH: `pytest tuf_conformance --entrypoint "python -m
 tests.tuf_conformance"`.
+Expected to fail: `test_download_with_hash_algorithms[hashes1]`, a target with a SHA-512 alone, which devices refuse.
 What is driven is `edge_agent.tuf_client` as it is, over plain HTTP instead of mutual TLS.
 """
 
@@ -98,7 +99,9 @@ def _refreshed(options: argparse.Namespace) -> _Session:
 
 def _bring(session: _Session, name: str, folder: Path) -> None:
     """One target; files are kept by their hash on a device, and by their name for the suite."""
-    shutil.copyfile(session.file(name), folder / quote(name, safe=""))
+    data, place = session.file(name).read_bytes(), folder / quote(name, safe="")
+    if not place.exists() or place.read_bytes() != data:
+        place.write_bytes(data)
 
 
 if __name__ == "__main__":
