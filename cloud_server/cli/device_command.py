@@ -236,6 +236,8 @@ def _facts(row: DeviceRow, presence: PresenceRow | None) -> dict[str, Any]:
         "last_seen": presence.last_seen if presence else 0.0,
         "ring": row.ring,
         "strikes": row.strikes,
+        "struck_at": row.struck_at,
+        "probation_at": row.probation_at,
         "max_examples": row.max_examples,
         "node_id": row.node_id,
         "enrolled_at": row.enrolled_at,
