@@ -8,12 +8,35 @@ import pytest
 from cryptography import x509
 
 from cloud_server.broker import open_broker
-from cloud_server.deployment import initialise
+from cloud_server.cli import main
+from cloud_server.deployment import Deployment, initialise
+from cloud_server.layout import StateFolder
 from cloud_server.settings import BrokerSettings, CloudSettings
-from tests.cloud.test_cli import Run, enrol, made, shoal
+from tests.cloud.test_cli import Printed, Run, enrol
 from wire.transport.broker_access import mosquitto_access
 
-__all__ = ["made", "shoal"]
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A state folder that all tests of the file share: the command only reads it."""
+    place = tmp_path_factory.mktemp("broker") / "state"
+    settings = CloudSettings(tenant="acme", fleet="watches")
+    initialise(place, settings).close()
+    return place
+
+
+@pytest.fixture
+def made(state: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs one command on the shared state folder."""
+    monkeypatch.setenv("SHOAL_STATE", str(state))
+
+    def run(*words: str) -> Printed:
+        capsys.readouterr()
+        code = main(words)
+        captured = capsys.readouterr()
+        return Printed(code, captured.out, captured.err)
+
+    return run
 
 
 def options_of(file: Path) -> dict[str, str]:
@@ -69,12 +92,11 @@ def test_config_states_when_the_disk_is_written(persistence: str, made: Run, tmp
 
 
 def test_config_takes_port_and_name_of_an_external_broker_from_the_settings(
-    shoal: Run, tmp_path: Path
+    made: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = tmp_path / "s.toml"
-    settings.write_text('[broker]\nkind = "external"\nhost = "mq.example.com"\nport = 28883\ntls = true\n')
-    assert shoal("init", "--settings", str(settings)).code == 0
-    facts = shoal("broker", "config", "--out", str(tmp_path / "out"), "--json").json
+    for name, value in (("KIND", "external"), ("HOST", "mq.example.com"), ("PORT", "28883"), ("TLS", "true")):
+        monkeypatch.setenv(f"SHOAL_CLOUD_BROKER_{name}", value)
+    facts = made("broker", "config", "--out", str(tmp_path / "out"), "--json").json
     assert facts["port"] == 28883
     assert facts["settings"]["host"] == "mq.example.com"
 
@@ -103,7 +125,7 @@ def test_config_refuses_words_that_would_break_or_open_the_broker(
     printed = made("broker", "config", "--out", str(tmp_path / "out"), *words)
     assert (printed.code, printed.out) == (2, "")
     assert "hint:" in printed.err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["state"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_config_writes_over_nothing_without_being_told(made: Run, tmp_path: Path) -> None:
@@ -117,13 +139,13 @@ def test_config_writes_over_nothing_without_being_told(made: Run, tmp_path: Path
     assert made("broker", "config", "--out", str(out / "notes")).code == 2
 
 
-def test_list_of_revoked_certificates_follows_the_register(made: Run, tmp_path: Path) -> None:
+def test_list_of_revoked_certificates_follows_the_register(made: Run, state: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert made("broker", "config", "--out", str(out)).code == 0
     file = out / "revoked.crl"
     assert list(x509.load_pem_x509_crl(file.read_bytes())) == []
     made("device", "add", "cam-1", "--output", str(tmp_path / "token"))
-    enrol(tmp_path, "cam-1", (tmp_path / "token").read_text().strip())
+    enrol(state.parent, "cam-1", (tmp_path / "token").read_text().strip())
     assert made("broker", "revoked", "--out", str(file), "--json").json["written"] is False
     assert made("device", "revoke", "cam-1").code == 0
     facts = made("broker", "revoked", "--out", str(file), "--json").json
@@ -145,11 +167,11 @@ def test_list_of_revoked_certificates_follows_the_register(made: Run, tmp_path: 
     ],
 )
 def test_external_broker_without_tls_is_warned_of_unless_it_is_here(
-    host: str, tls: bool, is_said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    host: str, tls: bool, is_said: bool, state: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = BrokerSettings(kind="external", host=host, port=1883, tls=tls)
     with (
-        initialise(tmp_path / "state", CloudSettings(broker=broker)) as deployment,
+        Deployment(StateFolder(state), CloudSettings(broker=broker)) as deployment,
         open_broker(deployment) as at,
     ):
         assert at == (host, 1883)

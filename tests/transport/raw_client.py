@@ -14,7 +14,7 @@ from types import TracebackType
 DEADLINE_SECONDS = 20.0
 CONNECT, CONNACK, PUBLISH, PUBACK, SUBSCRIBE, SUBACK, DISCONNECT = 1, 2, 3, 4, 8, 9, 14
 NOT_AUTHORISED = 0x87
-SESSION_EXPIRY, ASSIGNED_CLIENT_ID, MAXIMUM_QOS, MAXIMUM_PACKET = 0x11, 0x12, 0x24, 0x27
+SESSION_EXPIRY, SERVER_KEEPALIVE, MAXIMUM_QOS, MAXIMUM_PACKET = 0x11, 0x13, 0x24, 0x27
 # How many bytes a property of CONNACK takes; 0: a text with its length in front, -1: two of them.
 _SIZES = {0x11: 4, 0x12: 0, 0x13: 2, 0x15: 0, 0x16: 0, 0x1A: 0, 0x1C: 0, 0x1F: 0, 0x21: 2, 0x22: 2}
 _SIZES |= {0x24: 1, 0x25: 1, 0x26: -1, 0x27: 4, 0x28: 1, 0x29: 1, 0x2A: 1}
@@ -59,6 +59,7 @@ class RawClient:
         user: str = "",
         clean: bool = True,
         expiry_seconds: int = 0,
+        keepalive_seconds: int = 60,
         session: ssl.SSLSession | None = None,
     ) -> None:
         self._next_id = 0
@@ -69,7 +70,9 @@ class RawClient:
         try:
             if tls is not None:
                 self.socket = tls.wrap_socket(plain, server_hostname="127.0.0.1", session=session)
-            self._send(CONNECT << 4, _connect_body(client_id, will, user, clean, expiry_seconds))
+            self._send(
+                CONNECT << 4, _connect_body(client_id, will, user, clean, expiry_seconds, keepalive_seconds)
+            )
             kind, body = self._read()
         except (OSError, Gone) as error:
             plain.close()
@@ -187,10 +190,15 @@ class RawClient:
 
 
 def _connect_body(
-    client_id: str, will: tuple[str, bytes] | None, user: str, clean: bool, expiry_seconds: int
+    client_id: str,
+    will: tuple[str, bytes] | None,
+    user: str,
+    clean: bool,
+    expiry_seconds: int,
+    keepalive_seconds: int,
 ) -> bytes:
     flags = (2 if clean else 0) | (0x0C if will else 0) | (0xC0 if user else 0)
-    body = _text("MQTT") + bytes([5, flags]) + (60).to_bytes(2, "big")
+    body = _text("MQTT") + bytes([5, flags]) + keepalive_seconds.to_bytes(2, "big")
     body += b"\x05" + bytes([SESSION_EXPIRY]) + expiry_seconds.to_bytes(4, "big") + _text(client_id)
     if will is not None:
         body += b"\0" + _text(will[0]) + len(will[1]).to_bytes(2, "big") + will[1]

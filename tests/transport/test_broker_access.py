@@ -17,7 +17,7 @@ import pytest
 
 from tests.transport.conftest import needs_mosquitto
 from tests.transport.operated import FLEET, OBSERVER, TENANT, Cloud, Stage, operated
-from tests.transport.raw_client import MAXIMUM_PACKET, MAXIMUM_QOS, NOT_AUTHORISED, Gone
+from tests.transport.raw_client import MAXIMUM_PACKET, MAXIMUM_QOS, NOT_AUTHORISED, SERVER_KEEPALIVE, Gone
 from wire.transport.broker_configuration import BrokerLimits
 
 pytestmark = needs_mosquitto
@@ -377,6 +377,12 @@ def test_limits_are_told_to_every_client(stage: Stage) -> None:
     with stage.join(OWN) as device:
         assert int.from_bytes(device.welcome[MAXIMUM_PACKET], "big") == BrokerLimits().max_packet_bytes
         assert device.welcome[MAXIMUM_QOS] == b"\x01"
+
+
+@pytest.mark.parametrize("asked", [0, 60_000])
+def test_client_that_may_fall_silent_for_long_is_told_a_limit(asked: int, stage: Stage) -> None:
+    with stage.join(OWN, keepalive_seconds=asked) as device:
+        assert device.welcome[SERVER_KEEPALIVE] == (600).to_bytes(2, "big")
 
 
 def test_packet_above_the_limit_ends_the_connection_and_reaches_nobody(stage: Stage) -> None:

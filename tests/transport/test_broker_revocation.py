@@ -22,9 +22,13 @@ BASE = f"fl/1/{TENANT}/{FLEET}"
 HOUR = 3600.0
 
 
+@pytest.fixture(scope="module")
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Cloud:
+    return Cloud(tmp_path_factory.mktemp("revocation"))
+
+
 @pytest.fixture
-def stage(tmp_path: Path) -> Iterator[Stage]:
-    cloud = Cloud(tmp_path)
+def stage(cloud: Cloud, tmp_path: Path) -> Iterator[Stage]:
     with operated(cloud, tmp_path / "mosquitto") as running:
         yield running
 
