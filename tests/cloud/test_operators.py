@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import ssl
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,21 @@ from typing import Any
 import pytest
 
 from cloud_server.cli import main
-from cloud_server.db.audit import load_audit
+from cloud_server.db.audit import load_audit, newest_entry, newest_head
 from cloud_server.deployment import Deployment, initialise
 from cloud_server.operators.accounts import Role, add_operator, remove_operator
 from cloud_server.operators.front import OperatorsFront
 from cloud_server.operators.throttle import MAX_FAILURES, FailureLimit
 from cloud_server.registry import add_device
-from cloud_server.settings import CloudSettings
+from cloud_server.service import Running, run
+from cloud_server.settings import (
+    AuditSettings,
+    BrokerSettings,
+    CloudSettings,
+    ListenSettings,
+    OperatorSettings,
+)
+from tests.fleet.waiting import wait_for
 from wire.errors import ConfigurationError
 from wire.primitives import SigningKey
 
@@ -46,9 +55,9 @@ class Answer:
 class Client:
     """Speaks HTTPS to one front."""
 
-    def __init__(self, deployment: Deployment, front: OperatorsFront) -> None:
+    def __init__(self, deployment: Deployment, port: int) -> None:
         self.deployment = deployment
-        self._port = front.port
+        self._port = port
         self._context = ssl.create_default_context(cadata=deployment.authority.certificate_pem)
 
     def ask(self, method: str, path: str, token: str = "", body: object = None, **headers: str) -> Answer:
@@ -88,7 +97,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
 @pytest.fixture
 def client(deployment: Deployment) -> Iterator[Client]:
     with OperatorsFront(deployment, "127.0.0.1:0") as front:
-        yield Client(deployment, front)
+        yield Client(deployment, front.port)
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +294,7 @@ def test_init_makes_the_first_admin_and_user_commands_go_on(
     rows = json.loads(capsys.readouterr().out)
     assert [(row["name"], row["role"]) for row in rows] == [("admin", "admin"), ("ann", "operator")]
     with Deployment.open(state) as deployment, OperatorsFront(deployment, "127.0.0.1:0") as front:
-        client = Client(deployment, front)
+        client = Client(deployment, front.port)
         first = client.do("GET", "/whoami", place.read_text().strip())
         assert (first.status, first.body["role"]) == (200, "admin")
         assert main(["user", "remove", "ann"]) == 0
@@ -298,3 +307,34 @@ def test_init_makes_the_first_admin_and_user_commands_go_on(
 def test_address_that_is_none_is_refused(deployment: Deployment, listen: str) -> None:
     with pytest.raises(ConfigurationError, match=r"operators\.listen"):
         OperatorsFront(deployment, listen)
+
+
+def test_service_answers_operators_and_signs_what_happens(tmp_path: Path) -> None:
+    settings = CloudSettings(
+        listen=ListenSettings(public_port=0, device_port=0),
+        broker=BrokerSettings(kind="embedded", port=0),
+        operators=OperatorSettings(listen="127.0.0.1:0"),
+        audit=AuditSettings(head_entries=1),
+    )
+    stop, running = threading.Event(), list[Running]()
+    with initialise(tmp_path / "state", settings) as made:
+        token = made.folder.first_admin.read_text().strip()
+        serving = threading.Thread(target=lambda: run(made, stop=stop, on_ready=running.append), daemon=True)
+        serving.start()
+        try:
+            wait_for(lambda: bool(running), "the service")
+            client = Client(made, running[0].operators_port)
+            assert client.ask("GET", "/healthz").status == 200
+            assert client.do("GET", "/status", token).body["is_running"] is False, (
+                "nobody holds the lock here"
+            )
+
+            def is_signed() -> bool:
+                with made.database.read() as connection:
+                    head, last = newest_head(connection), newest_entry(connection)
+                return head is not None and last is not None and head.seq == last.seq
+
+            wait_for(is_signed, "a signed head")
+        finally:
+            stop.set()
+            serving.join()
