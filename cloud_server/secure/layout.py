@@ -2,9 +2,10 @@
 
 Laws of the file: pure; exact counting, no sampling and no approximation by a normal curve. What is asked of a layout:
 a round of which the configured share of the cohort drops out completes but for one in a thousand; the cloud, together
-with the configured share of the cohort, learns nothing but for one in 2^40. Source: Bell, Bonawitz, Gascón, Lepoint
-and Raykova, "Secure single-server aggregation with (poly)logarithmic overhead" (CCS 2020), where both counts are
-hypergeometric because the graph is drawn after, and independently of, who drops out or colludes.
+with the configured share of the cohort, learns nothing but for one in 2^40, even if it asks devices different
+questions. Source: Bell, Bonawitz, Gascón, Lepoint and Raykova, "Secure single-server aggregation with
+(poly)logarithmic overhead" (CCS 2020), where both counts are hypergeometric because the graph is drawn independently
+of who drops out or colludes.
 """
 
 from __future__ import annotations
@@ -68,10 +69,11 @@ def _layout(members: int, degree: int, lost: int, bad: int) -> Layout | None:
         return None
     alive = _fewer_than(members - 1, members - 1 - lost, degree)
     corrupt = _fewer_than(members - 1, bad, degree)
-    # More than half: the cloud cannot ask two halves of a neighbourhood two different questions (clause 13.8).
     for threshold in range(degree, degree // 2, -1):
         if (members - lost) * alive[threshold] <= FAILURE:
-            leaks = (members - bad) * (1 - corrupt[threshold])
+            # A cloud that lies asks two halves of a neighbourhood two different questions (clause 13.8): honest
+            # neighbours tell one share each, those that collude both, and it needs twice the threshold.
+            leaks = (members - bad) * (1 - corrupt[2 * threshold - degree])
             return Layout(degree, threshold) if leaks <= LEAK else None
     return None
 
