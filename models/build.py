@@ -23,7 +23,7 @@ from models.card import CardNotes, write_card
 from models.evaluate import answers_of, evaluate
 from models.quantize.quantized import Quantized, quantize
 from models.task import Task
-from models.train_step import export_train_step
+from models.train_step import SamplePrivacy, export_train_step
 from wire import manifest as names
 from wire.errors import BundleError, DataError
 from wire.manifest import FileRef, Manifest, StateSizes, TaskSpec
@@ -50,6 +50,7 @@ def build_bundle(
     labels: tuple[str, ...] = (),
     evaluation: tuple[Floats, Labels] | None = None,
     notes: CardNotes | None = None,
+    privacy: SamplePrivacy | None = None,
     created: float = 0.0,
 ) -> Bundle:
     """Builds a bundle whose first release holds the module's parameters.
@@ -65,6 +66,7 @@ def build_bundle(
         labels: name of each class, in order.
         evaluation: held-out x float32 [N, …] and y int64 [N] to report the metric of both files on.
         notes: what the model card says beyond the facts.
+        privacy: devices train by DP-SGD; None for the usual step.
         created: unix seconds, for the release.
 
     Raises:
@@ -76,7 +78,9 @@ def build_bundle(
     shape = tuple(input_shape)
     windows = _evenly(_checked(calibration_x, shape), MAX_CALIBRATION)
     quantized = quantize(module, shape, _OUTPUT_NAMES[task.kind], windows)
-    steps = {optimizer: export_train_step(module, task, shape, optimizer) for optimizer in ("sgd", "adam")}
+    steps = {
+        optimizer: export_train_step(module, task, shape, optimizer, privacy) for optimizer in ("sgd", "adam")
+    }
     files = {
         names.TEMPLATE: quantized.template,
         names.FLOAT32: quantized.float32,

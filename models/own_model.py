@@ -26,6 +26,7 @@ from models.card import CardNotes
 from models.pretrain import pretrain
 from models.samples import Samples
 from models.task import Task, TaskKind
+from models.train_step import SamplePrivacy
 from models.train_step.support import check_supported
 from models.zoo import ZOO, load
 from models.zoo_card import card_notes
@@ -156,12 +157,14 @@ def build_own_model(
     epochs: int = 20,
     seed: int = 0,
     summary: str = "",
+    privacy: SamplePrivacy | None = None,
 ) -> Bundle:
     """Trains the module on four fifths of the samples, measures it on the rest, and builds its bundle.
 
     Args:
         labels: name of each class; without them, classes are counted up to the largest label.
         epochs: passes of the first training; 0 for a module that comes trained.
+        privacy: devices train by DP-SGD; None for the usual step.
 
     Raises:
         DataError: (operator) a label beyond the classes.
@@ -190,8 +193,19 @@ def build_own_model(
         out_dir=out_dir,
         labels=labels,
         evaluation=(samples.x[test], samples.y[test]),
-        notes=_notes(make_model, module, summary),
+        notes=_notes(make_model, module, _with_privacy(summary, privacy)),
+        privacy=privacy,
     )
+
+
+def _with_privacy(summary: str, privacy: SamplePrivacy | None) -> str:
+    if privacy is None:
+        return summary
+    said = (
+        "Devices train it by DP-SGD: the gradient of each sample is clipped to"
+        f" {privacy.clipping_norm:g}, with noise of {privacy.noise_multiplier:g} times that on their sum."
+    )
+    return f"{summary} {said}" if summary else said
 
 
 def _notes(make_model: Callable[[], nn.Module], module: nn.Module, summary: str) -> CardNotes:

@@ -22,6 +22,8 @@ aten = torch.ops.aten
 WORD = 0xFFFFFFFF
 MULTIPLIERS = (0x21F0AAAD, 0x735A2D97)
 SHIFTS = (16, 15, 15)
+SECOND_KEY = 0x9E3779B9
+"""Makes another key of the first; the same twice would give element 0 the same word whatever the seed."""
 
 
 @torch.library.custom_op("shoal::counter_bits", mutates_args=())
@@ -42,7 +44,7 @@ def counter_bits(like: Tensor, seed: Tensor, step: Tensor, layer: int) -> Tensor
     key = _mix(key ^ (step & WORD))
     key = _mix(key ^ layer)
     counter = torch.arange(like.numel(), dtype=torch.int64)
-    return _mix(_mix(counter ^ key) ^ _mix(key)).reshape(like.shape)
+    return _mix(_mix(counter ^ key) ^ _mix(key ^ SECOND_KEY)).reshape(like.shape)
 
 
 @counter_bits.register_fake

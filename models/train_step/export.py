@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from models.task import Task
 from models.train_step.loop import wrap_in_loop
 from models.train_step.onnx_export import step_to_onnx
 from models.train_step.optimizers import optimizer_named
+from models.train_step.sample_privacy import SamplePrivacy, build_private_step, check_separable
 from models.train_step.step import build_step
 from models.train_step.support import check_supported
 from models.train_step.trace import example_inputs, trace_step
@@ -22,7 +24,11 @@ from wire.errors import ModelError
 
 
 def export_train_step(
-    module: nn.Module, task: Task, input_shape: Sequence[int], optimizer: str = "sgd"
+    module: nn.Module,
+    task: Task,
+    input_shape: Sequence[int],
+    optimizer: str = "sgd",
+    privacy: SamplePrivacy | None = None,
 ) -> TrainStepExport:
     """Turn a module into one ONNX graph that trains it, and compare that graph with torch.
 
@@ -31,6 +37,7 @@ def export_train_step(
         task: what it is trained for.
         input_shape: shape of one sample, without the batch.
         optimizer: "sgd" (with momentum) or "adam".
+        privacy: each step is one of DP-SGD; None for the usual mean gradient.
 
     Returns:
         The graph and the layout of its vectors.
@@ -43,6 +50,11 @@ def export_train_step(
     chosen = optimizer_named(optimizer)
     own = copy.deepcopy(module).cpu().train()
     check_supported(own)
+    if privacy is not None:
+        check_separable(own)
+        if privacy.noise_multiplier > 0:
+            # The noise is longer than the gradients: what is wrong with these shows without it.
+            export_train_step(own, task, input_shape, optimizer, replace(privacy, noise_multiplier=0.0))
     slots, statistics = param_slots(own), buffer_slots(own)
     if not slots:
         raise ModelError(
@@ -52,7 +64,10 @@ def export_train_step(
     params_size, buffers_size = total_size(slots), total_size(statistics)
     sizes = (params_size, chosen.state_size(params_size), buffers_size)
     example = example_inputs(*sizes, input_shape)
-    graph = trace_step(build_step(own, task, chosen), example)
+    step = (
+        build_step(own, task, chosen) if privacy is None else build_private_step(own, task, chosen, privacy)
+    )
+    graph = trace_step(step, example)
     model = wrap_in_loop(step_to_onnx(graph, example), sizes, input_shape)
     export = TrainStepExport(
         model=model.SerializeToString(deterministic=True),
@@ -65,7 +80,7 @@ def export_train_step(
         buffer_slots=statistics,
         inputs=tuple(value.name for value in model.graph.input),
     )
-    verify_train_step(export, own, task)
+    verify_train_step(export, own, task, privacy=privacy)
     return export
 
 

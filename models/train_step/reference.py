@@ -1,7 +1,8 @@
 """One optimizer step in plain eager torch: what an exported train step is compared with.
 
-It shares nothing with the traced step but the module, the task's metric and the dropout mask: gradients come
-from autograd, the loss from torch's own functions, the update from `torch.optim`.
+It shares nothing with the traced step but the module, the task's metric, the dropout mask and the noise of DP-SGD:
+gradients come from autograd (sample by sample, for DP-SGD), the loss from torch's own functions, the update from
+`torch.optim`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from models.flat import FloatVector, flatten_buffers, flatten_params, load_flat,
 from models.task import Task
 from models.train_step.dropout import CounterDropout
 from models.train_step.optimizers import ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON
+from models.train_step.sample_privacy import SamplePrivacy, gaussian
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +58,16 @@ class EagerStep:
         module: the model; it is copied.
         task: its task.
         optimizer: "sgd" or "adam".
+        privacy: steps are DP-SGD's, sample by sample.
     """
 
-    def __init__(self, module: nn.Module, task: Task, optimizer: str) -> None:
+    def __init__(
+        self, module: nn.Module, task: Task, optimizer: str, privacy: SamplePrivacy | None = None
+    ) -> None:
         self._module = copy.deepcopy(module).cpu().train()
         self._task = task
         self._optimizer = optimizer
+        self._privacy = privacy
 
     def run(
         self, state: State, batch: Batch, hyper: Hyper, anchor: FloatVector, seed: int, step: int
@@ -69,6 +75,20 @@ class EagerStep:
         """The state after one step from `state`, the loss and the metric of the batch."""
         load_flat(self._module, state.params, state.buffers)
         params = list(params_of(self._module).values())
+        if self._privacy is None:
+            loss, metric = self._backward(params, batch, seed, step)
+        else:
+            loss, metric = self._private_backward(params, batch, self._privacy, seed, step)
+        self._add_proximal_term(params, hyper.mu, anchor)
+        optimizer = self._torch_optimizer(params, hyper, state.opt_state)
+        optimizer.step()
+        after = State(
+            flatten_params(self._module), self._opt_state(optimizer, params), flatten_buffers(self._module)
+        )
+        return after, loss, metric
+
+    def _backward(self, params: list[Tensor], batch: Batch, seed: int, step: int) -> tuple[float, float]:
+        """Gradients of the weighted mean loss; loss and metric of the batch."""
         x, y = torch.from_numpy(batch.x), torch.from_numpy(batch.y)
         shares = torch.from_numpy(batch.weights / batch.weights.sum())
         for param in params:
@@ -77,14 +97,31 @@ class EagerStep:
             outputs = self._module(x)
         loss = (self._losses(outputs, x, y) * shares).sum()
         torch.autograd.backward(loss)
-        self._add_proximal_term(params, hyper.mu, anchor)
-        optimizer = self._torch_optimizer(params, hyper, state.opt_state)
-        optimizer.step()
         metric = (self._task.sample_metrics(outputs.detach(), x, y) * shares).sum()
-        after = State(
-            flatten_params(self._module), self._opt_state(optimizer, params), flatten_buffers(self._module)
-        )
-        return after, float(loss.detach()), float(metric)
+        return float(loss.detach()), float(metric)
+
+    def _private_backward(
+        self, params: list[Tensor], batch: Batch, privacy: SamplePrivacy, seed: int, step: int
+    ) -> tuple[float, float]:
+        """One backward for each sample that counts, clipped in float64, and the noise of the step on their sum."""
+        counted = np.flatnonzero(batch.weights > 0)
+        total = np.zeros(sum(param.numel() for param in params))
+        losses, metrics = [], []
+        for place in counted:
+            row = slice(place, place + 1)
+            one = Batch(batch.x[row], batch.y[row], np.ones(1, np.float32))
+            loss, metric = self._backward(params, one, seed, step)
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+            own = torch.cat([grad.reshape(-1) for grad in grads]).double().numpy()
+            total += own * min(1.0, privacy.clipping_norm / max(float(np.linalg.norm(own)), 1e-300))
+            losses.append(loss)
+            metrics.append(metric)
+        noise = gaussian(torch.empty(total.size), torch.tensor(seed), torch.tensor(step)).numpy()
+        total += privacy.noise_multiplier * privacy.clipping_norm * noise
+        mean = torch.from_numpy((total / len(counted)).astype(np.float32))
+        for param, part in zip(params, torch.split(mean, [p.numel() for p in params]), strict=True):
+            param.grad = part.reshape(param.shape).clone()
+        return float(np.mean(losses)), float(np.mean(metrics))
 
     def _losses(self, outputs: Tensor, x: Tensor, y: Tensor) -> Tensor:
         if self._task.kind == "classification":

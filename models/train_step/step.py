@@ -44,7 +44,7 @@ Step = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
 def build_step(module: nn.Module, task: Task, optimizer: Optimizer) -> Step:
     """The step of a module in training mode, as a function of `STEP_INPUTS` giving `STEP_OUTPUTS`."""
     slots, statistics = param_slots(module), buffer_slots(module)
-    constants = _constants(module)
+    constants = constants_of(module)
 
     def step(
         params: Tensor,
@@ -89,7 +89,8 @@ def build_step(module: nn.Module, task: Task, optimizer: Optimizer) -> Step:
     return step
 
 
-def _constants(module: nn.Module) -> dict[str, Tensor]:
+def constants_of(module: nn.Module) -> dict[str, Tensor]:
+    """What of a module is neither trained nor a running statistic, by name."""
     moving = params_of(module).keys() | buffers_of(module).keys()
     everything = [*module.named_parameters(), *module.named_buffers()]
     return {name: value.detach() for name, value in everything if name not in moving}

@@ -14,7 +14,7 @@ from onnx import TensorProto
 from onnxscript import opset18
 
 from models.train_step import norm_translations
-from models.train_step.dropout import MULTIPLIERS, SHIFTS, WORD
+from models.train_step.dropout import MULTIPLIERS, SECOND_KEY, SHIFTS, WORD
 
 # onnxscript types its operators by tensor kind, which no value in a traced function carries.
 op: Any = opset18
@@ -59,7 +59,8 @@ def counter_bits_onnx(like: Any, seed: Any, step: Any, layer: int) -> Any:
     key = _mix_onnx(op.BitwiseXor(key, op.BitwiseAnd(step, _int64(WORD))))
     key = _mix_onnx(op.BitwiseXor(key, _int64(layer)))
     counter = op.Range(_int64(0), op.Size(like), _int64(1))
-    bits = _mix_onnx(op.BitwiseXor(_mix_onnx(op.BitwiseXor(counter, key)), _mix_onnx(key)))
+    second = _mix_onnx(op.BitwiseXor(key, _int64(SECOND_KEY)))
+    bits = _mix_onnx(op.BitwiseXor(_mix_onnx(op.BitwiseXor(counter, key)), second))
     return op.Reshape(bits, op.Shape(like))
 
 

@@ -21,6 +21,7 @@ from models.flat import FloatVector, flatten_buffers, flatten_params
 from models.task import Task
 from models.train_step.optimizers import ADAM_BETA1
 from models.train_step.reference import Batch, EagerStep, Hyper, State, adam_params
+from models.train_step.sample_privacy import SamplePrivacy
 from models.train_step.train_step_export import TrainStepExport
 from wire.errors import ModelError
 from wire.manifest import TensorSlot
@@ -41,13 +42,21 @@ Differences = dict[str, float]
 Outputs = Mapping[str, npt.NDArray[Any]]
 
 
-def verify_train_step(export: TrainStepExport, module: nn.Module, task: Task, *, seed: int = 0) -> float:
+def verify_train_step(
+    export: TrainStepExport,
+    module: nn.Module,
+    task: Task,
+    *,
+    privacy: SamplePrivacy | None = None,
+    seed: int = 0,
+) -> float:
     """Compare an exported train step with eager torch.
 
     Args:
         export: the graph and its layout.
         module: the module that it was exported from; it is left as it is.
         task: its task.
+        privacy: what the graph was exported with.
         seed: of the samples, labels and perturbations that are drawn.
 
     Returns:
@@ -56,7 +65,7 @@ def verify_train_step(export: TrainStepExport, module: nn.Module, task: Task, *,
     Raises:
         ModelError: the graph differs from torch (`difference`, `output`, `batch_size`), or does not run.
     """
-    comparison = _Comparison(export, module, task, seed)
+    comparison = _Comparison(export, module, task, privacy, seed)
     worst = 0.0
     for batch_size in BATCH_SIZES:
         worst = max(worst, comparison.of_forced_steps(batch_size), comparison.of_a_run(batch_size))
@@ -67,10 +76,17 @@ def verify_train_step(export: TrainStepExport, module: nn.Module, task: Task, *,
 class _Comparison:
     """Draws samples and holds both sides."""
 
-    def __init__(self, export: TrainStepExport, module: nn.Module, task: Task, seed: int) -> None:
+    def __init__(
+        self,
+        export: TrainStepExport,
+        module: nn.Module,
+        task: Task,
+        privacy: SamplePrivacy | None,
+        seed: int,
+    ) -> None:
         self._export = export
         self._task = task
-        self._eager = EagerStep(module, task, export.optimizer)
+        self._eager = EagerStep(module, task, export.optimizer, privacy)
         self._session = ort.make_session(export.model)
         self._rng = np.random.default_rng(seed)
         # Moved off the initial values: zero-initialised layers would hide the gradients behind them.

@@ -51,6 +51,12 @@ def bits(seed: int, step: int, layer: int, size: int = 20_000) -> Tensor:
     return counter_bits(torch.empty(size), torch.tensor(seed), torch.tensor(step), layer)
 
 
+def test_every_element_depends_on_the_seed() -> None:
+    words = torch.stack([bits(seed, 0, 0, size=64) for seed in range(400)])
+    assert all(len(set(column.tolist())) > 390 for column in words.T)
+    assert (words.double().mean(0) / 2**32 - 0.5).abs().max() < 5 / (12 * 400) ** 0.5
+
+
 def test_same_seed_gives_the_same_masks(exported: TrainStepExport, module: nn.Module) -> None:
     np.testing.assert_array_equal(losses(exported, module, 3, 4), losses(exported, module, 3, 4))
 
