@@ -170,7 +170,7 @@ class Deployment:
         audit = self.settings.audit
         witness = open_witness(audit.witness)
         policy = NotaryPolicy(entries=audit.head_entries, seconds=audit.head_seconds)
-        return Notary(self.database, self.keys.audit, self.clock, policy=policy, witness=witness)
+        return Notary(self.database, lambda: self.keys.audit, self.clock, policy=policy, witness=witness)
 
     def enrolment(self, welcome: Welcome) -> EnrolmentService:
         """Enrolment that tells devices where to go; `welcome` makes the usual answer."""

@@ -273,14 +273,19 @@ def _draw_all(draw: Callable[[str], bytes], kem_algorithm: str) -> CloudKeys:
     )
 
 
+def replace_audit_key(folder: Path) -> SigningKey:
+    """A new audit key, in place of the one before, which is worth nothing more: no old head is ever signed again."""
+    key = SigningKey.generate()
+    _write_signing(folder / "online" / f"{AUDIT_KEY}.key", key)
+    return key
+
+
 def _replace_lost_audit_key(online: Path) -> SigningKey:
     """A new audit key where there is none: what the one before signed stays verifiable, since its public half stays
     listed, and a chain that nobody signs would be worse than one with a new key."""
     if not online.is_dir():
         raise StorageError(f"there are no keys in {online}", hint="restore keys/ from its backup")
-    key = SigningKey.generate()
-    _write_signing(online / f"{AUDIT_KEY}.key", key)
-    return key
+    return replace_audit_key(online.parent)
 
 
 @dataclass(frozen=True)

@@ -289,6 +289,7 @@ def _open_base(deployment: Deployment) -> Base:
         deployment.registry,
         deployment.repository,
         fence,
+        deployment.notary,
     )
 
 
