@@ -1,4 +1,4 @@
-"""`shoal-cloud model`: build a bundle, import it, list and show what was imported."""
+"""`shoal-cloud model`: build a bundle, import it, list and show what was imported, tell what shaped a release."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from cloud_server.audit.lineage import trace_lineage
 from cloud_server.cli import add_json, add_state, ring_name
 from cloud_server.cli.output import print_facts, print_json, print_table, say
 from cloud_server.db.releases import ModelRow, load_models
@@ -23,6 +24,7 @@ from wire.manifest import Manifest
 
 if TYPE_CHECKING:  # a list of models must not load the tools that make them
     from models.bundle import Bundle
+    from models.train_step import SamplePrivacy
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +41,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     bring.add_argument("--no-release", action="store_true", help="sign the graphs only")
     bring.set_defaults(handler=_import)
-    for command in (listing, show, bring):
+    lineage = actions.add_parser("lineage", help="which rounds, devices and data shaped a release")
+    lineage.add_argument("version", type=whole_number(1), help="the release")
+    lineage.set_defaults(handler=_lineage)
+    for command in (listing, show, bring, lineage):
         add_state(command)
         add_json(command)
     _configure_build(actions.add_parser("build", help="make a bundle of a torch module and samples"))
@@ -76,6 +81,15 @@ def _configure_build(build: argparse.ArgumentParser) -> None:
     build.add_argument(
         "--path", type=path, default=Path(), metavar="DIR", help="where MODULE is looked for (.)"
     )
+    build.add_argument(
+        "--sample-clip", type=float, metavar="C", help="train by DP-SGD: longest gradient of one sample"
+    )
+    build.add_argument(
+        "--sample-noise",
+        type=float,
+        metavar="Z",
+        help="DP-SGD's noise on a step's sum of gradients, in C (1 with --sample-clip)",
+    )
     add_json(build)
     build.set_defaults(handler=_build)
 
@@ -101,6 +115,33 @@ def _show(options: argparse.Namespace) -> int:
     return 0
 
 
+def _lineage(options: argparse.Namespace) -> int:
+    with Deployment.open(options.state, os.environ) as deployment, deployment.database.read() as connection:
+        found = trace_lineage(connection, options.version)
+    if options.json:
+        print_json(found)
+        return 0
+    generations, devices = found.pop("generations"), found.pop("devices")
+    print_facts(found)
+    for each in generations:
+        began = each["began_with"]
+        origin = f"release {began['release']}" if began["release"] else "the bundle"
+        say(f"run {each['run']} began with {origin}")
+        rounds = [
+            {
+                **row,
+                "devices": len(row["replies"]),
+                "examples": sum(one["examples"] for one in row["replies"]),
+            }
+            for row in each["rounds"]
+        ]
+        print()
+        print_table(rounds, ("round", "devices", "examples", "base_sha256", "head_sha256", "entry"))
+    print()
+    print_table(devices, ("device", "rounds", "examples", "since", "first", "until"))
+    return 0
+
+
 def _build(options: argparse.Namespace) -> int:
     from models.own_model import build_own_model, load_maker
     from models.samples import read_samples
@@ -120,6 +161,7 @@ def _build(options: argparse.Namespace) -> int:
         epochs=options.epochs,
         seed=options.seed,
         summary=options.summary,
+        privacy=_sample_privacy(options.sample_clip, options.sample_noise),
     )
     result = {
         "bundle": str(bundle.folder),
@@ -132,6 +174,16 @@ def _build(options: argparse.Namespace) -> int:
     say(f"built {bundle.folder}: {_metrics_text(bundle.release.metrics)}")
     say(f"next: shoal-cloud model import {bundle.folder}")
     return 0
+
+
+def _sample_privacy(clip: float | None, noise: float | None) -> SamplePrivacy | None:
+    if clip is None:
+        if noise is not None:
+            raise ConfigurationError("there is noise, and no clip to measure it by", hint="say --sample-clip")
+        return None
+    from models.train_step import SamplePrivacy
+
+    return SamplePrivacy(clip, 1.0 if noise is None else noise)
 
 
 def _metrics_text(metrics: Mapping[str, float]) -> str:
