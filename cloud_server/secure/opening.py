@@ -46,11 +46,15 @@ def check_setup(rules: MaskingRules | None, strategy: Any, *, has_app: bool, is_
         return
     for is_there, what in ((has_app, "a ServerApp"), (is_private, "noise that the aggregator adds")):
         if is_there:
-            raise ConfigurationError(
-                f"secure aggregation does not go with {what}, which needs single updates",
-                hint="set run.secure_aggregation = plain, or leave the other out",
-            )
+            raise _excluded(what)
     check_strategy(strategy)
+
+
+def _excluded(what: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"secure aggregation does not go with {what}, which needs single updates",
+        hint="set run.secure_aggregation = plain, or leave the other out",
+    )
 
 
 def check_strategy(strategy: Any) -> None:
@@ -68,10 +72,12 @@ def make_runner(
     """The runner of a run.
 
     Raises:
-        ConfigurationError: (operator) a model with buffers under masks.
+        ConfigurationError: (operator) a model with buffers, or noise of the aggregator, under masks.
     """
     if rules is None:
         return RoundRunner(plan, ports)
+    if ports.budget is not None:
+        raise _excluded("noise that the aggregator adds")
     masking = MaskingPorts(
         tenant=downlink.topics.tenant,
         fleet=downlink.topics.fleet,
