@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,6 +13,7 @@ from cloud_server.assembly import RunConfig
 from cloud_server.db.devices import QUARANTINED
 from cloud_server.db.releases import RELEASED, load_releases
 from cloud_server.db.rounds import load_orders, load_rounds
+from cloud_server.metrics_reading import EventQueue, read_metrics
 from cloud_server.release.gate import GatePolicy
 from cloud_server.rounds.state import RoundPolicy
 from cloud_server.strikes import StrikePolicy
@@ -28,7 +30,7 @@ NAMES = ("oak", "elm", "ash", "fir")
 
 @pytest.mark.slow
 def test_device_in_quarantine_is_asked_no_more_and_still_gets_releases(
-    thirds_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+    thirds_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A real agent whose training is broken: its updates do not decode."""
     sound = shell.do_train
@@ -66,4 +68,19 @@ def test_device_in_quarantine_is_asked_no_more_and_still_gets_releases(
         model = agent.parts.serving.current
         assert model is not None
         assert model.release_version == newest
+    counted = simulation.cloud.metrics
+    events = EventQueue(lambda: 0, lambda: 0)
+    read_metrics(
+        counted,
+        simulation.base,
+        simulation.cloud,
+        ring="stable",
+        authority=tmp_path,
+        runner=lambda: simulation.runner,
+        events=events,
+    )
+    assert counted.strikes.value(reason="not_decodable") == 1
+    assert counted.quarantines.value() == 1
+    assert counted.updates_refused.value(reason="not_decodable") == 1
+    assert counted.devices.value(status=QUARANTINED, presence="online") == 1
     simulation.close()
