@@ -41,6 +41,8 @@ from wire.errors import RoundError
 from wire.transport.memory import MemoryBroker, MemoryTransport
 
 KEPT_SESSIONS = 16
+MOST_FAILURES = 20
+"""Rounds in a row; on virtual time nobody would come to see to it."""
 SETTLE_SECONDS = 180.0
 """Virtual time after the last round in which devices take up the last release and send what they still owe."""
 
@@ -99,7 +101,7 @@ class Simulation:
         """Plays until the run is finished and the last release has settled.
 
         Raises:
-            RoundError: nothing is planned any more although the run is not finished.
+            RoundError: nothing is planned any more although the run is not finished, or round after round fails.
         """
         self.cloud.aggregator.start(self.cloud.aggregator.handle)
         for agent in self.agents.values():
@@ -109,7 +111,13 @@ class Simulation:
         self.cloud.aggregator.begin(runner)
         while not runner.is_finished:
             self._settle()
-            moved = runner.view().moved
+            view = runner.view()
+            moved = view.moved
+            if view.failures >= MOST_FAILURES:
+                raise RoundError(
+                    f"{view.failures} rounds in a row have failed",
+                    hint="the log says why; attackers under a rule that does not stand them do this",
+                )
             if moved != seen:
                 seen = moved
                 on_round(moved)

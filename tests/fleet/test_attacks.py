@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ from fleet.workloads import workload
 from models.bundle import Bundle
 from models.data.federation import Floats
 from models.first_bundle import make_first_bundle
-from wire.errors import ConfigurationError
+from wire.errors import ConfigurationError, RoundError
 from wire.manifest import TaskSpec
 
 TASK = TaskSpec(
@@ -187,8 +188,10 @@ def digits_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return make_first_bundle(federation, "digits_mlp", tmp_path_factory.mktemp("digits") / "bundle", seed=5)
 
 
-def play(bundle: Bundle, attack: str, strategy: str, *, rounds: int = 2) -> Floats:
-    """The parameters of the last head."""
+def play(
+    bundle: Bundle, attack: str, strategy: str, *, rounds: int = 2, max_holdout_drop: float = 1e9
+) -> Floats:
+    """The parameters of the last head; no head is rejected unless the bound is given."""
     scenario = Scenario(
         data=DATA,
         run=RunScenario(model="digits_mlp", strategy=strategy, evaluate_every=0),
@@ -196,15 +199,18 @@ def play(bundle: Bundle, attack: str, strategy: str, *, rounds: int = 2) -> Floa
         attack=AttackScenario(kind=attack, attackers=0.3),  # type: ignore[arg-type]
     )
     federation = workload("digits_mlp").federation(DEVICES, DATA, 5)
+    config = run_config(scenario, devices=DEVICES, rounds=rounds)
     simulation = Simulation(
         federation,
         bundle,
-        run_config(scenario, devices=DEVICES, rounds=rounds),
+        replace(config, max_holdout_drop=max_holdout_drop),
         seed=5,
         conspiracy=conspiracy_of(scenario, federation, bundle.manifest.task, 5),
     )
-    simulation.run()
-    simulation.close()
+    try:
+        simulation.run()
+    finally:
+        simulation.close()
     return simulation.runner.head.params
 
 
@@ -219,6 +225,12 @@ def test_boost_costs_the_clipped_mean_less_than_the_plain_one(digits_bundle: Bun
 
     assert progress("FedAvg") < 0.0
     assert progress("ClippedMean") > 0.2
+
+
+@pytest.mark.slow
+def test_head_that_an_attack_broke_is_rejected_until_the_simulation_gives_up(digits_bundle: Bundle) -> None:
+    with pytest.raises(RoundError, match="rounds in a row have failed"):
+        play(digits_bundle, "boost", "FedAvg", max_holdout_drop=0.25)
 
 
 @pytest.mark.parametrize("attack", ["alie", "backdoor"])
