@@ -87,14 +87,14 @@ class RawClient:
     def subscribe(self, *filters: str) -> list[int]:
         """Returns the reason code of each."""
         packet_id = self._take_id()
-        body = packet_id + b"\0" + b"".join(_text(name) + b"\x01" for name in filters)
+        body = packet_id + b"\0" + b"".join(text(name) + b"\x01" for name in filters)
         self._send(SUBSCRIBE << 4 | 2, body)
         return list(self._until(SUBACK, packet_id)[3:])
 
     def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> int:
         """Returns the reason code of the acknowledgement; QoS 0 has none."""
         packet_id = self._take_id() if qos else b""
-        self._send(PUBLISH << 4 | qos << 1 | retain, _text(topic) + packet_id + b"\0" + payload)
+        self._send(PUBLISH << 4 | qos << 1 | retain, text(topic) + packet_id + b"\0" + payload)
         if not qos:
             return 0
         answer = self._until(PUBACK, packet_id)
@@ -157,7 +157,7 @@ class RawClient:
 
     def _send(self, first: int, body: bytes) -> None:
         try:
-            self.socket.sendall(bytes([first]) + _length(len(body)) + body)
+            self.socket.sendall(bytes([first]) + remaining_length(len(body)) + body)
         except TimeoutError:
             raise
         except OSError as error:
@@ -198,21 +198,23 @@ def _connect_body(
     keepalive_seconds: int,
 ) -> bytes:
     flags = (2 if clean else 0) | (0x0C if will else 0) | (0xC0 if user else 0)
-    body = _text("MQTT") + bytes([5, flags]) + keepalive_seconds.to_bytes(2, "big")
-    body += b"\x05" + bytes([SESSION_EXPIRY]) + expiry_seconds.to_bytes(4, "big") + _text(client_id)
+    body = text("MQTT") + bytes([5, flags]) + keepalive_seconds.to_bytes(2, "big")
+    body += b"\x05" + bytes([SESSION_EXPIRY]) + expiry_seconds.to_bytes(4, "big") + text(client_id)
     if will is not None:
-        body += b"\0" + _text(will[0]) + len(will[1]).to_bytes(2, "big") + will[1]
+        body += b"\0" + text(will[0]) + len(will[1]).to_bytes(2, "big") + will[1]
     if user:
-        body += _text(user) + _text("password")
+        body += text(user) + text("password")
     return body
 
 
-def _text(text: str) -> bytes:
-    data = text.encode()
+def text(value: str) -> bytes:
+    """A text with its length in front."""
+    data = value.encode()
     return len(data).to_bytes(2, "big") + data
 
 
-def _length(size: int) -> bytes:
+def remaining_length(size: int) -> bytes:
+    """How long a packet is, behind its first byte."""
     parts = bytearray()
     while True:
         size, low = divmod(size, 128)

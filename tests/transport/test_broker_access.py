@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,18 @@ import pytest
 
 from tests.transport.conftest import needs_mosquitto
 from tests.transport.operated import FLEET, OBSERVER, TENANT, Cloud, Stage, operated
-from tests.transport.raw_client import MAXIMUM_PACKET, MAXIMUM_QOS, NOT_AUTHORISED, SERVER_KEEPALIVE, Gone
+from tests.transport.raw_client import (
+    CONNECT,
+    DEADLINE_SECONDS,
+    MAXIMUM_PACKET,
+    MAXIMUM_QOS,
+    NOT_AUTHORISED,
+    PUBLISH,
+    SERVER_KEEPALIVE,
+    Gone,
+    remaining_length,
+    text,
+)
 from wire.transport.broker_configuration import BrokerLimits
 
 pytestmark = needs_mosquitto
@@ -34,9 +46,9 @@ AGGREGATOR = "aggregator"
 
 def topic_table() -> list[tuple[str, str]]:
     """Topic and direction (`up`, `down`, `all`) of every row of docs/protocol.md, clause 2.1."""
-    text = PROTOCOL.read_text(encoding="utf-8").partition("\n## 2 Topics\n")[2].partition("\n## 3 ")[0]
+    clause = PROTOCOL.read_text(encoding="utf-8").partition("\n## 2 Topics\n")[2].partition("\n## 3 ")[0]
     found = []
-    for row in re.findall(r"^\| (`.*)$", text, re.MULTILINE):
+    for row in re.findall(r"^\| (`.*)$", clause, re.MULTILINE):
         names, direction = (cell.strip() for cell in row.split(" | ")[:2])
         topics = [topic if "/" in topic else f"rd/{topic}" for topic in re.findall(r"`([^`]+)`", names)]
         topics = ["rd/now" if topic == "rd/rd/now" else topic for topic in topics]
@@ -350,6 +362,34 @@ def test_user_name_that_is_claimed_is_not_believed(claimed: str, stage: Stage) -
         assert device.publish(f"{BASE}/st/{OTHER}", b"forged") == NOT_AUTHORISED
         assert device.publish(f"{BASE}/cm/{OTHER}", b"forged") == NOT_AUTHORISED
         assert device.publish(f"{BASE}/st/{OWN}", b"own") != NOT_AUTHORISED
+
+
+def test_older_version_of_mqtt_opens_no_other_topics(stage: Stage, unguarded: Stage) -> None:
+    """MQTT 3.1.1, under a claimed client id: a denied publication is swallowed without a word."""
+
+    def heard(at: Stage) -> list[bytes]:
+        last = token()
+        context = at.cloud.context(OWN)
+        with (
+            at.join(OBSERVER) as observer,
+            socket.create_connection(("127.0.0.1", at.port), DEADLINE_SECONDS) as plain,
+            context.wrap_socket(plain, server_hostname="127.0.0.1") as secured,
+        ):
+            observer.subscribe("#")
+            hello = text("MQTT") + bytes([4, 2, 0, 60]) + text(OTHER)
+            secured.sendall(bytes([CONNECT << 4]) + remaining_length(len(hello)) + hello)
+            assert secured.recv(4) == b"\x20\x02\x00\x00"
+            for topic, payload in (
+                (f"st/{OTHER}", b"forged"),
+                ("rd/now", b"forged too"),
+                (f"tm/{OWN}", last),
+            ):
+                body = text(f"{BASE}/{topic}") + payload
+                secured.sendall(bytes([PUBLISH << 4]) + remaining_length(len(body)) + body)
+            return [message.payload for message in observer.until(last)]
+
+    assert heard(unguarded)[-2:] == [b"forged", b"forged too"]
+    assert not {b"forged", b"forged too"} & set(heard(stage))
 
 
 @pytest.mark.parametrize("name", ["+", "#"])
