@@ -27,7 +27,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_state(parser)
     parser.add_argument("--settings", type=path, metavar="FILE", help="settings to begin with, as TOML")
     parser.add_argument(
-        "--keys", type=path, metavar="DIR", help="keys that `shoal-cloud keys init DIR` made, perhaps elsewhere"
+        "--keys",
+        type=path,
+        metavar="DIR",
+        help="keys that `shoal-cloud keys init DIR` made, perhaps elsewhere",
     )
     parser.add_argument("--tenant", metavar="ID", help=f"who runs the fleet ({defaults.tenant})")
     parser.add_argument("--fleet", metavar="ID", help=f"the fleet ({defaults.fleet})")
