@@ -104,6 +104,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _simulate(options: argparse.Namespace) -> int:
     from cloud_server.flower.strategies import build_strategy
+    from cloud_server.secure.opening import check_setup, masking_rules
     from fleet.scenario import load_scenario, with_attack, with_model
     from fleet.simulate import simulate
 
@@ -112,7 +113,10 @@ def _simulate(options: argparse.Namespace) -> int:
         scenario = with_model(scenario, options.model)
     scenario = with_attack(scenario, options.attack, options.attackers)
     # Said now, and not after a first model was trained for it.
-    build_strategy(scenario.run.strategy, scenario.run.parameters)
+    run = scenario.run
+    rules = masking_rules(run.secure_aggregation, run.secure_dropout, 0.0)
+    is_private = scenario.privacy.mode != "none"
+    check_setup(rules, build_strategy(run.strategy, run.parameters), has_app=False, is_private=is_private)
     with _folder(options.out):
         report = simulate(scenario, devices=options.devices, rounds=options.rounds, seed=options.seed)
     return _show(options, report, options.out)

@@ -20,6 +20,8 @@ from fleet.cli import main
         (["simulate", "--scenario", "{tmp}/binary.toml"], 2, "not UTF-8"),
         (["simulate", "--scenario", "{tmp}/nan.toml"], 2, "data.crop: nan"),
         (["simulate", "--scenario", "{tmp}/strategy.toml"], 2, "'FedNope'"),
+        (["simulate", "--scenario", "{tmp}/masked.toml"], 2, "looks at single updates"),
+        (["simulate", "--scenario", "{tmp}/private.toml"], 2, "noise that the aggregator adds"),
         (["simulate", "--scenario", ""], 2, "the path is empty"),
         (["simulate", "--out", "{tmp}/nan.toml"], 2, "is not a folder"),
         (["simulate", "--out", "/proc/nowhere"], 8, "/proc/nowhere cannot be made"),
@@ -37,6 +39,9 @@ def test_command_with_a_wrong_input_says_what_and_where(
     (tmp_path / "bounds.toml").write_text("[faults]\nslow_share = 7.0\n")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
     (tmp_path / "nan.toml").write_text("[data]\ncrop = nan\n")
+    masked = '[run]\nsecure_aggregation = "pairwise"\nstrategy = '
+    (tmp_path / "masked.toml").write_text(masked + '"FedMedian"\n')
+    (tmp_path / "private.toml").write_text(masked + '"FedAvg"\n[privacy]\nmode = "central"\n')
     (tmp_path / "strategy.toml").write_text('[run]\nstrategy = "FedNope"\n')
     before = sorted(path.name for path in tmp_path.iterdir())
     assert main([argument.format(tmp=tmp_path) for argument in arguments]) == code
