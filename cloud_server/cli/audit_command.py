@@ -14,10 +14,10 @@ from cloud_server.audit.notary import list_key, listed_keys
 from cloud_server.audit.witness import read_witness
 from cloud_server.cli import add_json, add_state
 from cloud_server.cli.output import print_facts, print_json, print_table, say
-from cloud_server.db.audit import append_audit, load_audit, load_heads, newest_entry, newest_head
-from cloud_server.db.engine import Connection
+from cloud_server.db.audit import append_audit, load_audit, load_heads, newest_head
 from cloud_server.deployment import Deployment
 from cloud_server.keys import replace_audit_key
+from cloud_server.operators.views import audit_entries
 from process.arguments import path, whole_number
 from wire.errors import ConfigurationError, StorageError, TrustError
 from wire.primitives import VerifyKey
@@ -149,21 +149,12 @@ def _export(options: argparse.Namespace) -> int:
 
 def _show(options: argparse.Namespace) -> int:
     with Deployment.open(options.state, os.environ) as deployment, deployment.database.read() as connection:
-        rows = newest_entries(connection, last=options.last, kind=options.kind)
+        rows = audit_entries(connection, last=options.last, kind=options.kind)
     if options.json:
         print_json(rows)
     else:
         print_table(rows, ("entry", "at", "kind", "facts"))
     return 0
-
-
-def newest_entries(connection: Connection, *, last: int, kind: str = "") -> list[dict[str, Any]]:
-    """The newest entries, oldest first."""
-    newest = newest_entry(connection)
-    if newest is None:
-        return []
-    found = list(load_audit(connection, after=0 if kind else newest.seq - last, kind=kind))[-last:]
-    return [{"entry": row.seq, "at": row.at, "kind": row.kind, "facts": dict(row.facts)} for row in found]
 
 
 def _sign(options: argparse.Namespace) -> int:

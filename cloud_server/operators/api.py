@@ -17,7 +17,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
 from cloud_server.audit.lineage import trace_lineage
-from cloud_server.cli.audit_command import newest_entries
 from cloud_server.cli.status_command import collect_status
 from cloud_server.db.audit import append_audit
 from cloud_server.db.operators import OperatorRow, load_operators
@@ -133,7 +132,7 @@ def _add_views(app: FastAPI, deployment: Deployment) -> None:
 
     def audit(last: int = 100) -> list[dict[str, Any]]:
         with deployment.database.read() as connection:
-            return newest_entries(connection, last=min(max(last, 1), MAX_ROWS))
+            return views.audit_entries(connection, last=min(max(last, 1), MAX_ROWS))
 
     see("/whoami", whoami)
     see("/status", lambda: collect_status(deployment))

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cloud_server.agent_versions import is_new_enough
+from cloud_server.db.audit import load_audit, newest_entry
 from cloud_server.db.devices import DeviceRow, PresenceRow
 from cloud_server.db.engine import Connection
 from cloud_server.db.operators import OperatorRow
@@ -33,6 +34,15 @@ def releases(connection: Connection) -> list[dict[str, Any]]:
     """Every release and candidate, oldest first, with the rings that run it."""
     rings = {row.ring: row.release_version for row in load_rollouts(connection)}
     return [_release(row, rings) for row in load_releases(connection)]
+
+
+def audit_entries(connection: Connection, *, last: int, kind: str = "") -> list[dict[str, Any]]:
+    """The newest entries of the audit chain, oldest first."""
+    newest = newest_entry(connection)
+    if newest is None:
+        return []
+    found = list(load_audit(connection, after=0 if kind else newest.seq - last, kind=kind))[-last:]
+    return [{"entry": row.seq, "at": row.at, "kind": row.kind, "facts": dict(row.facts)} for row in found]
 
 
 def operator(row: OperatorRow) -> dict[str, Any]:
