@@ -147,6 +147,7 @@ def _build(options: argparse.Namespace) -> int:
     from models.samples import read_samples
     from models.zoo import load
 
+    privacy = _sample_privacy(options.sample_clip, options.sample_noise)
     is_of_zoo = ":" not in options.source
     kind = options.task or (load(options.source).task.kind if is_of_zoo else "classification")
     samples = read_samples(options.data, kind)
@@ -161,7 +162,7 @@ def _build(options: argparse.Namespace) -> int:
         epochs=options.epochs,
         seed=options.seed,
         summary=options.summary,
-        privacy=_sample_privacy(options.sample_clip, options.sample_noise),
+        privacy=privacy,
     )
     result = {
         "bundle": str(bundle.folder),
