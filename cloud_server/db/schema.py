@@ -188,7 +188,7 @@ runs = Table(
     Column("graphs_sha256", Digest, ForeignKey("models.graphs_sha256"), nullable=False),
     Column("config", JSON, nullable=False),
     Column("seed", BigInteger, nullable=False),
-    Column("status", String(16), nullable=False),  # active | paused | finished
+    Column("status", String(16), nullable=False),  # active | paused | finished | exhausted
 )
 
 rounds = Table(
