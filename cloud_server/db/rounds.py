@@ -398,6 +398,12 @@ def load_updates(
     return [_update(row, b"") for row in connection.execute(query)]
 
 
+def has_reply(connection: Connection, order_id: bytes, device: str) -> bool:
+    """Whether a device's answer to an order is in the books, whatever became of it."""
+    where = (updates.c.order_id == order_id.hex()) & (updates.c.device == device)
+    return connection.execute(sa.select(updates.c.update_id).where(where).limit(1)).first() is not None
+
+
 def load_norms(connection: Connection, run: str, round_number: int) -> list[float]:
     """How long the sound updates of a round were as they came, those that moved something at all."""
     where = (updates.c.run == run) & (updates.c.round == round_number) & (updates.c.kind == "train")

@@ -120,24 +120,24 @@ class Intake:
             if known is not None:
                 return _receipt_again(known, arrival), None
             try:
-                self._move_window(connection, arrival)
+                is_fresh = self._move_window(connection, arrival)
             except ReplayError:
                 return self._unbooked(reply.update_id, arrival, Refusal.REPLAYED), None
-            is_open = reply.order_id in self._expected
             if load_status(connection, arrival.device) == QUARANTINED:
                 outcome = Refusal.QUARANTINED
-                if not is_open:
-                    # No row: nothing of it could ever count, and it may say such things without end.
-                    return self._unbooked(reply.update_id, arrival, outcome), None
             elif outcome is Refusal.UNKNOWN_ORDER:
                 outcome = self._past_order(connection, reply, arrival.device)
-            self._insert(connection, reply, arrival, outcome, blob, _norm_of(screened))
-            if isinstance(outcome, Refusal) and is_open:
+            is_booked = self._is_booked(connection, reply, arrival.device, outcome)
+            if is_booked:
+                self._insert(connection, reply, arrival, outcome, blob, _norm_of(screened))
+            if isinstance(outcome, Refusal) and reply.order_id in self._expected and (is_booked or is_fresh):
                 struck = self._strike(connection, arrival.device, outcome)
         if isinstance(outcome, Refusal):
             self._note_strike(arrival.device, outcome, struck)
         elif isinstance(screened, Screened):
             self.kept.put(reply.update_id, screened)
+        if not is_booked:
+            self.unbooked_total[str(outcome)] += 1
         return self._concluded(reply, arrival, outcome)
 
     def _take_malformed(self, arrival: Arrival) -> tuple[Receipt, Event | None]:
@@ -201,6 +201,23 @@ class Intake:
         if not isinstance(outcome, Refusal) and reply.order_id in self._answered:
             return Refusal.ALREADY_ANSWERED
         return outcome
+
+    def _is_booked(
+        self, connection: Connection, reply: Update | Evaluation, device: str, outcome: int | Refusal
+    ) -> bool:
+        """Whether a reply gets a row: what is stored, and what is refused of a device's answer to an order of its own.
+
+        All else could never count, a hostile device may say it without end, and its row would take the id from the
+        device whose it is.
+        """
+        if outcome in (Refusal.UNKNOWN_ORDER, Refusal.FOREIGN_ORDER):
+            return False
+        if outcome is Refusal.QUARANTINED:
+            expected = self._expected.get(reply.order_id)
+            return expected is not None and expected.device == device
+        if outcome is Refusal.ROUND_CLOSED:
+            return not books.has_reply(connection, reply.order_id, device)
+        return True
 
     def _is_quarantined(self, device: str) -> bool:
         with self._database.read() as connection:

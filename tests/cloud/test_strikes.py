@@ -287,14 +287,43 @@ def test_device_that_was_kept_from_a_newer_invitation_earns_no_strike() -> None:
     assert lab.row().strikes == 0
 
 
-def test_device_whose_id_another_one_took_earns_no_strike() -> None:
+def test_answer_to_an_order_of_another_device_costs_its_sender_alone() -> None:
     lab = StrictLab(rounds=1)
     lab.runner.tick()
     order = next(order for name, order in lab.inbox if name == BAD)
     message = lab.devices[BAD].honest(order)
-    assert lab.send_up("d02", Message(message.header, message.body)).reason == Refusal.FOREIGN_ORDER
-    assert lab.send_up(BAD, message).reason == Refusal.FOREIGN_UPDATE
+    for _ in range(5):
+        lab.send_up("d02", message)
+    assert lab.send_up(BAD, message).verdict == "stored"
     assert (lab.row(BAD).strikes, lab.row("d02").strikes) == (0, 1)
+
+
+def test_device_whose_id_another_one_took_earns_no_strike() -> None:
+    lab = StrictLab(rounds=1)
+    lab.runner.tick()
+    orders = dict(lab.inbox)
+    message = lab.devices[BAD].honest(orders[BAD])
+    taken = lab.devices[BAD].update(orders[BAD]).update_id
+    theft = changed(update_id=taken)(lab.devices["d02"], orders["d02"])
+    assert lab.send_up("d02", theft).verdict == "stored"
+    assert lab.send_up(BAD, message).reason == Refusal.FOREIGN_UPDATE
+    assert lab.row(BAD).strikes == 0
+
+
+def test_replies_that_could_never_count_leave_no_rows() -> None:
+    lab = StrictLab(4, rounds=2, goal=3)
+    lab.devices[BAD].behaviour = lambda device, order: None
+    lab.run()
+    order = next(order for name, order in lab.orders if name == BAD)
+    device, before = lab.devices[BAD], len(lab.rows(schema.updates))
+    for number in range(1, 31):
+        update_id = number.to_bytes(16, "big")
+        late = lab.send_up(BAD, device.message(device.update(order, update_id=update_id), order))
+        assert late.reason == Refusal.ROUND_CLOSED
+        stray = device.update(order, update_id=update_id[::-1], order_id=update_id)
+        assert lab.send_up(BAD, device.message(stray, order)).reason == Refusal.UNKNOWN_ORDER
+    assert len(lab.rows(schema.updates)) == before + 1
+    assert lab.runner.intake.unbooked_total == {"round_closed": 29, "unknown_order": 30}
 
 
 def test_orders_that_a_restored_cloud_has_forgotten_earn_no_strike() -> None:
