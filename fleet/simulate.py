@@ -228,7 +228,9 @@ def report_of(
             "model": bundle.manifest.model,
             "data": federation.name,
             "strategy": scenario.run.strategy,
-            "codec": train_settings(scenario).codec if scenario.run.secure_aggregation == "plain" else "masked",
+            "codec": train_settings(scenario).codec
+            if scenario.run.secure_aggregation == "plain"
+            else "masked",
             "head": simulation.runner.head.sha256.hex(),
             **attacked,
             **privacy_facts(simulation),
