@@ -63,7 +63,9 @@ class Conspiracy:
 
     def behind(self, device: str, worker: Worker) -> Worker:
         """The device's worker: its own, or one that falsifies what it trains."""
-        return _FalsifyingWorker(worker, device, self) if device in self.attackers else worker
+        if device not in self.attackers or self.attack in POISONS:
+            return worker
+        return _FalsifyingWorker(worker, device, self)
 
     def note(self, device: str, update: Update) -> None:
         """An attacker has trained; the others know."""
@@ -74,8 +76,6 @@ class Conspiracy:
 
     def falsify(self, device: str, update: Update) -> Update:
         """What an attacker sends for what it trained."""
-        if self.attack in POISONS:
-            return update
         trained = self._trained.get((update.run, update.round_number), {})
         own = decode(update.payload, update.codec, update.params_size)
         known = Known(

@@ -26,7 +26,7 @@ from cloud_server.settings import TrainSettings
 from edge_agent.ports import JobResult
 from edge_agent.settings import EdgeSettings, ReleaseSettings, ReportSettings
 from fleet.attackers import Conspiracy
-from fleet.attacks import TARGET, with_trigger
+from fleet.attacks import POISONS, TARGET, with_trigger
 from fleet.books import Judge, device_row, read_books, release_rows, round_rows
 from fleet.report import FleetReport
 from fleet.scenario import FaultScenario, Scenario
@@ -36,6 +36,7 @@ from models.data.federation import Federation
 from models.first_bundle import make_first_bundle
 from models.zoo import load
 from process.progress import Progress
+from wire.errors import ConfigurationError
 from wire.manifest import TaskSpec
 from wire.primitives import SigningKey
 
@@ -108,6 +109,11 @@ def conspiracy_of(scenario: Scenario, federation: Federation, task: TaskSpec, se
     attack = scenario.attack
     if attack.kind == "none" or attack.attackers == 0.0:
         return None
+    if scenario.run.secure_aggregation != "plain" and attack.kind not in POISONS:
+        raise ConfigurationError(
+            f"{attack.kind} falsifies what is sent, which no attacker of ours can do under masks",
+            hint="attack the data (label_flip, backdoor), or leave run.secure_aggregation plain",
+        )
     return Conspiracy(attack.kind, attack.attackers, federation.devices, task, seed=seed)
 
 

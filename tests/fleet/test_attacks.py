@@ -137,14 +137,26 @@ def test_attack_that_cannot_be_is_a_configuration_error(
         Conspiracy(attack, share, ["a", "b", "c", "d"], task, seed=1)
 
 
+def test_attack_on_updates_under_masks_is_a_configuration_error() -> None:
+    federation = workload("digits_mlp").federation(5, DataScenario(alpha=100.0), 1)
+    run = RunScenario(model="digits_mlp", strategy="FedAvg", secure_aggregation="pairwise")
+    falsifying = Scenario(run=run, attack=AttackScenario(kind="noise"))
+    with pytest.raises(ConfigurationError, match="under masks"):
+        conspiracy_of(falsifying, federation, TASK, 1)
+    poisoning = Scenario(run=run, attack=AttackScenario(kind="label_flip"))
+    assert conspiracy_of(poisoning, federation, TASK, 1) is not None
+
+
 def test_honest_devices_keep_their_worker_and_their_data() -> None:
     names = [f"device-{number}" for number in range(10)]
-    conspiracy = Conspiracy("label_flip", 0.2, names, TASK, seed=1)
+    flipping, noisy = (Conspiracy(attack, 0.2, names, TASK, seed=1) for attack in ("label_flip", "noise"))
     x, y, worker = np.zeros((5, 3), np.float32), np.arange(5), object()
     for name in names:
-        is_honest = name not in conspiracy.attackers
-        assert (conspiracy.behind(name, worker) is worker) == is_honest  # type: ignore[arg-type]
-        assert (conspiracy.training_data(name, x, y)[1] is y) == is_honest
+        is_honest = name not in flipping.attackers
+        assert (noisy.behind(name, worker) is worker) == is_honest  # type: ignore[arg-type]
+        assert noisy.training_data(name, x, y)[1] is y
+        assert flipping.behind(name, worker) is worker  # type: ignore[arg-type]
+        assert (flipping.training_data(name, x, y)[1] is y) == is_honest
 
 
 def test_scenario_file_names_an_attack_and_the_command_line_is_over_it(tmp_path: Path) -> None:
