@@ -105,8 +105,8 @@ def test_release_that_serves_is_not_downloaded(state: Path) -> None:
     assert releases(state)[0].fetch(1, nothing, {}).files == {}
 
 
-@pytest.mark.parametrize(("age_days", "is_renewed"), [(3.0, False), (4.0, True)])
-def test_certificate_is_renewed_when_half_of_its_life_is_over(
+@pytest.mark.parametrize(("age_days", "is_renewed"), [(3.0, False), (5.0, True)])
+def test_certificate_is_renewed_when_two_thirds_of_its_life_are_over(
     aggregator: Aggregator, tmp_path: Path, age_days: float, is_renewed: bool
 ) -> None:
     state = enrolled_days_ago(aggregator, tmp_path / "state", age_days)
@@ -119,7 +119,7 @@ def test_certificate_is_renewed_when_half_of_its_life_is_over(
 
 def test_certificate_is_renewed_though_the_check_fails(state: Path) -> None:
     before = identity_files.load(state).certificate_pem
-    source, seen = releases(state, now=time.time() + 4 * 86_400)
+    source, seen = releases(state, now=time.time() + 5 * 86_400)
     with pytest.raises(ReleaseError, match="does not verify"):
         source.fetch(1, nothing, {})
     assert seen == [identity_files.load(state).certificate_pem]
@@ -129,7 +129,7 @@ def test_certificate_is_renewed_though_the_check_fails(state: Path) -> None:
 def test_renewal_that_fails_is_said_and_the_check_goes_on(
     aggregator: Aggregator, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    state = enrolled_days_ago(aggregator, tmp_path / "state", 4.0)
+    state = enrolled_days_ago(aggregator, tmp_path / "state", 5.0)
     source, seen = releases(state)
     before = identity_files.load(state).certificate_pem
     aggregator.refuses_renewals = True
