@@ -17,6 +17,7 @@ from cloud_server.privacy.budget import Budget, PrivateRun
 from cloud_server.privacy.ledger import KEY_FILE, open_ledger_key
 from cloud_server.privacy.plan import PrivacyPlan
 from cloud_server.privacy.run import private_run
+from cloud_server.run_setup import run_config
 from cloud_server.settings import PrivacySettings
 from wire.errors import ConfigurationError, StorageError
 
@@ -117,3 +118,13 @@ def test_settings_make_a_plan_only_where_privacy_is_on() -> None:
     assert PrivacySettings().plan() is None
     plan = PrivacySettings(mode="central", noise_multiplier=2.0).plan()
     assert plan == PrivacyPlan(noise_multiplier=2.0)
+
+
+def test_settings_reach_the_run_of_the_service(state: Path) -> None:
+    with Deployment.open(state, {}) as deployment:
+        private = run_config(deployment).privacy
+        assert private is not None
+        assert private.plan == PrivacyPlan(epsilon=4.0)
+        assert private.signer.key_id == open_ledger_key(deployment.folder.keys, is_new=False).key_id
+        # Nobody can tell one secret from the one before.
+        assert private.draw_secret(1) != private.draw_secret(1)
