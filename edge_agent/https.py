@@ -12,7 +12,7 @@ import http.client
 import socket
 import ssl
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from edge_agent.identity import Identity, parse_https_url
 from wire.errors import PeerError, TransportError, TrustError
@@ -91,6 +91,24 @@ class HttpsConnection(http.client.HTTPSConnection):
         except (OSError, ValueError) as error:
             plain.close()
             raise TransportError(f"no TLS with {self.url}: {error}") from error
+
+    def send(self, data: Any) -> None:
+        """In TLS 1.3 a server judges our certificate when our handshake is over already: it may have said why and be
+        gone before we write, and then the reason is what we raise."""
+        try:
+            super().send(data)
+        except OSError:
+            self._raise_alert()
+            raise
+
+    def _raise_alert(self) -> None:
+        try:
+            self.sock.recv(1)
+        except ssl.SSLError as alert:
+            if alert.reason:
+                raise
+        except OSError:
+            return
 
 
 def exchange(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import select
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +24,7 @@ from edge_agent.enrol import (
     was_expired,
 )
 from edge_agent.fetcher import HttpsFetcher
+from edge_agent.https import HttpsConnection, exchange, identity_context
 from edge_agent.identity import Identity
 from tests.edge.https_server import TLS_NAME, Script, https_server
 from tests.edge.tiny_release import SteppedClock
@@ -438,6 +440,24 @@ def test_server_that_sees_our_certificate_expired_is_believed(tmp_path: Path, ag
     with pytest.raises(TransportError) as nobody:
         renew(replace(identity, url_api="https://127.0.0.1:9"))
     assert not was_expired(nobody.value)
+
+
+def test_reason_of_a_server_that_was_gone_before_we_wrote_is_read(
+    tmp_path: Path, aggregator: Aggregator
+) -> None:
+    identity = expired(tmp_path / "state", aggregator)
+    with https_server(
+        tmp_path / "b", aggregator.authority, aggregator.script, now=NOW, wants_client=True
+    ) as url:
+        connection = HttpsConnection(url, tls_name=identity.tls_name, context=identity_context(identity))
+        connection.connect()
+        # Tickets of the session and the alert may come apart; the end of the stream comes last.
+        poll = select.poll()
+        poll.register(connection.sock, select.POLLRDHUP)
+        assert poll.poll(10_000)
+        with pytest.raises(TransportError) as caught:
+            exchange(connection, "POST", "/v1/renew", bytes(100_000), limit_bytes=1000)
+    assert was_expired(caught.value)
 
 
 @pytest.mark.parametrize(
