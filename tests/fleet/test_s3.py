@@ -83,6 +83,7 @@ class BreakingLine:
         self._port = port
         self._left = breaks
         self.broken = 0
+        self._counting = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._carriers: list[threading.Thread] = []
@@ -112,7 +113,10 @@ class BreakingLine:
         with near, socket.create_connection(("127.0.0.1", self._port)) as far:
             up = threading.Thread(target=self._pump, args=(near, far, None), daemon=True)
             up.start()
-            self.broken += self._pump(far, near, limit)
+            is_broken = self._pump(far, near, limit)
+            # `+=` reads before it calls: the next connection may begin before this one's end is counted.
+            with self._counting:
+                self.broken += is_broken
             up.join()
 
     @staticmethod
