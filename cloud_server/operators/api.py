@@ -17,7 +17,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
 from cloud_server.audit.lineage import trace_lineage
-from cloud_server.cli.status_command import collect_status
 from cloud_server.db.audit import append_audit
 from cloud_server.db.operators import OperatorRow, load_operators
 from cloud_server.db.overview import list_rounds, show_round
@@ -26,6 +25,7 @@ from cloud_server.operators import actions, views
 from cloud_server.operators.accounts import Doorkeeper, Role, add_operator, remove_operator
 from cloud_server.operators.gate import OPERATOR, Gate, refusal
 from cloud_server.operators.throttle import FailureLimit
+from cloud_server.status import collect_status
 from wire.errors import ConfigurationError, MessageError, PeerError, ShoalError, StorageError, TrustError
 from wire.messages import ID_PATTERN
 from wire.topics import ID

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pwd
-import socket
 import ssl
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 from cloud_server.cli import main
 from cloud_server.deployment import Deployment
 from cloud_server.enrolment.ca import CertificateAuthority
+from fleet.local_cloud import free_port
 from tests.transport.raw_client import RawClient
 from wire.primitives import generate_tls_key, make_csr
 from wire.transport.broker import BrokerTls, RunningBroker, _command
@@ -24,13 +24,6 @@ TENANT, FLEET = "acme", "north"
 DAY = 86_400.0
 OBSERVER = "observer"
 """Sees and writes everything: added to the access file under test, whose rights for all others stay what they are."""
-
-
-def free_port() -> int:
-    with socket.socket() as claim:
-        claim.bind(("127.0.0.1", 0))
-        port: int = claim.getsockname()[1]
-        return port
 
 
 @dataclass
