@@ -16,7 +16,7 @@ import hashlib
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -75,6 +75,10 @@ _SCHEMA: Final = (
 )
 
 
+Connect = Callable[..., sqlite3.Connection]
+"""`sqlite3.connect`, or a simulator's in its place, whose commits can be cut in the middle."""
+
+
 class _DamagedError(sqlite3.DatabaseError):
     """The file is SQLite's, its content is not ours."""
 
@@ -84,8 +88,17 @@ class _DamagedError(sqlite3.DatabaseError):
 class Database:
     """One device's database. Made by `open_database`; safe to use from several threads."""
 
-    def __init__(self, path: Path | None, quarantine: Quarantine, *, max_bytes: int, clock: Clock) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        quarantine: Quarantine,
+        *,
+        max_bytes: int,
+        clock: Clock,
+        connect: Connect = sqlite3.connect,
+    ) -> None:
         self.path = path
+        self._connect = connect
         self.quarantine = quarantine
         self.recovered_total = 0
         self._max_bytes = max_bytes
@@ -255,7 +268,7 @@ class Database:
     def _open(self) -> sqlite3.Connection:
         if self.path is not None:
             _keep_private(self.path)
-        connection = sqlite3.connect(
+        connection = self._connect(
             MEMORY if self.path is None else self.path,
             timeout=5.0,
             isolation_level=None,
@@ -334,7 +347,11 @@ class Database:
 
 
 def open_database(
-    folder: str | Path, *, max_bytes: int = DEFAULT_MAX_BYTES, clock: Clock | None = None
+    folder: str | Path,
+    *,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+    clock: Clock | None = None,
+    connect: Connect = sqlite3.connect,
 ) -> Database:
     """Opens (or makes) `agent.db` in a device's state folder.
 
@@ -342,6 +359,7 @@ def open_database(
         folder: the state folder, or `":memory:"` for a simulated device.
         max_bytes: cap of the file; above it, writes raise `StorageError` with `full=True`.
         clock: gives a fresh database its epoch.
+        connect: makes SQLite's connections.
 
     Raises:
         StorageError: the folder cannot be written, or the file was made by a newer agent. A damaged file
@@ -356,7 +374,8 @@ def open_database(
     except OSError as error:
         raise StorageError(f"cannot make the state folder {root}: {error.strerror}") from error
     _claim_folder(root)
-    return Database(root / DATABASE_NAME, Quarantine(root / "quarantine"), max_bytes=max_bytes, clock=clock)
+    path, quarantine = root / DATABASE_NAME, Quarantine(root / "quarantine")
+    return Database(path, quarantine, max_bytes=max_bytes, clock=clock, connect=connect)
 
 
 def _claim_folder(root: Path) -> None:

@@ -209,8 +209,11 @@ class Database:
                 self._local.is_inside = False
 
 
-def open_database(url: str) -> Database:
+def open_database(url: str, *, factory: Callable[..., sqlite3.Connection] | None = None) -> Database:
     """Opens (and for SQLite creates) the database of a URL; `sqlite://` alone is one in memory.
+
+    Args:
+        factory: makes SQLite's connections; a simulator's can be cut in the middle of a commit.
 
     Raises:
         ConfigurationError: (operator) not a URL, or a driver that is not installed.
@@ -221,6 +224,8 @@ def open_database(url: str) -> Database:
         parsed = sa.make_url(url)
         if parsed.get_backend_name() == "sqlite":
             options["connect_args"] = {"check_same_thread": False, "timeout": _BUSY_TIMEOUT_MS / 1000}
+            if factory is not None:
+                options["connect_args"]["factory"] = factory
             if parsed.database in (None, "", ":memory:"):
                 options["poolclass"] = StaticPool
         else:

@@ -131,6 +131,17 @@ class MemoryBroker:
         if session is not None and session.client is not None:
             session.client.drop(reason, for_seconds=for_seconds)
 
+    def forget_everything(self, *, for_seconds: float = 0.0) -> None:
+        """What a broker does whose disk was wiped: sessions, queues, retained messages and subscriptions are gone, and
+        so are publications that it has acknowledged; its clients are cut off and are back after `for_seconds`.
+        """
+        for client in [session.client for session in self._sessions.values() if session.client is not None]:
+            client.drop("the broker was lost", for_seconds=for_seconds)
+        for index in (self._sessions, self._exact, self._wild, self._wild_of_topic, self._retained):
+            index.clear()
+        self._retained_of_filter.clear()
+        self._publications.clear()
+
     # What a MemoryTransport calls.
 
     def connect_in(self, client: MemoryTransport, delay_seconds: float) -> None:
