@@ -21,9 +21,11 @@ from edge_agent.masking import DeviceMasking
 from wire.envelope import seal, sign
 from wire.errors import RoundError
 from wire.header import Header
-from wire.masking import MaskGroup, RingVector, Roster, choose_ring, ring_of
-from wire.messages import Body, MaskTerms, Order, encode_body
+from wire.mask_terms import MaskTerms
+from wire.masking import MaskGroup, Roster
+from wire.messages import Body, Order, encode_body
 from wire.primitives import KemPrivateKey, SigningKey
+from wire.ring import RingVector, choose_ring, ring_of
 
 _DEVICES: Final = 100
 _PARAMS: Final = 100_000

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from wire.codec import decode
 from wire.errors import PeerError
-from wire.messages import RING_BYTES, Evaluation, Update
+from wire.mask_terms import RING_BYTES
+from wire.messages import Evaluation, Update
 from wire.norm import l2_norm
 
 

@@ -68,6 +68,7 @@ class TufReleases:
             files=files,
             signed_at=info.signed_at,
             expires=info.expires,
+            helper=info.helper,
         )
 
     def clear(self) -> None:
@@ -115,6 +116,7 @@ class Checked:
     Attributes:
         signed_at, expires: of the newest metadata (unix seconds).
         installed: the new release and its loaded model, or None when there is nothing new.
+        helper: the file that names the fleet's helper, or empty.
     """
 
     keys: OnlineKeys
@@ -122,6 +124,7 @@ class Checked:
     signed_at: float
     expires: float
     installed: tuple[SlotContents, ServedModel] | None
+    helper: bytes = b""
 
 
 class Installer:
@@ -165,7 +168,7 @@ class Installer:
         version = current.version if current is not None else 0
         known = {**heads, **(_lasting_files(current) if current is not None else {})}
         offer = self._source.fetch(version, self._slots.held, known)
-        found = Checked(offer.keys, offer.fetched_bytes, offer.signed_at, offer.expires, None)
+        found = Checked(offer.keys, offer.fetched_bytes, offer.signed_at, offer.expires, None, offer.helper)
         if not offer.files:
             return found
         refuse_strangers(offer.files)

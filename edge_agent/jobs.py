@@ -22,10 +22,11 @@ from wire import codec
 from wire.checkpoint import Checkpoint
 from wire.errors import BundleError, DataError, ModelError
 from wire.manifest import FLOAT32, TEMPLATE, TRAIN_ADAM, TRAIN_SGD
-from wire.masking import RingVector, encode_ring, ring_of
+from wire.mask_terms import RingTerms
 from wire.materialize import materialize_float32, materialize_int8
-from wire.messages import Evaluation, Invitation, MaskTerms, Order, TrainConfig, Update, encode_body
+from wire.messages import Evaluation, Invitation, Order, TrainConfig, Update, encode_body
 from wire.records import size_class
+from wire.ring import RingVector, encode_ring, ring_of
 
 # What sealing adds to a padded body: head, keys, signature, and 48 bytes for each record of 96 KiB.
 _SEALING_BYTES = 2048
@@ -72,7 +73,7 @@ def do_train(
     engine: Engine, work: Assignment, should_stop: Callable[[], bool]
 ) -> tuple[Update, codec.ErrorFeedback | None] | Draft:
     """Trains from the head; the answer to a train order, and what its codec left over (None for an unbiased
-    one). In a masked round it is a draft, which says nothing else than the update.
+    one). In a round under masks it is a draft, which says nothing else than the update.
 
     Raises:
         BundleError: (peer) the head is not one of this model.
@@ -90,9 +91,9 @@ def do_train(
     sizes = manifest.opt_state_sizes
     state_size = sizes.sgd if config.optimizer == "sgd" else sizes.adam
     trained = train(session, head, state_size, x, y, config, seed, should_stop=should_stop)
-    if order.masking is not None:
+    if order.ring_terms is not None:
         steps = int(trained.metrics.get("steps", 0))
-        return Draft(work.update_id, order, _in_ring(trained.update, order.masking, seed), steps)
+        return Draft(work.update_id, order, _in_ring(trained.update, order.ring_terms, seed), steps)
     before = _metrics_before(engine, work, head)
     payload, feedback = _encode(trained.update, config, seed, work.feedback)
     update = _fitting(
@@ -187,7 +188,8 @@ def _encode(
     return feedback.encode(update, config.codec, draws)
 
 
-def _in_ring(update: Floats, terms: MaskTerms, seed: int) -> RingVector:
+def _in_ring(update: Floats, terms: RingTerms, seed: int) -> RingVector:
+    """What is masked later, and is never sent as it is."""
     return encode_ring(update, ring_of(terms), Draws(derive_seed("ring", seed)))
 
 

@@ -1,7 +1,8 @@
 """The masked rounds that a device is in: one set of secrets for each order, and the update that waits for its masks.
 
 Laws of the file: an update leaves here under its masks or not at all; secrets and drafts are in memory only; at most
-`MAX_ROUNDS` are kept, the oldest go first. Source: docs/protocol.md, clause 13.
+`MAX_ROUNDS` are kept, the oldest go first. Source: docs/protocol.md, clauses 13 (masks that devices agree on) and 15
+(masks that a helper takes away).
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from edge_agent.helped_round import HelpedMasking, SealSeed
 from edge_agent.identity import Identity
 from edge_agent.masking import DeviceMasking
 from wire.errors import MessageError
-from wire.masking import RingVector
 from wire.messages import (
     MaskInbox,
     MaskKeys,
@@ -25,6 +26,8 @@ from wire.messages import (
     Order,
     Update,
 )
+from wire.primitives import KemPublicKey
+from wire.ring import RingVector
 
 MAX_ROUNDS: Final = 4
 
@@ -49,7 +52,7 @@ class Draft:
 @dataclass(slots=True)
 class _Round:
     order: Order
-    masking: DeviceMasking
+    masking: DeviceMasking | HelpedMasking
     draft: Draft | None = None
 
 
@@ -59,12 +62,24 @@ class MaskedRounds:
     Args:
         random: gives that many unpredictable bytes.
         min_members: fewest devices that this one hides among.
+        helper: the key that this device knows its helper by, or None.
+        seal: seals a seed to it.
     """
 
-    def __init__(self, identity: Identity, *, random: Callable[[int], bytes], min_members: int) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        random: Callable[[int], bytes],
+        min_members: int,
+        helper: Callable[[], KemPublicKey | None],
+        seal: SealSeed,
+    ) -> None:
         self._identity = identity
         self._random = random
         self._min_members = min_members
+        self._helper = helper
+        self._seal = seal
         self._rounds: OrderedDict[bytes, _Round] = OrderedDict()
 
     def order_of(self, order_id: bytes) -> Order | None:
@@ -72,28 +87,40 @@ class MaskedRounds:
         found = self._rounds.get(order_id)
         return None if found is None else found.order
 
-    def begin(self, order: Order) -> MaskKeys:
-        """The keys for an order, the same whenever they are asked for.
+    def begin(self, order: Order) -> MaskKeys | None:
+        """The keys for an order, the same whenever they are asked for; None where a helper needs none of them.
 
         Raises:
-            MessageError: (peer) terms that would not hide anything.
+            MessageError: (peer) terms that would not hide anything, or another helper.
         """
         found = self._rounds.get(order.order_id)
         if found is None:
-            identity = self._identity
-            masking = DeviceMasking(
+            found = self._rounds[order.order_id] = _Round(order, self._masking_of(order))
+            while len(self._rounds) > MAX_ROUNDS:
+                self._rounds.popitem(last=False)
+        return found.masking.keys() if isinstance(found.masking, DeviceMasking) else None
+
+    def _masking_of(self, order: Order) -> DeviceMasking | HelpedMasking:
+        identity = self._identity
+        if order.helped is not None:
+            return HelpedMasking(
                 order,
                 tenant=identity.tenant,
                 fleet=identity.fleet,
-                device=identity.device,
-                key=identity.update_key,
+                helper=self._helper(),
                 random=self._random,
-                min_members=self._min_members,
+                min_devices=self._min_members,
+                seal=self._seal,
             )
-            found = self._rounds[order.order_id] = _Round(order, masking)
-            while len(self._rounds) > MAX_ROUNDS:
-                self._rounds.popitem(last=False)
-        return found.masking.keys()
+        return DeviceMasking(
+            order,
+            tenant=identity.tenant,
+            fleet=identity.fleet,
+            device=identity.device,
+            key=identity.update_key,
+            random=self._random,
+            min_members=self._min_members,
+        )
 
     def hear(self, body: MaskMessage) -> MaskShares | MaskOpened | None:
         """What a message of a masked round is answered with; None for the one that is not answered.
@@ -104,6 +131,8 @@ class MaskedRounds:
             EnvelopeError: (peer) a key that its owner did not sign for this round.
         """
         masking = self._round(body.order_id).masking
+        if not isinstance(masking, DeviceMasking):
+            raise MessageError("a round with a helper has no such message")
         if isinstance(body, MaskRoster):
             return masking.share(body)
         if isinstance(body, MaskQuestion):
@@ -128,6 +157,11 @@ class MaskedRounds:
         if draft is None or not found.masking.is_ready:
             return None
         found.draft = None
+        masking = found.masking
+        if isinstance(masking, HelpedMasking):
+            masked, sealed_seed = masking.mask(draft.values)
+        else:
+            masked, sealed_seed = masking.mask(draft.values), b""
         return Update(
             update_id=draft.update_id,
             order_id=order_id,
@@ -135,9 +169,10 @@ class MaskedRounds:
             round_number=order.round_number,
             base_sha256=order.head_sha256,
             num_examples=1,
-            codec=found.masking.ring.name,
+            codec=masking.ring.name,
             params_size=len(draft.values),
-            payload=found.masking.mask(draft.values).tobytes(),
+            payload=masked.tobytes(),
+            sealed_seed=sealed_seed,
         )
 
     def drop(self, order_id: bytes) -> None:

@@ -17,16 +17,13 @@ from wire.masking import (
     SEALED_SHARES_BYTES,
     SECRET_BYTES,
     MaskGroup,
-    RingVector,
     Roster,
-    add_mask,
     channel_secret,
     commitment_of,
     context_of,
     keys_statement,
     mask_key_of,
     pair_mask_key,
-    ring_of,
     self_mask_key,
 )
 from wire.messages import (
@@ -40,6 +37,7 @@ from wire.messages import (
     Order,
 )
 from wire.primitives import NONCE_BYTES, SEED_BYTES, TAG_BYTES, Aead, AgreementKey, SigningKey, VerifyKey
+from wire.ring import RingVector, add_mask, ring_of
 
 # Each key of a channel seals one message.
 _NONCE = bytes(NONCE_BYTES)

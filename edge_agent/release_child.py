@@ -64,6 +64,7 @@ class Found(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     fetched_bytes: int
     signed_at: float
     expires: float
+    helper: bytes = b""
     renewal_failure: str = ""
 
 
@@ -119,6 +120,7 @@ class ChildReleases:
             files=files,
             signed_at=found.signed_at,
             expires=found.expires,
+            helper=found.helper,
         )
 
     def clear(self) -> None:
@@ -189,6 +191,7 @@ def check(folder: Path, now: float, request: Request, identity: Identity) -> Fou
         fetched_bytes=fetcher.fetched_bytes_total,
         signed_at=info.signed_at,
         expires=info.expires,
+        helper=info.helper,
     )
 
 

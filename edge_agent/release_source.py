@@ -24,6 +24,7 @@ class Offer:
         fetched_bytes: what came over the network for this check.
         files: of that release, but those that are held; empty when it is the current one.
         signed_at, expires: of the newest metadata (unix seconds).
+        helper: the file that names the fleet's helper; empty where there is none.
     """
 
     keys: OnlineKeys
@@ -34,6 +35,7 @@ class Offer:
     files: Mapping[str, bytes | Path] = field(default_factory=dict)
     signed_at: float = 0.0
     expires: float = 0.0
+    helper: bytes = b""
 
 
 class ReleaseSource(Protocol):

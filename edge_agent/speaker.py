@@ -8,12 +8,11 @@ used. Source: docs/protocol.md, clauses 2 to 5 and 9; laws 4 and 9.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import Final
 
+from edge_agent.at_rest import content_algorithm_here
 from edge_agent.identity import Identity
 from edge_agent.online_keys import OnlineKeys
 from edge_agent.orders import ReplayWindows
@@ -23,6 +22,7 @@ from wire import envelope
 from wire.chunks import max_payload_bytes, split
 from wire.errors import MessageError, ReplayError, TrustError
 from wire.header import Header
+from wire.helper import MaskSeed
 from wire.messages import (
     Announcement,
     Birth,
@@ -43,7 +43,7 @@ from wire.messages import (
     decode_body,
     encode_body,
 )
-from wire.primitives import ContentAlgorithm, KemPublicKey, VerifyKey, faster_content_algorithm
+from wire.primitives import ContentAlgorithm, KemPublicKey, VerifyKey
 from wire.topics import Topics, message_types
 from wire.transport import Packet
 
@@ -165,6 +165,17 @@ class Speaker:
         """Seals an update or evaluation (encoded) for the outbox; the same bytes are sent until a receipt."""
         return self._seal(kind, body, run=run, round_number=round_number, base=base)
 
+    def seal_seed(self, body: MaskSeed, helper: KemPublicKey, *, run: str, round_number: int) -> bytes:
+        """Seals the seed of a mask, in the device's name, to the helper and nobody else (clause 15)."""
+        return envelope.seal(
+            self._header(body.TYPE, run, round_number),
+            encode_body(body),
+            signer=self._identity.update_key,
+            recipient=helper,
+            content_algorithm=self._content_algorithm,
+            pad=True,
+        )
+
     def uploads(
         self,
         sealed: bytes,
@@ -272,9 +283,3 @@ class Speaker:
             if kind in _RETAINED and error.facts.get("reason") == "seen":
                 return
             raise
-
-
-@cache
-def content_algorithm_here() -> ContentAlgorithm:
-    """The content algorithm that this machine is faster with, measured once per process."""
-    return faster_content_algorithm(time.perf_counter)

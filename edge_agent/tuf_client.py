@@ -27,6 +27,7 @@ from edge_agent.online_keys import ONLINE_KEYS, OnlineKeys
 from process.clock import Clock
 from wire.enrolment import DeviceId
 from wire.errors import RefusedError, ReleaseError, StorageError
+from wire.helper import HELPER_JSON
 from wire.manifest import (
     CHECKPOINT,
     GOLDEN_INPUTS,
@@ -71,6 +72,7 @@ class ReleaseInfo:
         serial: of the ring file; grows with every change of it.
         keys: the online keys.
         signed_at, expires: when the newest timestamp was signed (0: it does not say), and when it ends.
+        helper: the file that names the fleet's helper, which only the targets key signs; empty where there is none.
         session: what `download` needs to go on from here.
     """
 
@@ -82,6 +84,7 @@ class ReleaseInfo:
     signed_at: float
     expires: float
     session: _Session = field(repr=False, compare=False)
+    helper: bytes = b""
 
 
 class _Session:
@@ -179,14 +182,15 @@ def check(folder: Path, root: bytes, fetcher: Fetcher, ring: str, clock: Clock) 
     if listed is None:
         raise ReleaseError(f"the signed metadata names no {ONLINE_KEYS}")
     keys = OnlineKeys.from_json(listed)
+    helper = session.small_target(HELPER_JSON) or b""
     data = session.small_target(f"rings/{ring}.json")
     if data is None:
-        return ReleaseInfo(ring, 0, False, 0, keys, *session.signed, session)
+        return ReleaseInfo(ring, 0, False, 0, keys, *session.signed, session, helper)
     named = _decode(data, _RingFile, f"rings/{ring}.json")
     if named.ring != ring:
         raise ReleaseError(f"rings/{ring}.json is for ring {named.ring}")
     return ReleaseInfo(
-        ring, named.release_version, named.rollback, named.serial, keys, *session.signed, session
+        ring, named.release_version, named.rollback, named.serial, keys, *session.signed, session, helper
     )
 
 

@@ -19,6 +19,7 @@ from msgspec import Meta, Struct
 
 from wire.cbor import decode_canonical, encode_canonical
 from wire.errors import MessageError
+from wire.mask_terms import MAX_MASK_DEGREE, MAX_MASK_MEMBERS, HelpedTerms, MaskTerms, RingName, RingTerms
 
 ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}\Z"
 MAX_CHUNKS = 4096
@@ -37,10 +38,7 @@ Metrics = Annotated[dict[ShortText, float], Meta(max_length=32)]
 CodecName = Literal["fp32", "fp16", "int8", "int4", "int2", "sign", "dithered"]
 
 CODEC_NAMES: tuple[str, ...] = get_args(CodecName)
-RingName = Literal["ring16", "ring32"]
-RING_BYTES: dict[str, int] = {"ring16": 2, "ring32": 4}
-MAX_MASK_MEMBERS = 1024
-MAX_MASK_DEGREE = 254
+MAX_SEALED_SEED_BYTES = 4096
 
 
 class Body(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -154,28 +152,11 @@ class Invitation(Body, frozen=True, kw_only=True):
     patch: HeadPatch | None = None
 
 
-class MaskTerms(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the updates of a round are masked (clause 13); every key of the round is bound to these values.
-
-    Attributes:
-        roster_sha256: of the devices that the round was opened with; `members` of them.
-        degree: neighbours of a device. threshold: shares that give back a secret of it.
-        ring, value_bits, bound: how a parameter's change becomes a number.
-    """
-
-    roster_sha256: Digest
-    members: Annotated[int, Meta(ge=3, le=MAX_MASK_MEMBERS)]
-    degree: Annotated[int, Meta(ge=2, le=MAX_MASK_DEGREE)]
-    threshold: Annotated[int, Meta(ge=2, le=MAX_MASK_DEGREE)]
-    ring: RingName
-    value_bits: Annotated[int, Meta(ge=1, le=31)]
-    bound: Annotated[float, Meta(gt=0.0, le=1e9)]
-
-
 class Order(Body, frozen=True, kw_only=True):
     """`cm/{device}`: train or evaluate the round's head; doubles as the grant of an upload slot.
 
-    With `masking`, the update is sent under masks, and the device's keys follow its answer (`MaskKeys`).
+    With `masking`, the update is sent under masks, and the device's keys follow its answer (`MaskKeys`); with
+    `helped`, under one whose seed is sealed to a helper. Never both.
     `overrides` are the values of `TrainConfig` that differ for this device. A repeated order (same
     `order_id`) is answered again and never trained twice.
     """
@@ -190,6 +171,12 @@ class Order(Body, frozen=True, kw_only=True):
     slot_bytes: Annotated[int, Meta(ge=0, le=MAX_BODY_BYTES)]
     overrides: Annotated[dict[ShortText, float | int | ShortText], Meta(max_length=16)] = {}
     masking: MaskTerms | None = None
+    helped: HelpedTerms | None = None
+
+    @property
+    def ring_terms(self) -> RingTerms | None:
+        """How the update becomes numbers of a ring; None when it travels without masks."""
+        return self.masking or self.helped
 
 
 class Join(Body, frozen=True, kw_only=True):
@@ -206,7 +193,8 @@ class Update(Body, frozen=True, kw_only=True):
 
     `payload` is `codec`'s encoding of float32 [P]; `buffers` float16 little-endian [Q] (the local statistics
     themselves, not a difference). `update_id` survives re-sealing. Under masks (`ring16`, `ring32`) the payload
-    is [P] little-endian numbers of the ring, `num_examples` is 1, and there are neither buffers nor metrics.
+    is [P] little-endian numbers of the ring, `num_examples` is 1, and there are neither buffers nor metrics;
+    `sealed_seed` is that of the mask, for the helper (clause 15), or empty.
     """
 
     TYPE: ClassVar[str] = "up"
@@ -221,6 +209,7 @@ class Update(Body, frozen=True, kw_only=True):
     payload: Annotated[bytes, Meta(max_length=MAX_BODY_BYTES)]
     buffers: Annotated[bytes, Meta(max_length=2 * MAX_PARAMS)] = b""
     metrics: Metrics = {}
+    sealed_seed: Annotated[bytes, Meta(max_length=MAX_SEALED_SEED_BYTES)] = b""
 
 
 class Evaluation(Body, frozen=True, kw_only=True):

@@ -33,7 +33,8 @@ from process.clock import Clock
 from process.logs import get_logger
 from wire.errors import MessageError, ReplayError
 from wire.header import Header
-from wire.messages import RING_BYTES, Evaluation, Receipt, Update, decode_body
+from wire.mask_terms import RING_BYTES
+from wire.messages import Evaluation, Receipt, Update, decode_body
 
 INLINE_BYTES = 256 * 1024
 """Bodies above this lie in the artefact store instead of the database row."""

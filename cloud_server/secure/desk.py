@@ -29,7 +29,8 @@ from cloud_server.secure.layout import choose_layout
 from cloud_server.secure.unmask import unmask
 from process.logs import get_logger
 from wire.errors import ConfigurationError, MessageError, QuorumError, RoundError, StorageError
-from wire.masking import MaskGroup, RingVector, Roster, choose_ring, decode_mean, ring_of, ring_vector
+from wire.mask_terms import MaskTerms
+from wire.masking import MaskGroup, Roster
 from wire.messages import (
     MAX_BODY_BYTES,
     Body,
@@ -39,11 +40,11 @@ from wire.messages import (
     MaskQuestion,
     MaskRoster,
     MaskShares,
-    MaskTerms,
     Update,
     decode_body,
 )
 from wire.norm import l2_norm
+from wire.ring import RingVector, choose_ring, decode_mean, ring_of, ring_vector
 
 _log = get_logger("cloud.secure")
 

@@ -15,16 +15,8 @@ import numpy as np
 from cloud_server.secure.book import MaskBook
 from wire import shamir
 from wire.errors import RoundError, UpdateError
-from wire.masking import (
-    SECRET_BYTES,
-    Ring,
-    RingVector,
-    add_mask,
-    commitment_of,
-    mask_key_of,
-    pair_mask_key,
-    self_mask_key,
-)
+from wire.masking import SECRET_BYTES, commitment_of, mask_key_of, pair_mask_key, self_mask_key
+from wire.ring import Ring, RingVector, add_mask
 
 _TRIES = 64
 Share = tuple[int, bytes]

@@ -11,9 +11,11 @@ from cloud_server.secure.book import MaskBook
 from cloud_server.secure.layout import Layout, choose_layout
 from cloud_server.secure.unmask import unmask
 from edge_agent.masking import DeviceMasking
-from wire.masking import MaskGroup, RingVector, Roster, choose_ring, ring_of
-from wire.messages import MaskTerms, Order
+from wire.mask_terms import MaskTerms
+from wire.masking import MaskGroup, Roster
+from wire.messages import Order
 from wire.primitives import SigningKey
+from wire.ring import RingVector, choose_ring, ring_of
 
 PARAMS = 40
 ORDER = b"o" * 16

@@ -23,7 +23,6 @@ from edge_agent.draws import Draws
 from edge_agent.masking import DeviceMasking
 from tests.cloud.round_lab import BlownFuseError, Device, Fuse, Lab, Message, rng_of
 from wire.errors import ConfigurationError, MessageError
-from wire.masking import decode_mean, encode_ring, ring_of
 from wire.messages import (
     Join,
     MaskInbox,
@@ -33,6 +32,7 @@ from wire.messages import (
     TrainConfig,
 )
 from wire.primitives import SigningKey
+from wire.ring import decode_mean, encode_ring, ring_of
 
 DEVICES = 6
 Sent = Order | MaskRoster | MaskInbox | MaskQuestion

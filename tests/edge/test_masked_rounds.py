@@ -17,7 +17,8 @@ from edge_agent.masked_rounds import MAX_ROUNDS, Draft, MaskedRounds
 from tests.cloud.masked_lab import ORDER, MaskedLab
 from tests.edge.test_state import at, invitation, order, run, started
 from wire.errors import MessageError
-from wire.messages import MaskInbox, MaskQuestion, MaskTerms, Order, Update
+from wire.mask_terms import MaskTerms
+from wire.messages import MaskInbox, MaskQuestion, Order, Update
 
 TERMS = MaskTerms(
     roster_sha256=bytes(32), members=4, degree=3, threshold=2, ring="ring32", value_bits=29, bound=1.0
@@ -46,15 +47,15 @@ def trained() -> State:
 
 def test_masked_order_is_answered_with_keys_each_time() -> None:
     state, actions = run(started(), on.OrderArrived(masked_order()))
-    assert [type(action) for action in actions] == [do.RememberOrder, do.PublishJoin, do.PublishMaskKeys]
+    assert [type(action) for action in actions] == [do.RememberOrder, do.PublishJoin, do.BeginMasking]
     _, actions = run(state, on.OrderArrived(masked_order()))
-    assert [type(action) for action in actions] == [do.PublishJoin, do.PublishMaskKeys]
+    assert [type(action) for action in actions] == [do.PublishJoin, do.BeginMasking]
 
 
 def test_order_that_is_done_says_no_keys_anew() -> None:
     """After a restart the secrets are gone: new ones would belong to another update."""
     _, actions = run(started(), on.OrderArrived(masked_order(), update_id=b"u" * 16))
-    assert not any(isinstance(action, do.PublishMaskKeys) for action in actions)
+    assert not any(isinstance(action, do.BeginMasking) for action in actions)
 
 
 def test_draft_frees_the_worker_and_waits_for_its_masks() -> None:
@@ -110,14 +111,26 @@ class Me:
 
 
 def book_of(lab: MaskedLab, name: str, *, min_members: int = 3) -> MaskedRounds:
-    return MaskedRounds(Me(lab, name), random=random.Random(3).randbytes, min_members=min_members)  # type: ignore[arg-type]
+    return MaskedRounds(
+        Me(lab, name),  # type: ignore[arg-type]
+        random=random.Random(3).randbytes,
+        min_members=min_members,
+        helper=lambda: None,
+        seal=no_helper,
+    )
+
+
+def no_helper(*_: object, **__: object) -> bytes:
+    raise AssertionError("nothing is sealed to a helper in a pairwise round")
 
 
 def test_update_leaves_the_book_masked_or_not_at_all() -> None:
     lab = MaskedLab(4)
     name = lab.names[0]
     rounds = book_of(lab, name)
-    lab.book.add_keys(name, rounds.begin(lab.order))
+    keys = rounds.begin(lab.order)
+    assert keys is not None
+    lab.book.add_keys(name, keys)
     lab.announce(lab.names[1:])
     rounds.hold(Draft(b"u" * 16, lab.order, lab.vectors[name], steps=1))
     assert rounds.finish(ORDER) is None
@@ -141,7 +154,7 @@ def test_book_keeps_the_newest_rounds_only() -> None:
     keys = [rounds.begin(each) for each in orders]
     assert rounds.order_of(orders[0].order_id) is None
     assert rounds.begin(orders[1]) == keys[1]
-    assert len({each.mask_key for each in keys}) == len(keys)
+    assert len({each.mask_key for each in keys if each is not None}) == len(keys)
     rounds.drop(orders[1].order_id)
     with pytest.raises(MessageError):
         rounds.finish(orders[1].order_id)

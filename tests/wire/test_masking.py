@@ -9,9 +9,19 @@ from hypothesis import strategies as st
 
 from wire import masking
 from wire.errors import MessageError, TrustError, UpdateError
-from wire.masking import Ring, Roster, choose_ring, encode_ring, neighbours
-from wire.messages import MaskTerms
+from wire.mask_terms import MaskTerms
+from wire.masking import Roster, neighbours
 from wire.primitives import AgreementKey, Keystream, hkdf
+from wire.ring import (
+    Ring,
+    add_mask,
+    choose_ring,
+    decode_mean,
+    encode_ring,
+    ring_of,
+    ring_vector,
+    value_bits_of,
+)
 
 MEMBERS = [("b", b"B" * 32), ("a", b"A" * 32), ("c", b"C" * 32)]
 
@@ -92,19 +102,19 @@ def test_ring_is_narrow_only_where_rounding_costs_nothing() -> None:
 )
 def test_mean_of_encodings_is_the_mean(seed: int, devices: int, ring_bits: int) -> None:
     rng = np.random.default_rng(seed)
-    value_bits = masking._value_bits(ring_bits, devices)
+    value_bits = value_bits_of(ring_bits, devices)
     ring = Ring(ring_bits, value_bits, 2.0)
     vectors = rng.uniform(-2.0, 2.0, (devices, 50)).astype(np.float32)
     total = np.zeros(50, ring.dtype)
     for vector in vectors:
         total += encode_ring(vector, ring, Noise(seed))
-    error = np.abs(masking.decode_mean(total, ring, devices) - vectors.mean(axis=0))
+    error = np.abs(decode_mean(total, ring, devices) - vectors.mean(axis=0))
     assert error.max() <= ring.step + 1e-6
 
 
 def test_encoding_is_unbiased_and_cut_at_the_bound() -> None:
     ring = Ring(16, 4, 1.0)
-    mean = masking.decode_mean(encode_ring(np.full(100_000, 0.3, np.float32), ring, Noise(1)), ring, 1).mean()
+    mean = decode_mean(encode_ring(np.full(100_000, 0.3, np.float32), ring, Noise(1)), ring, 1).mean()
     assert abs(mean - 0.3) < 0.001
     cut = encode_ring(np.array([-9.0, 9.0], np.float32), ring, Noise(1))
     assert cut.tolist() == [0, 15]
@@ -113,13 +123,13 @@ def test_encoding_is_unbiased_and_cut_at_the_bound() -> None:
 @pytest.mark.parametrize("length", [0, 3, 7, 12])
 def test_payload_of_another_length_is_refused(length: int) -> None:
     with pytest.raises(UpdateError):
-        masking.ring_vector(bytes(length), Ring(32, 20, 1.0), 2)
+        ring_vector(bytes(length), Ring(32, 20, 1.0), 2)
 
 
 def test_terms_whose_sum_would_overflow_are_refused() -> None:
     with pytest.raises(MessageError):
-        masking.ring_of(terms(value_bits=31))
-    assert masking.ring_of(terms()).bits == 32
+        ring_of(terms(value_bits=31))
+    assert ring_of(terms()).bits == 32
 
 
 @pytest.mark.parametrize("bits", [16, 32])
@@ -127,9 +137,9 @@ def test_mask_comes_off_bit_for_bit(bits: int) -> None:
     ring = Ring(bits, 8, 1.0)
     values = np.arange(200_000).astype(ring.dtype)
     masked = values.copy()
-    masking.add_mask(masked, b"k" * 32)
+    add_mask(masked, b"k" * 32)
     assert np.count_nonzero(masked == values) < 100
-    masking.add_mask(masked, b"k" * 32, negative=True)
+    add_mask(masked, b"k" * 32, negative=True)
     assert np.array_equal(masked, values)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from wire.cbor import encode_canonical
 from wire.errors import MessageError
+from wire.mask_terms import MaskTerms
 from wire.messages import (
     BODIES,
     Announcement,
@@ -29,7 +30,6 @@ from wire.messages import (
     MaskQuestion,
     MaskRoster,
     MaskShares,
-    MaskTerms,
     Need,
     Order,
     Receipt,
