@@ -68,7 +68,7 @@ class RunConfig:
     ring: str = DEFAULT_RING
     fold_device: str = "cpu"
     max_head_change: float = 1e6
-    max_holdout_drop: float = 0.25
+    max_holdout_drop: float = 0.5
     privacy: PrivateRun | None = None
     masking: MaskingRules | None = None
     norm_factor: float = 3.0

@@ -201,7 +201,7 @@ class RunSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             ge=0.0,
             le=1e9,
         ),
-    ] = 0.25
+    ] = 0.5
 
 
 class TrainSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -40,7 +40,7 @@ class RunPlan:
     policy: RoundPolicy
     train: TrainConfig
     max_head_change: float = 1e6
-    max_holdout_drop: float = 0.25
+    max_holdout_drop: float = 0.5
     norm_factor: float = 3.0
     strikes: StrikePolicy = field(default_factory=StrikePolicy)
     is_private: bool = False
