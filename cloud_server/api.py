@@ -1,6 +1,7 @@
 """The aggregator's HTTP interface as two applications: one for everybody, one for enrolled devices.
 
-Laws of the file: nothing but `/healthz`, the CA, enrolment and late renewal answers without a certificate;
+Laws of the file: nothing but `/healthz`, the CA, enrolment, late renewal and what leads to the CA in the signed
+metadata answers without a certificate;
 every request of a device asks the register again, whatever TLS has verified; strangers are let through only so
 often; a body is counted while it is read, and must come soon; a refusal is a `Refusal` and says nothing of
 others. Only what TUF published and checkpoints are served: raw updates lie in the same store and have no
@@ -43,6 +44,8 @@ PEER: Final = "shoal.peer"
 _CHUNK_BYTES: Final = 1024 * 1024
 _BODY_SECONDS: Final = 15.0
 _RANGE: Final = re.compile(r"bytes=(\d{0,15})-(\d{0,15})")
+_LEADS_TO_KEYS: Final = re.compile(r"timestamp\.json|[0-9]{1,10}\.(?:root|snapshot|targets|keys)\.json")
+_AUTHORITIES: Final = re.compile(r"[0-9a-f]{64}\.authorities\.pem")
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _IMMUTABLE: Final = "public, max-age=31536000, immutable"
 _STATUS: Final = {
@@ -68,8 +71,9 @@ class _TooOftenError(EnrolmentError):
     """A stranger came too often; `wait_seconds` says when to come again."""
 
 
-def public_app(enrolment: EnrolmentService, limit: RateLimit) -> FastAPI:
-    """The port without client certificates: enrolment, late renewal, the CA, liveness.
+def public_app(enrolment: EnrolmentService, limit: RateLimit, artefacts: Artefacts) -> FastAPI:
+    """The port without client certificates: enrolment, late renewal, the CA, liveness; and of the signed metadata
+    what leads to the authorities, for a device that knows none of them any more.
 
     Args:
         limit: of requests that cost us anything.
@@ -95,6 +99,20 @@ def public_app(enrolment: EnrolmentService, limit: RateLimit) -> FastAPI:
     async def challenge(request: Request) -> Response:
         _let_through(request, limit)
         return Response(encode_json(enrolment.challenge()), media_type="application/json")
+
+    @app.get("/metadata/{name}")
+    async def metadata(name: str, request: Request) -> Response:
+        _let_through(request, limit)
+        if _LEADS_TO_KEYS.fullmatch(name) is None:
+            return _missing()
+        return await run_in_threadpool(_metadata, artefacts, name)
+
+    @app.get("/targets/keys/{name}")
+    async def authorities(name: str, request: Request) -> Response:
+        _let_through(request, limit)
+        if _AUTHORITIES.fullmatch(name) is None:
+            return _missing()
+        return await run_in_threadpool(_serve, artefacts, served_key(f"targets/keys/{name}"), request)
 
     @app.post("/v1/late-renewal")
     async def renew_late(request: Request) -> Response:
@@ -144,12 +162,7 @@ def device_app(
 
     @app.get("/metadata/{path:path}")
     def metadata(path: str) -> Response:
-        key = served_key(f"metadata/{path}")
-        data = artefacts.read(key) if key is not None else None
-        if data is None:
-            return _missing()
-        caching = "no-cache" if path == "timestamp.json" else _IMMUTABLE
-        return Response(data, media_type="application/json", headers={"Cache-Control": caching})
+        return _metadata(artefacts, path)
 
     @app.get("/targets/{path:path}")
     def targets(path: str, request: Request) -> Response:
@@ -212,6 +225,15 @@ async def _read_body(request: Request) -> bytes:
     except TimeoutError as error:
         raise MessageError("the body takes too long") from error
     return bytes(data)
+
+
+def _metadata(artefacts: Artefacts, path: str) -> Response:
+    key = served_key(f"metadata/{path}")
+    data = artefacts.read(key) if key is not None else None
+    if data is None:
+        return _missing()
+    caching = "no-cache" if path == "timestamp.json" else _IMMUTABLE
+    return Response(data, media_type="application/json", headers={"Cache-Control": caching})
 
 
 def _serve(artefacts: Artefacts, key: str | None, request: Request) -> Response:

@@ -18,10 +18,12 @@ from cloud_server.enrolment.ca import refresh_revocation_list
 from cloud_server.enrolment.sessions import LIST_NAME, RevokedSessions, stand_in
 from cloud_server.registry import AGGREGATOR_NAME
 from process.logs import get_logger
-from wire.errors import BrokerError, StorageError
+from wire.errors import BrokerError, ConfigurationError, StorageError
+from wire.primitives import write_private
 from wire.transport.broker import BrokerTls, RunningBroker, end_session, start_broker
 
 BROKER_PROBE_SECONDS = 5.0
+AUTHORITIES_NAME = "authorities.pem"
 SESSIONS_SECONDS = 1.0
 """How often the register is asked whom to disconnect."""
 _CALLED = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where we find what listens everywhere
@@ -50,16 +52,21 @@ def open_broker(deployment: Deployment) -> Iterator[tuple[str, int]]:
     ) as broker:
         _log.info("broker_started", kind=broker.kind, port=broker.port)
         sessions = _sessions(deployment, broker.host, broker.port, broker) if tls is not None else None
-        with _watched(broker, sessions):
+        followed = _FollowedAuthorities(deployment, broker) if tls is not None else None
+        with _watched(broker, sessions, followed):
             yield broker.host, broker.port
 
 
 @contextmanager
-def _watched(broker: RunningBroker | None, sessions: RevokedSessions | None) -> Iterator[None]:
+def _watched(
+    broker: RunningBroker | None,
+    sessions: RevokedSessions | None,
+    followed: _FollowedAuthorities | None = None,
+) -> Iterator[None]:
     """Keeps an eye on the broker and its sessions, on a thread of its own: a probe of a dead one takes seconds."""
     ended = threading.Event()
     watch = threading.Thread(
-        target=_watch_broker, args=(broker, sessions, ended), name="broker-watch", daemon=True
+        target=_watch_broker, args=(broker, sessions, followed, ended), name="broker-watch", daemon=True
     )
     watch.start()
     try:
@@ -70,7 +77,10 @@ def _watched(broker: RunningBroker | None, sessions: RevokedSessions | None) -> 
 
 
 def _watch_broker(
-    broker: RunningBroker | None, sessions: RevokedSessions | None, ended: threading.Event
+    broker: RunningBroker | None,
+    sessions: RevokedSessions | None,
+    followed: _FollowedAuthorities | None,
+    ended: threading.Event,
 ) -> None:
     """Starts a broker that no longer answers anew, and ends the sessions of revoked devices."""
     next_probe = BROKER_PROBE_SECONDS
@@ -78,6 +88,8 @@ def _watch_broker(
     while not ended.wait(SESSIONS_SECONDS):
         waited += SESSIONS_SECONDS
         try:
+            if followed is not None:
+                followed.follow()
             if sessions is not None:
                 sessions.follow()
             if broker is not None and waited >= next_probe:
@@ -86,15 +98,36 @@ def _watch_broker(
                     _log.warning("broker_revived", kind=broker.kind)
         except BrokerError as error:
             _log.error("broker_does_not_come_back", error=str(error), hint=error.hint)
-        except StorageError as error:
+        except (StorageError, ConfigurationError) as error:
             _log.error("revocations_not_read", error=str(error), hint=error.hint)
+
+
+class _FollowedAuthorities:
+    """Gives a broker of ours the authorities of now. A reload would not do: mosquitto adds what a file says anew and
+    never forgets what it said before, so the broker is started again, which its sessions outlive."""
+
+    def __init__(self, deployment: Deployment, broker: RunningBroker) -> None:
+        self._deployment = deployment
+        self._broker = broker
+        self._used = deployment.authorities
+
+    def follow(self) -> None:
+        present = self._deployment.authorities
+        if [each.fingerprint for each in present.trusted] == [
+            each.fingerprint for each in self._used.trusted
+        ]:
+            return
+        _broker_tls(self._deployment)
+        self._broker.restart()
+        self._used = present
+        _log.info("broker_follows_authorities", authorities=len(present.trusted))
 
 
 def _sessions(deployment: Deployment, host: str, port: int, broker: RunningBroker | None) -> RevokedSessions:
     """What ends the sessions of revoked devices at a broker with TLS; an external one reads the list when told to."""
 
     def end(device: str) -> None:
-        context = stand_in(deployment.authority, device, now=deployment.clock.now())
+        context = stand_in(deployment.authorities, device, now=deployment.clock.now())
         end_session(_CALLED.get(host, host), port, device, tls=context)
 
     def reload() -> None:
@@ -109,7 +142,7 @@ def _sessions(deployment: Deployment, host: str, port: int, broker: RunningBroke
 
     return RevokedSessions(
         deployment.database,
-        deployment.authority,
+        deployment.authority_folder,
         deployment.clock,
         list_file=_list_file(deployment),
         reload=reload,
@@ -134,9 +167,12 @@ def _broker_tls(deployment: Deployment) -> BrokerTls:
     certificate, key = deployment.server_files("broker")
     with deployment.database.read() as connection:
         serials = load_revoked_serials(connection, deployment.clock.now())
-    refresh_revocation_list(deployment.authority, _list_file(deployment), serials, now=deployment.clock.now())
+    authorities, now = deployment.authorities, deployment.clock.now()
+    refresh_revocation_list(authorities.trusted, _list_file(deployment), serials, now=now)
+    authority_file = deployment.folder.broker / AUTHORITIES_NAME
+    write_private(authority_file, authorities.bundle_pem.encode("ascii"))
     return BrokerTls(
-        ca_file=deployment.authority_file,
+        ca_file=authority_file,
         certificate_file=certificate,
         key_file=key,
         tenant=deployment.settings.tenant,

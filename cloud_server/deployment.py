@@ -18,6 +18,7 @@ from cloud_server.artefacts import Artefacts
 from cloud_server.audit.notary import Notary, NotaryPolicy, list_key
 from cloud_server.audit.witness import open_witness
 from cloud_server.db.engine import Database, open_database
+from cloud_server.enrolment.authorities import Authorities, AuthorityFolder
 from cloud_server.enrolment.ca import CertificateAuthority, ensure_server_files
 from cloud_server.enrolment.service import EnrolmentService, Welcome
 from cloud_server.enrolment.tokens import Door
@@ -63,6 +64,7 @@ class Deployment:
         self.clock: Clock = clock or SystemClock()
         self.fence = fence
         self.key_folder = KeyFolder(folder.keys, self.clock, offline=offline)
+        self.authority_folder = AuthorityFolder(folder.authority, self.clock)
 
     @classmethod
     def open(
@@ -122,9 +124,15 @@ class Deployment:
         """The keys of now; another object whenever one was rotated."""
         return self.key_folder()
 
-    @cached_property
+    @property
+    def authorities(self) -> Authorities:
+        """The authorities of now; another object whenever one came or went."""
+        return self.authority_folder()
+
+    @property
     def authority(self) -> CertificateAuthority:
-        return CertificateAuthority.load(self.folder.authority)
+        """The one that tokens pin, and that signs what servers show."""
+        return self.authorities.door
 
     @cached_property
     def artefacts(self) -> Artefacts:
@@ -176,7 +184,7 @@ class Deployment:
         """Enrolment that tells devices where to go; `welcome` makes the usual answer."""
         return EnrolmentService(
             self.database,
-            self.authority,
+            self.authority_folder,
             welcome,
             self.clock,
             tuf_root=self.repository.first_root,
@@ -239,9 +247,9 @@ class Deployment:
         )
 
     @property
-    def authority_file(self) -> Path:
-        """The CA certificate (PEM), for a broker that takes a path."""
-        return CertificateAuthority.certificate_path(self.folder.authority)
+    def authority_name(self) -> str:
+        """What the authority's certificate is called."""
+        return f"Shoal CA of {self.settings.tenant} {self.settings.fleet}"[:64]
 
     # ---- models ----
 
@@ -300,10 +308,10 @@ def _fill(deployment: Deployment, made: Path | None) -> None:
     else:
         copy_keys(made, folder.keys)
     keys = deployment.keys
-    name = f"Shoal CA of {settings.tenant} {settings.fleet}"[:64]
-    CertificateAuthority.create(folder.authority, name=name, now=deployment.clock.now())
+    CertificateAuthority.create(folder.authority, name=deployment.authority_name, now=deployment.clock.now())
     with deployment.database.transaction() as connection:
         token = add_operator(connection, FIRST_ADMIN, Role.ADMIN, deployment.clock.now())
     write_private(folder.first_admin, f"{token}\n".encode())
     deployment.repository.init(online_keys=keys.online_json(tenant=settings.tenant, fleet=settings.fleet))
+    deployment.repository.set_authorities(deployment.authorities.bundle_pem.encode("ascii"))
     list_key(deployment.repository, keys.audit)

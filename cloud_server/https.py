@@ -40,6 +40,8 @@ def tls_context(certificate: Path, key: Path, client_ca: str | None = None) -> s
         ConfigurationError: (operator) the files are not a certificate and its key.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    # A ticket would let a client in again without a look at its certificate.
+    context.num_tickets = 0
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     try:
         context.load_cert_chain(certificate, key)
@@ -63,11 +65,20 @@ class HttpsServer:
     """
 
     def __init__(self, context: ssl.SSLContext, *, host: str, port: int) -> None:
-        self._context = context
+        self._context = self._present = context
+        context.sni_callback = self._choose
         self._listener = _bind(host, port)
         self.port: int = self._listener.getsockname()[1]
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
+
+    def use(self, context: ssl.SSLContext) -> None:
+        """Shows and trusts what this context does, from the next connection on. From any thread."""
+        self._present = context
+
+    def _choose(self, connection: Any, _name: str | None, _context: ssl.SSLContext) -> None:
+        """Called in every handshake, whether or not the client says a name."""
+        connection.context = self._present
 
     def start(self, app: FastAPI) -> None:
         """Answers from now on.
@@ -121,12 +132,13 @@ class HttpsFront:
     """
 
     def __init__(self, deployment: Deployment, *, broker_url: str) -> None:
-        certificate, key = deployment.server_files()
+        self._deployment = deployment
+        self._authorities = deployment.authorities
+        public, device = _contexts(deployment)
         listen = deployment.settings.listen
-        self._public = HttpsServer(tls_context(certificate, key), host=listen.host, port=listen.public_port)
+        self._public = HttpsServer(public, host=listen.host, port=listen.public_port)
         try:
-            device_context = tls_context(certificate, key, deployment.authority.certificate_pem)
-            self._device = HttpsServer(device_context, host=listen.host, port=listen.device_port)
+            self._device = HttpsServer(device, host=listen.host, port=listen.device_port)
         except ShoalError:
             self._public.stop()
             raise
@@ -144,7 +156,22 @@ class HttpsFront:
         self._device.start(
             device_app(enrolment, deployment.registry, deployment.artefacts, is_served_blob=is_served_blob)
         )
-        self._public.start(public_app(enrolment, limit))
+        self._public.start(public_app(enrolment, limit, deployment.artefacts))
+
+    def follow(self) -> None:
+        """Shows and trusts the authorities of now; cheap when nothing changed.
+
+        Raises:
+            ConfigurationError: (operator) the authority's files cannot be used.
+            StorageError: (disk) nor read.
+        """
+        present = self._deployment.authorities
+        if present is self._authorities:
+            return
+        public, device = _contexts(self._deployment)
+        self._public.use(public)
+        self._device.use(device)
+        self._authorities = present
 
     def stop(self) -> None:
         """Stops both ports. Safe to call twice."""
@@ -156,6 +183,13 @@ class HttpsFront:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def _contexts(deployment: Deployment) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Of the public port and of the devices'."""
+    certificate, key = deployment.server_files()
+    trusted = deployment.authorities.bundle_pem
+    return tls_context(certificate, key), tls_context(certificate, key, trusted)
 
 
 class _Server(uvicorn.Server):

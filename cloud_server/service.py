@@ -35,7 +35,7 @@ from cloud_server.run_setup import PreparedRun, open_run, prepare_run
 from process.logs import get_logger
 from process.metrics_port import MetricsPort
 from process.vitals import register_vitals
-from wire.errors import ConfigurationError, ModelError
+from wire.errors import ConfigurationError, ModelError, StorageError
 from wire.transport import Transport, TransportEvent
 from wire.transport.mqtt import MqttTransport
 
@@ -96,7 +96,8 @@ def run(
         prepared = prepare_run(deployment, serverapp)
         base = _open_base(deployment)
         broker_host, broker_port = stack.enter_context(open_broker(deployment))
-        loop = _Loop(deployment, base, _transport(deployment, broker_host, broker_port), stop, serverapp)
+        transport = _transport(deployment, broker_host, broker_port)
+        loop = _Loop(deployment, base, transport, stop, serverapp)
         stack.callback(loop.close)
         if prepared is not None:
             loop.begin(prepared)
@@ -104,10 +105,12 @@ def run(
         broker_url = deployment.broker_url(broker_host, broker_port)
         front = stack.enter_context(HttpsFront(deployment, broker_url=broker_url))
         loop.count_enrolments(front)
+        loop.follow_authorities(front.follow, _FollowingTransport(deployment, transport).follow)
         operators_port = 0
         if deployment.settings.operators.listen:
             operators = OperatorsFront(deployment, deployment.settings.operators.listen)
             operators_port = stack.enter_context(operators).port
+            loop.follow_authorities(operators.follow)
         ready = Running(
             front.public_port, front.device_port, broker_host, broker_port, metrics_port, operators_port
         )
@@ -151,7 +154,9 @@ class _Loop:
             clock=base.clock,
             tenant=settings.tenant,
             fleet=settings.fleet,
+            authorities=deployment.authority_folder,
         )
+        self._followers: list[Callable[[], None]] = []
         self._next_poll = 0.0
         self._next_model_look = 0.0
         self._runner: RoundRunner | None = None
@@ -180,6 +185,10 @@ class _Loop:
     def count_enrolments(self, front: HttpsFront) -> None:
         """Lets metrics say what came of requests at the HTTPS ports."""
         self._cloud.metrics.enrolments.read_from(front.enrolment.counts)
+
+    def follow_authorities(self, *followers: Callable[[], None]) -> None:
+        """What is asked every second to show and trust the authorities of now."""
+        self._followers += followers
 
     def run(self) -> None:
         """Serves until the stop signal."""
@@ -226,6 +235,7 @@ class _Loop:
             return
         self._next_poll = now + POLL_SECONDS
         self._key_watch.tick()
+        self._follow()
         if self._runner is None:
             self._look_for_model(now)
             return
@@ -236,6 +246,13 @@ class _Loop:
             self._note_paused(is_paused)
             self._runner.set_paused(is_paused)
             _log.info("run_paused" if is_paused else "run_resumed")
+
+    def _follow(self) -> None:
+        try:
+            for follower in self._followers:
+                follower()
+        except (ConfigurationError, StorageError) as error:
+            _log.error("authorities_not_followed", error=str(error), hint=error.hint)
 
     def _note_paused(self, is_paused: bool) -> None:
         self._is_paused = is_paused
@@ -293,18 +310,36 @@ def _open_base(deployment: Deployment) -> Base:
     )
 
 
-def _transport(deployment: Deployment, host: str, port: int) -> Transport:
-    tls = None
-    if deployment.settings.broker.tls:
-        certificate, key = ensure_client_files(
-            deployment.authority,
-            deployment.folder.authority,
-            AGGREGATOR_NAME,
-            now=deployment.clock.now(),
-        )
-        tls = ssl.create_default_context(cadata=deployment.authority.certificate_pem)
-        tls.minimum_version = ssl.TLSVersion.TLSv1_3
-        tls.load_cert_chain(certificate, key)
+def _broker_context(deployment: Deployment) -> ssl.SSLContext:
+    """Mutual TLS as the aggregator, with a certificate that is made for it."""
+    authorities = deployment.authorities
+    certificate, key = ensure_client_files(
+        authorities.issuing, deployment.folder.authority, AGGREGATOR_NAME, now=deployment.clock.now()
+    )
+    tls = ssl.create_default_context(cadata=authorities.bundle_pem)
+    tls.minimum_version = ssl.TLSVersion.TLSv1_3
+    tls.load_cert_chain(certificate, key)
+    return tls
+
+
+class _FollowingTransport:
+    """Comes to the broker as a client of the authorities of now; the broker's own restart makes it come again."""
+
+    def __init__(self, deployment: Deployment, transport: MqttTransport) -> None:
+        self._deployment = deployment
+        self._transport = transport
+        self._used = deployment.authorities
+
+    def follow(self) -> None:
+        present = self._deployment.authorities
+        if present is not self._used:
+            if self._deployment.settings.broker.tls:
+                self._transport.use_tls(_broker_context(self._deployment))
+            self._used = present
+
+
+def _transport(deployment: Deployment, host: str, port: int) -> MqttTransport:
+    tls = _broker_context(deployment) if deployment.settings.broker.tls else None
     return MqttTransport(AGGREGATOR_NAME, host, port, tls=tls, inflight_window=64, queue_packets=4096)
 
 

@@ -119,7 +119,7 @@ def _fill(staged: Path, deployment: Deployment, options: argparse.Namespace) -> 
     settings, now = deployment.settings, deployment.clock.now()
     names = _names(deployment, options.host)
     ensure_server_files(deployment.authority, staged, "broker", names, now=now)
-    write_private(staged / AUTHORITY, deployment.authority.certificate_pem.encode("ascii"))
+    write_private(staged / AUTHORITY, deployment.authorities.bundle_pem.encode("ascii"))
     _refresh(deployment, staged / REVOKED)
     place: Path = (options.install_dir or options.out).absolute()
     tls = BrokerTls(
@@ -228,4 +228,4 @@ def _refresh(deployment: Deployment, file: Path) -> tuple[list[str], bool]:
     now = deployment.clock.now()
     with deployment.database.read() as connection:
         serials = sorted(load_revoked_serials(connection, now))
-    return serials, refresh_revocation_list(deployment.authority, file, serials, now=now)
+    return serials, refresh_revocation_list(deployment.authorities.trusted, file, serials, now=now)

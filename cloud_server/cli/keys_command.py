@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ from cloud_server.cli import add_json, add_state
 from cloud_server.cli.output import print_json, print_table, say
 from cloud_server.db.audit import append_audit
 from cloud_server.deployment import Deployment
+from cloud_server.enrolment.authorities import Authorities
+from cloud_server.enrolment.ca import CertificateAuthority
+from cloud_server.enrolment.takeover import retire_authority, rotate_authority
 from cloud_server.keys import init_keys
 from cloud_server.release.expiry import DAY, judge_expiries
 from cloud_server.release.rotation import ROTATED, Rotation
 from process.arguments import path
 from wire.primitives import KEM_ALGORITHMS
 
+AUTHORITY = "ca"
 _SHOWN = ("role", "key_id", "place", "state")
 _EXPIRY = ("role", "expires", "days_left", "is_due", "what_to_do")
 
@@ -34,9 +39,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     expiry = actions.add_parser("expiry", help="when the signatures that devices trust end")
     expiry.set_defaults(handler=_expiry)
     rotate = actions.add_parser("rotate", help="replace a key; devices follow by themselves")
-    rotate.add_argument("role", choices=ROTATED, metavar="ROLE", help=", ".join(ROTATED))
     rotate.add_argument(
-        "--stolen", action="store_true", help="the key before counts no more from now on (order and kem)"
+        "role", choices=(*ROTATED, AUTHORITY), metavar="ROLE", help=", ".join((*ROTATED, AUTHORITY))
+    )
+    rotate.add_argument(
+        "--stolen", action="store_true", help="the key before counts no more from now on (order, kem and ca)"
     )
     rotate.add_argument("--share", type=int, choices=(1, 2, 3), default=0, help="which share of root")
     rotate.add_argument(
@@ -50,6 +57,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--public-key", type=path, metavar="FILE", help="its public half, JSON of securesystemslib"
     )
     rotate.set_defaults(handler=_rotate)
+    ended = actions.add_parser("retire", help="end the overlap of two certificate authorities")
+    ended.add_argument("role", choices=(AUTHORITY,), metavar="ROLE", help=AUTHORITY)
+    ended.add_argument(
+        "--now", action="store_true", help="also while devices have certificates of the older one only"
+    )
+    ended.set_defaults(handler=_retire)
     sign = actions.add_parser("sign", help="sign an offline role for another life")
     sign.add_argument("role", choices=("root", "targets"), metavar="ROLE", help="root or targets")
     sign.set_defaults(handler=_sign)
@@ -60,7 +73,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
             metavar="DIR",
             help="where the offline keys are (keys/offline of the state folder)",
         )
-    for command in (show, expiry, rotate, sign):
+    for command in (show, expiry, rotate, ended, sign):
         add_state(command)
         add_json(command)
 
@@ -77,6 +90,7 @@ def _init(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     with _open(options) as deployment:
         rows = Rotation(deployment.key_folder, deployment.repository, deployment.clock).table()
+        rows += _authority_rows(deployment.authorities)
     _print(options, rows, _SHOWN)
     return 0
 
@@ -99,7 +113,21 @@ def _expiry(options: argparse.Namespace) -> int:
     return 0
 
 
+def _authority_rows(authorities: Authorities) -> list[dict[str, Any]]:
+    def state(authority: CertificateAuthority) -> str:
+        if authority is authorities.issuing:
+            return "counts"
+        return "listed" if authority is authorities.trusted[0] else "still counts"
+
+    return [
+        {"role": AUTHORITY, "key_id": each.fingerprint, "place": "here", "state": state(each)}
+        for each in authorities.trusted
+    ]
+
+
 def _rotate(options: argparse.Namespace) -> int:
+    if options.role == AUTHORITY:
+        return _rotate_authority(options)
     public = options.public_key.read_bytes() if options.public_key else b""
     with _open(options) as deployment:
         rotation = Rotation(deployment.key_folder, deployment.repository, deployment.clock)
@@ -124,6 +152,43 @@ def _rotate(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"role": options.role, "key_id": done.key_id, "place": done.place})
     say(f"{options.role} is signed by {done.key_id[:16]} ({done.place}); {done.what_follows}")
+    return 0
+
+
+def _rotate_authority(options: argparse.Namespace) -> int:
+    with _open(options) as deployment:
+        done = rotate_authority(deployment, is_stolen=options.stolen)
+        _note(deployment, "key.rotated", {"role": "ca", "key": done.fingerprint, "stolen": options.stolen})
+        is_external = deployment.settings.broker.kind == "external"
+    if options.json:
+        print_json({"role": AUTHORITY, "key_id": done.fingerprint, "may_retire_at": done.may_retire_at})
+    say(f"the authority {done.fingerprint[:16]} is listed; devices hear of it by the signed metadata")
+    if options.stolen:
+        say(
+            f"the one before counts no more: {done.left_behind} devices renew by their update key, by themselves"
+        )
+        say("tokens that were not used pin it, too: make new ones (shoal-cloud device add)")
+    else:
+        when = datetime.fromtimestamp(done.may_retire_at, tz=UTC).isoformat(timespec="minutes")
+        say("it signs from tomorrow on, while the one before still counts")
+        say(f"next: shoal-cloud keys retire ca, from {when} on")
+    if is_external:
+        say("the broker that you run needs its files anew: shoal-cloud broker config --force, and a restart")
+    return 0
+
+
+def _retire(options: argparse.Namespace) -> int:
+    with _open(options) as deployment:
+        done = retire_authority(deployment, now=options.now)
+        _note(deployment, "key.retired", {"role": "ca", "key": done.fingerprint})
+        is_external = deployment.settings.broker.kind == "external"
+    if options.json:
+        print_json({"role": AUTHORITY, "key_id": done.fingerprint, "left_behind": done.left_behind})
+    say(
+        f"{done.fingerprint[:16]} is the only authority now; {done.left_behind} devices renew by their update key"
+    )
+    if is_external:
+        say("the broker that you run needs its files anew: shoal-cloud broker config --force, and a restart")
     return 0
 
 

@@ -158,6 +158,19 @@ def is_certificate_good(connection: Connection, device: str, serial: str) -> boo
     return connection.execute(sa.select(certificates.c.serial).where(where)).first() is not None
 
 
+def count_certificates_before(connection: Connection, moment: float, now: float) -> int:
+    """How many devices that are not revoked have no newer certificate than one of before a moment, still valid."""
+    where = (certificates.c.issued >= moment) & (certificates.c.device == devices.c.device)
+    query = (
+        sa.select(sa.func.count())
+        .select_from(devices)
+        .where(devices.c.status != REVOKED)
+        .where(devices.c.certificate_not_after > now)
+        .where(~sa.exists().where(where))
+    )
+    return int(connection.execute(query).scalar_one())
+
+
 def revoke_certificates(connection: Connection, device: str, now: float) -> None:
     """Every certificate of a device that is still valid."""
     is_open = (certificates.c.device == device) & certificates.c.revoked.is_(None)

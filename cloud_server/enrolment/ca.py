@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -34,9 +35,9 @@ from wire.primitives import (
 CA_DAYS = 3650
 SERVER_DAYS = 825
 DEVICE_DAYS = 7
-_KEY, _CERTIFICATE = "ca.key", "ca.pem"
 # Clocks of devices run behind: a certificate that is valid "from now" would be refused for an hour.
 _BACKDATED = timedelta(hours=1)
+_LISTS = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +69,18 @@ class CertificateAuthority:
             )
         self._key = key
         self.certificate_pem = certificate_pem.decode("ascii")
+        self.since = (self._certificate.not_valid_before_utc + _BACKDATED).timestamp()
         self.fingerprint = certificate_fingerprint(certificate_pem).hex()
 
     @classmethod
-    def create(cls, folder: Path, *, name: str, now: float) -> CertificateAuthority:
-        """Makes a CA in `folder` (0700).
+    def create(cls, folder: Path, *, name: str, now: float, file: str = "ca") -> CertificateAuthority:
+        """Makes a CA in `folder` (0700): `FILE.key` and `FILE.pem`.
 
         Raises:
             ConfigurationError: (operator) there is one already.
             StorageError: (disk) nothing can be written there.
         """
-        if (folder / _KEY).exists():
+        if (folder / f"{file}.key").exists():
             raise ConfigurationError(f"there is a CA in {folder} already", hint="a CA is never overwritten")
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -86,24 +88,19 @@ class CertificateAuthority:
             raise StorageError(f"the CA folder {folder} cannot be made: {error.strerror}") from error
         key_pem = generate_tls_key()
         certificate = _self_signed(_load_key(key_pem), name, now)
-        write_private(folder / _CERTIFICATE, certificate)
-        write_private(folder / _KEY, key_pem)
+        write_private(folder / f"{file}.pem", certificate)
+        write_private(folder / f"{file}.key", key_pem)
         return cls(key_pem, certificate)
 
-    @staticmethod
-    def certificate_path(folder: Path) -> Path:
-        """Where `create` put the certificate."""
-        return folder / _CERTIFICATE
-
     @classmethod
-    def load(cls, folder: Path) -> CertificateAuthority:
+    def load(cls, folder: Path, file: str = "ca") -> CertificateAuthority:
         """Reads the CA that `create` made.
 
         Raises:
             StorageError: (operator) there is none.
             ConfigurationError: (operator) its files are open to others or damaged.
         """
-        return cls(read_private(folder / _KEY), read_private(folder / _CERTIFICATE))
+        return cls(read_private(folder / f"{file}.key"), read_private(folder / f"{file}.pem"))
 
     def issue_device(self, csr_pem: str, device: str, *, now: float, days: float = DEVICE_DAYS) -> Issued:
         """A client certificate for the key of a request.
@@ -152,6 +149,14 @@ class CertificateAuthority:
         """Whether a revocation list is this authority's."""
         return revoked.is_signature_valid(self._key.public_key())
 
+    def has_issued(self, certificate: x509.Certificate) -> bool:
+        """Whether a certificate is of this authority."""
+        try:
+            certificate.verify_directly_issued_by(self._certificate)
+        except (ValueError, TypeError, InvalidSignature):
+            return False
+        return True
+
     def _issue(
         self,
         public: Ed25519PublicKey,
@@ -184,13 +189,13 @@ def ensure_server_files(
     """The paths of `{purpose}.pem` (the server's certificate, then the CA's) and `{purpose}.key`, made where
     missing.
 
-    Issued anew when the certificate is in the last tenth of its life or names have changed.
+    Issued anew when the certificate is in the last tenth of its life, of another authority, or names have changed.
     """
     certificate_path, key_path = folder / f"{purpose}.pem", folder / f"{purpose}.key"
     if (
         certificate_path.exists()
         and key_path.exists()
-        and _is_good(read_private(certificate_path), names, now)
+        and _is_good(authority, read_private(certificate_path), names, now)
     ):
         return certificate_path, key_path
     key_pem = generate_tls_key()
@@ -220,27 +225,40 @@ def ensure_client_files(
 
 
 def refresh_revocation_list(
-    authority: CertificateAuthority, path: Path, serials: Iterable[str], *, now: float
+    authorities: Sequence[CertificateAuthority], path: Path, serials: Iterable[str], *, now: float
 ) -> bool:
     """Writes the list that a broker reads, where there is none, it says something else, or it is a day old.
 
-    A broker lets nobody in by a list from its future, and of two lists of one second it goes on with the older. So a
-    list begins an hour back, as certificates do, and a second after the one before it.
+    One after the other for every authority whose certificates count, since a broker asks for the list of the one that
+    signed what it is shown. A broker lets nobody in by a list from its future, and of two lists of one second it goes
+    on with the older. So a list begins an hour back, as certificates do, and a second after the one before it.
 
     Returns:
         Whether it was written: the broker must read it again (`RunningBroker.reload`).
     """
     wanted = set(serials)
     issued = _utc(now) - _BACKDATED
-    with contextlib.suppress(FileNotFoundError, ValueError):  # one that cannot be read is written anew
-        present = x509.load_pem_x509_crl(path.read_bytes())
-        begun = present.last_update_utc
-        is_good = authority.has_signed(present) and begun <= _utc(now) and issued - begun < timedelta(days=1)
-        if is_good and {f"{entry.serial_number:x}" for entry in present} == wanted:
+    present = _read_revocation_lists(path)
+    if present:
+        begun = max(each.last_update_utc for each in present)
+        is_good = (
+            len(present) == len(authorities)
+            and all(each.has_signed(listed) for each, listed in zip(authorities, present, strict=True))
+            and all({f"{entry.serial_number:x}" for entry in listed} == wanted for listed in present)
+        )
+        if is_good and begun <= _utc(now) and issued - begun < timedelta(days=1):
             return False
         issued = min(max(issued, begun + timedelta(seconds=1)), _utc(now))
-    write_private(path, authority.revocation_list(wanted, issued=issued.timestamp()))
+    lists = [each.revocation_list(wanted, issued=issued.timestamp()) for each in authorities]
+    write_private(path, b"".join(lists))
     return True
+
+
+def _read_revocation_lists(path: Path) -> list[x509.CertificateRevocationList]:
+    """Those in a file; none where it cannot be read: it is written anew then."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return [x509.load_pem_x509_crl(each) for each in _LISTS.findall(path.read_bytes())]
+    return []
 
 
 def certificate_ends(folder: Path) -> dict[str, float]:
@@ -259,8 +277,10 @@ def certificate_ends(folder: Path) -> dict[str, float]:
     return ends
 
 
-def _is_good(pem: bytes, names: Sequence[str], now: float) -> bool:
+def _is_good(authority: CertificateAuthority, pem: bytes, names: Sequence[str], now: float) -> bool:
     certificate = x509.load_pem_x509_certificate(pem)
+    if not authority.has_issued(certificate):
+        return False
     extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
     renew_at = certificate.not_valid_after_utc - timedelta(days=SERVER_DAYS / 10)
     return list(extension.value) == _general_names(names) and _utc(now) < renew_at

@@ -19,7 +19,8 @@ from cloud_server.db.audit import append_audit
 from cloud_server.db.devices import APPROVED, QUARANTINED, REVOKED, DeviceRow
 from cloud_server.db.engine import Connection, Database
 from cloud_server.db.tokens import TokenRow, note_reclaimed, use_token
-from cloud_server.enrolment.ca import CertificateAuthority, Issued
+from cloud_server.enrolment.authorities import AuthoritySource
+from cloud_server.enrolment.ca import Issued
 from cloud_server.enrolment.challenges import Challenges
 from cloud_server.enrolment.queue import CLAIMED_TWICE, WAITING
 from cloud_server.enrolment.tokens import check_open, find_token
@@ -63,6 +64,7 @@ class EnrolmentService:
     """Enrolment and renewal for one fleet. Safe to use from many threads.
 
     Args:
+        authorities: gives the authorities of now.
         tuf_root: gives the first `root.json`.
         online_keys: gives (KEM keys, order keys) of now.
         grace_seconds: how long after the end of its certificate a device may still renew by its update key.
@@ -71,7 +73,7 @@ class EnrolmentService:
     def __init__(
         self,
         database: Database,
-        authority: CertificateAuthority,
+        authorities: AuthoritySource,
         welcome: Welcome,
         clock: Clock,
         *,
@@ -80,7 +82,7 @@ class EnrolmentService:
         grace_seconds: float = DEFAULT_GRACE_SECONDS,
     ) -> None:
         self._database = database
-        self._authority = authority
+        self._authorities = authorities
         self._welcome = welcome
         self._clock = clock
         self._tuf_root = tuf_root
@@ -95,7 +97,7 @@ class EnrolmentService:
     @property
     def ca_pem(self) -> str:
         """The CA certificate, which a token's pin names."""
-        return self._authority.certificate_pem
+        return self._authorities().door.certificate_pem
 
     def counts(self) -> Mapping[str, int]:
         """What became of requests since the start, by `OUTCOMES`."""
@@ -145,7 +147,7 @@ class EnrolmentService:
             self._note_refused(error.facts.get("code"), device, "")
             raise
         self._count("renewed")
-        return RenewResponse(certificate=issued.pem, ca=self._authority.certificate_pem)
+        return RenewResponse(certificate=issued.pem, ca=self.ca_pem)
 
     def challenge(self) -> Challenge:
         """What a device without a valid certificate signs next."""
@@ -171,7 +173,7 @@ class EnrolmentService:
             raise
         self._count("renewed_late")
         _log.info("certificate_renewed_late", device=row.device, address=address)
-        return RenewResponse(certificate=issued.pem, ca=self._authority.certificate_pem)
+        return RenewResponse(certificate=issued.pem, ca=self.ca_pem)
 
     # ---- enrolment, step by step ----
 
@@ -258,21 +260,27 @@ class EnrolmentService:
             raise EnrolmentError("the challenge is not open any more", code="challenge", hint="try again")
         with self._database.read() as connection:
             row = device_table.load_device(connection, request.device)
+        key = VerifyKey(bytes.fromhex(row.update_key)) if row is not None else self._nobody
+        if not any(self._is_late_proof(request, key, each) for each in self._authorities().fingerprints):
+            raise EnrolmentError("the device's key is not proven", code="update_key")
+        if not self._challenges.use(request.challenge):
+            raise EnrolmentError("the challenge is not open any more", code="challenge", hint="try again")
+
+    def _is_late_proof(self, request: LateRenewRequest, key: VerifyKey, ca_sha256: str) -> bool:
+        """A device signs for an authority that it knows, which may be one that counts no more."""
         signed = late_proof_bytes(
             tenant=self._welcome.tenant,
             fleet=self._welcome.fleet,
-            ca_sha256=self._authority.fingerprint,
+            ca_sha256=ca_sha256,
             device=request.device,
             challenge=request.challenge,
             csr=request.csr,
         )
-        key = VerifyKey(bytes.fromhex(row.update_key)) if row is not None else self._nobody
         try:
             key.verify(bytes.fromhex(request.proof), signed)
-        except (ValueError, EnvelopeError) as error:
-            raise EnrolmentError("the device's key is not proven", code="update_key") from error
-        if not self._challenges.use(request.challenge):
-            raise EnrolmentError("the challenge is not open any more", code="challenge", hint="try again")
+        except (ValueError, EnvelopeError):
+            return False
+        return True
 
     def _check_late(self, row: DeviceRow) -> None:
         """Whether a device that proved to be itself may have a certificate without showing one."""
@@ -294,7 +302,7 @@ class EnrolmentService:
         self, connection: Connection, row: DeviceRow, csr: str, *, kind: str = "certificate.issued"
     ) -> Issued:
         now = self._clock.now()
-        issued = self._authority.issue_device(csr, row.device, now=now)
+        issued = self._authorities().issuing.issue_device(csr, row.device, now=now)
         device_table.insert_certificate(
             connection, row.device, issued.serial, issued=now, not_after=issued.not_after
         )
@@ -317,7 +325,7 @@ class EnrolmentService:
             fleet=self._welcome.fleet,
             device=row.device,
             certificate=issued.pem,
-            ca=self._authority.certificate_pem,
+            ca=self._authorities().bundle_pem,
             tuf_root=self._tuf_root().decode("utf-8"),
             kem=kem,
             orders=orders,

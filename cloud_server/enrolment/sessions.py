@@ -19,7 +19,8 @@ from pathlib import Path
 
 from cloud_server.db.devices import VERSION_QUERY, load_revoked_devices, load_revoked_serials
 from cloud_server.db.engine import Database
-from cloud_server.enrolment.ca import CertificateAuthority, ensure_client_files, refresh_revocation_list
+from cloud_server.enrolment.authorities import Authorities, AuthoritySource
+from cloud_server.enrolment.ca import ensure_client_files, refresh_revocation_list
 from process.clock import Clock
 from process.logs import get_logger
 from wire.errors import BrokerError
@@ -44,7 +45,7 @@ class RevokedSessions:
     def __init__(
         self,
         database: Database,
-        authority: CertificateAuthority,
+        authorities: AuthoritySource,
         clock: Clock,
         *,
         list_file: Path,
@@ -52,7 +53,7 @@ class RevokedSessions:
         end_session: Callable[[str], None],
     ) -> None:
         self._database = database
-        self._authority = authority
+        self._authorities = authorities
         self._clock = clock
         self._list_file = list_file
         self._reload = reload
@@ -77,7 +78,7 @@ class RevokedSessions:
         with self._database.read() as connection:
             serials = load_revoked_serials(connection, now)
             devices = load_revoked_devices(connection, now)
-        if refresh_revocation_list(self._authority, self._list_file, serials, now=now):
+        if refresh_revocation_list(self._authorities().trusted, self._list_file, serials, now=now):
             self._reload()
         self._open = devices - self._ended
 
@@ -92,15 +93,17 @@ class RevokedSessions:
         _log.info("session_ended", device=device)
 
 
-def stand_in(authority: CertificateAuthority, device: str, *, now: float) -> ssl.SSLContext:
+def stand_in(authorities: Authorities, device: str, *, now: float) -> ssl.SSLContext:
     """A TLS context that shows a certificate in a device's name, for taking its session over.
 
     The key lies on the disk while the context is made, and nowhere after.
     """
-    context = ssl.create_default_context(cadata=authority.certificate_pem)
+    context = ssl.create_default_context(cadata=authorities.bundle_pem)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False  # the broker is known by its CA; its name is the devices' matter
     with tempfile.TemporaryDirectory(prefix="shoal-stand-in-") as folder:
-        certificate, key = ensure_client_files(authority, Path(folder), device, now=now, days=_STAND_IN_DAYS)
+        certificate, key = ensure_client_files(
+            authorities.issuing, Path(folder), device, now=now, days=_STAND_IN_DAYS
+        )
         context.load_cert_chain(certificate, key)
     return context

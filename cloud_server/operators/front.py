@@ -31,12 +31,21 @@ class OperatorsFront:
             raise ConfigurationError(
                 f"operators.listen: {listen!r} is no address", hint='write it as "127.0.0.1:8445"'
             ) from error
+        self._deployment = deployment
+        self._authorities = deployment.authorities
         certificate, key = deployment.server_files()
         self._server = HttpsServer(tls_context(certificate, key), host=host, port=port)
         self.port = self._server.port
         settings = deployment.settings.listen
         hosts = {name.lower() for name in (*_LOOPBACK, host, settings.tls_name, deployment.advertised)}
         self._server.start(operator_app(deployment, hosts))
+
+    def follow(self) -> None:
+        """Shows a certificate of the authority of now; cheap when nothing changed. Raises as `HttpsFront.follow`."""
+        present = self._deployment.authorities
+        if present is not self._authorities:
+            self._server.use(tls_context(*self._deployment.server_files()))
+            self._authorities = present
 
     def stop(self) -> None:
         """Ends the requests under way and frees the port. Safe to call twice."""

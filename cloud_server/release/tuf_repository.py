@@ -32,6 +32,7 @@ from wire.manifest import RELEASE, Release
 
 ONLINE_JSON: Final = "keys/online.json"
 AUDIT_JSON: Final = "keys/audit.json"
+AUTHORITIES_PEM: Final = "keys/authorities.pem"
 ROLES: Final = ("root", *TOP_LEVEL, *DELEGATED)
 _PREFIX: Final = "tuf/"
 
@@ -254,6 +255,12 @@ class TufRepository:
     def set_audit_keys(self, data: bytes) -> None:
         """Publishes a newer `keys/audit.json`; the same bytes change nothing."""
         self._change(lambda current: self._add_files(current, "keys", {AUDIT_JSON: data}, is_replacing=True))
+
+    def set_authorities(self, pem: bytes) -> None:
+        """Publishes the certificate authorities that devices trust (PEM); the same bytes change nothing."""
+        self._change(
+            lambda current: self._add_files(current, "keys", {AUTHORITIES_PEM: pem}, is_replacing=True)
+        )
 
     def outrun(self, floor: int) -> None:
         """Signs everything anew, with versions and ring serials of at least `floor`: after a restore devices may know

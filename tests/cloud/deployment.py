@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cloud_server.artefacts import Artefacts
 from cloud_server.db.engine import Database, open_database
+from cloud_server.enrolment.authorities import only
 from cloud_server.enrolment.ca import CertificateAuthority
 from cloud_server.enrolment.service import EnrolmentService, Welcome
 from cloud_server.enrolment.tokens import Door, mint_token
@@ -96,7 +97,7 @@ def open_deployment(folder: Path, url: str = "sqlite://") -> Iterator[Deployment
     welcome = Welcome("t", "f", "cloud.shoal", "https://127.0.0.1:2", "mqtt://127.0.0.1:3", "stable", 500)
     enrolment = EnrolmentService(
         database,
-        authority,
+        only(authority),
         welcome,
         clock,
         tuf_root=repository.first_root,

@@ -266,10 +266,25 @@ def test_device_port_refuses_a_certificate_of_another_ca(
     assert is_refused(HttpsConnection(identity.url_api, tls_name=identity.tls_name, context=context))
 
 
-def test_public_port_answers_health_and_ca_only(front: HttpsFront, deployment: Deployment) -> None:
+def test_public_port_answers_health_and_what_leads_to_the_ca_only(
+    front: HttpsFront, deployment: Deployment
+) -> None:
     assert public(front, deployment, "GET", "/healthz").data == b'{"status":"ok"}'
     assert public(front, deployment, "GET", "/v1/ca").data == deployment.authority.certificate_pem.encode()
-    for path in ("/metadata/timestamp.json", "/blobs/" + "0" * 64, "/v1/renew", "/docs", "/openapi.json"):
+    assert (
+        public(front, deployment, "GET", "/metadata/timestamp.json").data == deployment.repository.timestamp()
+    )
+    store = deployment.artefacts
+    listed = [*store.keys("tuf/metadata"), *store.keys("tuf/targets")]
+    served = {
+        key for key in listed if public(front, deployment, "GET", key.removeprefix("tuf")).status == 200
+    }
+    kinds = {key.rpartition("/")[2].split(".", 1)[1] for key in served if "timestamp" not in key}
+    assert kinds == {"root.json", "snapshot.json", "targets.json", "keys.json", "authorities.pem"}
+    assert {
+        key for key in listed if "parameters" in key or "rings" in key or "online" in key
+    } & served == set()
+    for path in ("/blobs/" + "0" * 64, "/v1/renew", "/docs", "/openapi.json", "/metadata/%2e%2e/keys"):
         assert public(front, deployment, "GET", path).status == 404
 
 

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from cloud_server.db.audit import load_audit
+from cloud_server.enrolment.authorities import only
 from cloud_server.enrolment.challenges import LIFE_SECONDS, Challenges
 from cloud_server.enrolment.service import EnrolmentService
 from tests.cloud.deployment import NOW, Deployment, Newcomer, SteppedClock
@@ -91,7 +92,7 @@ def test_grace_of_nothing_lets_no_expired_certificate_be_renewed(
 ) -> None:
     strict = EnrolmentService(
         deployment.database,
-        deployment.authority,
+        only(deployment.authority),
         deployment.enrolment._welcome,
         deployment.clock,
         tuf_root=deployment.repository.first_root,

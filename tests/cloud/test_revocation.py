@@ -12,6 +12,7 @@ import pytest
 from cloud_server.broker import open_broker
 from cloud_server.db.devices import insert_certificate
 from cloud_server.deployment import Deployment, initialise
+from cloud_server.enrolment.authorities import only
 from cloud_server.enrolment.ca import ensure_client_files
 from cloud_server.enrolment.sessions import RevokedSessions
 from cloud_server.inbox import Inbox
@@ -129,7 +130,7 @@ def levers() -> Fake:
 def following(books: Books, folder: Path, levers: Fake) -> RevokedSessions:
     return RevokedSessions(
         books.database,
-        books.authority,
+        only(books.authority),
         books.clock,
         list_file=folder / "revoked.crl",
         reload=levers.reload,

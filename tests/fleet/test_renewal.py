@@ -127,7 +127,7 @@ class Gate:
         certificate, key = ensure_server_files(
             self.authority, folder / "ca", "broker", ["localhost", "127.0.0.1"], now=now
         )
-        ca_file = CertificateAuthority.certificate_path(folder / "ca")
+        ca_file = folder / "ca" / "ca.pem"
         self.tls = BrokerTls(ca_file, certificate, key, tenant="t", fleet="f")
         self._key = generate_tls_key()
         place = folder / "identity"

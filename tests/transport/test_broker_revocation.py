@@ -43,7 +43,7 @@ def device(stage: Stage, name: str) -> tuple[ssl.SSLContext, str]:
 def revoke(stage: Stage, *serials: str) -> None:
     """What the running service does first. Who is answered after the signal is answered after the list was read."""
     assert refresh_revocation_list(
-        stage.cloud.authority, stage.folder / "revoked.crl", serials, now=time.time()
+        [stage.cloud.authority], stage.folder / "revoked.crl", serials, now=time.time()
     )
     stage.broker.reload()
     stage.join("anybody").close()
@@ -144,7 +144,7 @@ def test_list_that_does_not_hold_now_lets_nobody_in(begin: float, stage: Stage) 
     with pytest.raises(Gone):
         stage.join("dev1")
     stage.broker.stop()
-    refresh_revocation_list(stage.cloud.authority, place, [], now=time.time())
+    refresh_revocation_list([stage.cloud.authority], place, [], now=time.time())
     assert stage.broker.revive()
     stage.join("dev1").close()
 
@@ -174,7 +174,7 @@ def test_list_is_written_anew_when_it_changes_or_is_a_day_old(stage: Stage, tmp_
     place, authority, now = tmp_path / "list", stage.cloud.authority, time.time()
 
     def refreshed(serials: list[str], at: float) -> bool:
-        return refresh_revocation_list(authority, place, serials, now=at)
+        return refresh_revocation_list([authority], place, serials, now=at)
 
     assert refreshed([], now)
     assert not refreshed([], now + 10)

@@ -96,6 +96,15 @@ class RunningBroker:
         self._process = self._start()
         return True
 
+    def restart(self) -> None:
+        """Ends the child well and starts it anew on the same port: what its files say now counts for everybody.
+
+        Raises:
+            BrokerError: it does not come back; `revive` tries again.
+        """
+        self.stop()
+        self._process = self._start()
+
     def reload(self) -> None:
         """Makes mosquitto read access file, certificates and revocation list again. Connections stay.
 

@@ -126,6 +126,10 @@ class Keeper:
             lambda: self._connection.say_goodbye(reason) if self._connection is not None else None
         )
 
+    def use_tls(self, tls: ssl.SSLContext) -> None:
+        """The context of every later connection. Safe from any thread."""
+        self._tls = tls
+
     def stop(self, last_words: Packet | None) -> None:
         """Sends what is queued and the last words, then leaves, within the time-out. Safe to call twice."""
         first = self._gate.stop(last_words)

@@ -158,6 +158,10 @@ class MqttTransport:
         """
         self._keeper.rejoin(reason)
 
+    def use_tls(self, tls: ssl.SSLContext) -> None:
+        """Another context from the next connection on; `rejoin` makes that now. Safe from any thread."""
+        self._keeper.use_tls(tls)
+
     def stop(self, last_words: Packet | None = None) -> None:
         """Sends what is queued and `last_words` if it can, disconnects cleanly and frees the thread.
 
