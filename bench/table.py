@@ -51,15 +51,24 @@ def render(rows: Sequence[Row]) -> str:
 
 
 def interleaved_medians(
-    first: Callable[[], object], second: Callable[[], object], *, repeats: int = 15
+    first: Callable[[], object],
+    second: Callable[[], object],
+    *,
+    repeats: int = 15,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[float, float]:
-    """Median seconds of two calls that take turns, so that a busy neighbour slows both."""
+    """Median seconds of two calls that take turns, so that a busy neighbour slows both.
+
+    Args:
+        clock: `time.thread_time` where each call is the work of this thread alone: then the time that a neighbour
+            had the processor does not count.
+    """
     times: tuple[list[float], list[float]] = ([], [])
     for call in (first, second):
         call()
     for _ in range(repeats):
         for call, taken in zip((first, second), times, strict=True):
-            start = time.perf_counter()
+            start = clock()
             call()
-            taken.append(time.perf_counter() - start)
+            taken.append(clock() - start)
     return statistics.median(times[0]), statistics.median(times[1])

@@ -24,7 +24,8 @@ costs five times as much as all the rest."""
 
 # Major types (RFC 8949 §3.1) and, of the lowest five bits, what this file knows by name.
 _UNSIGNED, _NEGATIVE, _BYTES, _TEXT, _ARRAY, _MAP, _TAG, _SIMPLE, _REFUSED = range(9)
-_FALSE, _NULL, _ONE_BYTE, _HALF, _DOUBLE = 20, 22, 24, 25, 27
+_FALSE, _NULL, _ONE_BYTE, _HALF, _DOUBLE, _INFO = 20, 22, 24, 25, 27, 31
+_BREAK: Final = 0xFF
 _KEY_KINDS: Final = frozenset((_UNSIGNED, _NEGATIVE, _TEXT))
 _STRING_KINDS: Final = frozenset((_BYTES, _TEXT))
 _CONTAINER_KINDS: Final = frozenset((_ARRAY, _MAP))
@@ -158,7 +159,8 @@ def _walk(data: bytes) -> list[_Long]:
         if left == 0:
             left, in_map = outer.pop()
             continue
-        kind = _KINDS[data[at]] if at < end else _REFUSED
+        initial = data[at] if at < end else _BREAK
+        kind = _KINDS[initial]
         if kind == _REFUSED or items == MAX_ITEMS:
             raise MessageError(
                 "CBOR ends early, has too many items or holds something of no plain type", at=at
@@ -168,7 +170,10 @@ def _walk(data: bytes) -> list[_Long]:
         left -= 1
         items += 1
         head = at
-        argument, at = _argument(data, at, end)
+        at += 1
+        argument = initial & _INFO
+        if argument >= _ONE_BYTE:
+            argument, at = _argument(data, at, end, 1 << argument - _ONE_BYTE)
         if kind in _STRING_KINDS:
             if argument > end - at:
                 raise MessageError("CBOR string runs past its end", at=at)
@@ -186,13 +191,8 @@ def _walk(data: bytes) -> list[_Long]:
     return long
 
 
-def _argument(data: bytes, at: int, end: int) -> tuple[int, int]:
-    """Reads the argument of the head at `at`; returns it and where the item's content starts."""
-    info = data[at] & 31
-    at += 1
-    if info < _ONE_BYTE:
-        return info, at
-    width = 1 << (info - _ONE_BYTE)
+def _argument(data: bytes, at: int, end: int, width: int) -> tuple[int, int]:
+    """Reads the `width` bytes of an argument at `at`; returns it and where the item's content starts."""
     if width > end - at:
         raise MessageError("CBOR ends early", at=at)
     return int.from_bytes(data[at : at + width], "big"), at + width
@@ -201,7 +201,7 @@ def _argument(data: bytes, at: int, end: int) -> tuple[int, int]:
 def _kind(initial: int) -> int:
     """What an item is by its first byte; tags, indefinite and reserved lengths and odd simple values are
     refused."""
-    major, info = initial >> 5, initial & 31
+    major, info = initial >> 5, initial & _INFO
     if major == _SIMPLE:
         return _SIMPLE if _FALSE <= info <= _NULL or _HALF <= info <= _DOUBLE else _REFUSED
     return major if info <= _DOUBLE and major != _TAG else _REFUSED

@@ -65,19 +65,24 @@ class Sign1:
 
 def sign1(payload: bytes, signer: SigningKey) -> bytes:
     """COSE_Sign1 over `payload`."""
-    protected = _protected_by(signer)
+    protected = _protected_by(signer.key_id)
     signature = signer.sign(_to_be_signed(protected, payload))
     return encode_tagged(_SIGN1_TAG, [protected, {}, payload, signature])
 
 
 def sign1_length(payload_bytes: int, signer: SigningKey) -> int:
     """How long `sign1` of any payload of `payload_bytes` is."""
-    empty = encode_tagged(_SIGN1_TAG, [_protected_by(signer), {}, b"", bytes(SIGNATURE_BYTES)])
-    return len(empty) - 1 + len(byte_string_head(payload_bytes)) + payload_bytes
+    return _empty_sign1_bytes(signer.key_id) - 1 + len(byte_string_head(payload_bytes)) + payload_bytes
 
 
-def _protected_by(signer: SigningKey) -> bytes:
-    return encode_canonical({_ALG: _EDDSA, _CONTENT: CONTENT_TYPE, _KID: signer.key_id})
+@lru_cache(maxsize=256)
+def _empty_sign1_bytes(key_id: bytes) -> int:
+    return len(encode_tagged(_SIGN1_TAG, [_protected_by(key_id), {}, b"", bytes(SIGNATURE_BYTES)]))
+
+
+@lru_cache(maxsize=256)
+def _protected_by(key_id: bytes) -> bytes:
+    return encode_canonical({_ALG: _EDDSA, _CONTENT: CONTENT_TYPE, _KID: key_id})
 
 
 def read_sign1(head: bytes, *, limit_bytes: int) -> Sign1:
@@ -126,6 +131,7 @@ class Recipient:
     protected: bytes
 
     @classmethod
+    @lru_cache(maxsize=256)  # who seals much seals to few
     def of(cls, algorithm: str, key_id: bytes) -> Recipient:
         return cls(algorithm, key_id, encode_canonical({_ALG: _KEM_ALGS[algorithm], _KID: key_id}))
 
@@ -175,6 +181,7 @@ class Encrypt:
         return cls(content, iv, recipient, encapsulated, wrapped)
 
 
+@lru_cache(maxsize=len(_CONTENT_ALGS))
 def content_protected(algorithm: str) -> bytes:
     """The protected header of the content layer."""
     return encode_canonical({_ALG: _CONTENT_ALGS[algorithm]})
@@ -188,8 +195,8 @@ class RecordNames:
 
     def __init__(self, encrypt: Encrypt, header: bytes) -> None:
         self._iv = int.from_bytes(encrypt.iv, "big")
-        # Both are cut before what differs from record to record: an empty byte string; 0 and false.
-        self._front = encode_canonical(["Encrypt", content_protected(encrypt.algorithm), b""])[:-1]
+        self._front = _aad_front(encrypt.algorithm)
+        # Cut before what differs from record to record: its place, and whether it is the last.
         self._external = encode_canonical([header, 0, False])[:-2]
 
     def nonce(self, index: int) -> bytes:
@@ -200,6 +207,12 @@ class RecordNames:
         """Enc_structure; its external data are the header, the record's place and whether it is the last."""
         external = self._external + unsigned_bytes(index) + (_TRUE if last else _FALSE)
         return self._front + byte_string_head(len(external)) + external
+
+
+@lru_cache(maxsize=len(_CONTENT_ALGS))
+def _aad_front(algorithm: str) -> bytes:
+    """Enc_structure before its external data, an empty byte string, which is cut off."""
+    return encode_canonical(["Encrypt", content_protected(algorithm), b""])[:-1]
 
 
 def checked_extensions(extensions: Mapping[int, bytes] | None) -> dict[int, bytes]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any, Final
 
 from wire.cbor import encode_canonical, encode_joined
@@ -54,6 +53,7 @@ from wire.records import (
     padding_to_class,
     unpadded_length,
 )
+from wire.room import room
 
 MAX_MESSAGE_BYTES: Final = 272 * 1024 * 1024
 CLOCK_SKEW_SECONDS: Final = 60.0
@@ -146,7 +146,7 @@ def seal(
     # The head's length does not depend on the hashes, so the records go where they stay: touching a fresh
     # megabyte once more costs a third of the time that hashing it takes.
     head_bytes = _LENGTH_BYTES + sign1_length(payload_bytes, signer)
-    message = BytesIO(bytes(head_bytes + records.ciphertext_bytes))
+    message = room(head_bytes + records.ciphertext_bytes)
     with message.getbuffer() as whole:
         pieces = (records.plaintext_piece(index, memoryview(body), padding) for index in range(records.count))
         aead = Aead(content_algorithm, content_key)
@@ -165,9 +165,10 @@ def _seal_records(
 ) -> bytes:
     """Fills `ciphertext`; returns the hashes of its records, one after the other."""
     hashes = []
+    last = records.count - 1
     for index, piece in enumerate(pieces):
         record = ciphertext[records.ciphertext_slice(index)]
-        aead.seal_into(names.nonce(index), piece, names.aad(index, last=records.is_last(index)), record)
+        aead.seal_into(names.nonce(index), piece, names.aad(index, last=index == last), record)
         hashes.append(sha256(record))
     return b"".join(hashes)
 
@@ -277,7 +278,7 @@ def open_sealed(
     records = opening.records
     if len(ciphertext) != records.ciphertext_bytes:
         raise failed("size")
-    plaintext = BytesIO(bytes(records.plaintext_bytes))
+    plaintext = room(records.plaintext_bytes)
     with plaintext.getbuffer() as whole:
         for index in range(records.count):
             record = ciphertext[records.ciphertext_slice(index)]

@@ -50,8 +50,8 @@ class Records:
         return b"".join((body[cut], padding[max(0, cut.start - len(body)) : cut.stop - len(body)]))
 
     def ciphertext_slice(self, index: int) -> slice:
-        plain = self.plaintext_slice(index)
-        return slice(plain.start + index * TAG_BYTES, plain.stop + (index + 1) * TAG_BYTES)
+        start = index * (self.record_bytes + TAG_BYTES)
+        return slice(start, min(start + self.record_bytes + TAG_BYTES, self.ciphertext_bytes))
 
 
 def size_class(size_bytes: int) -> int:
