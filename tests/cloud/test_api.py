@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
 import ssl
@@ -366,6 +367,30 @@ def test_stranger_that_asks_too_often_is_told_when_to_come_again(tmp_path: Path,
     assert [answer.status == 429 for answer in answers] == [False, False, False, True]
     assert json.loads(answers[-1].data)["error"] == "busy"
     assert 1 <= int(answers[-1].headers["retry-after"]) <= 20
+
+
+def test_answers_do_not_wait_for_the_acknowledgement_of_their_first_part(
+    front: HttpsFront, deployment: Deployment
+) -> None:
+    context = verified_context(deployment.authority.certificate_pem.encode())
+    name = deployment.settings.listen.tls_name
+    connection = HttpsConnection(f"https://127.0.0.1:{front.public_port}", tls_name=name, context=context)
+    ask(connection, "GET", "/healthz")
+    ours = connection.sock.getsockname()
+    (theirs,) = (each for each in _open_sockets() if each.getpeername() == ours)
+    assert theirs.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    connection.close()
+
+
+def _open_sockets() -> Iterator[socket.socket]:
+    """Those of this process that are connected: the server runs in it."""
+    for found in gc.get_objects():
+        if isinstance(found, socket.socket) and found.fileno() != -1:
+            try:
+                found.getpeername()
+            except OSError:
+                continue
+            yield found
 
 
 @pytest.mark.parametrize("path", ["/v1/late-renewal", "/v1/challenge"])
