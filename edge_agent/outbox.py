@@ -1,22 +1,25 @@
 """What the device owes the cloud: updates and evaluations, kept on disk until a receipt ends them.
 
-Laws of the file: a row is on disk before its first chunk is sent; every `update_id` ends in exactly one
-terminal state (`stored`, `refused`, `expired`, `evicted`, `destroyed`) and is counted there once; a receipt
-ends a row only if it names the SHA-256 of the very bytes that were sent; every row carries a digest, because
-neither SQLite nor a flash card notices a flipped bit. Source: docs/architecture.md (law 3), docs/protocol.md
-(receipts).
+Laws of the file: a row is on disk before its first chunk is sent; every `update_id` ends in exactly one terminal
+state (`stored`, `refused`, `expired`, `evicted`, `destroyed`) and is counted there once; a receipt ends a row only
+if it names the SHA-256 of the very bytes that were sent; every row carries a digest, because neither SQLite nor a
+flash card notices a flipped bit; a body is sealed on the disk (`at_rest.py`). Source: docs/architecture.md (law 3),
+docs/protocol.md (receipts).
 """
 
 from __future__ import annotations
 
 import hashlib
 import sqlite3
-import struct
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from edge_agent.sealed_rows import is_intact, place_of_update, row_digest, update_place
 from edge_agent.storage import Database
+from process.logs import get_logger
 from wire.errors import StorageError
+
+_log = get_logger("edge_agent.outbox")
 
 Kind = Literal["up", "ev"]
 EndState = Literal["stored", "refused", "expired", "evicted", "destroyed"]
@@ -40,8 +43,8 @@ _VERDICTS: Final[dict[str, EndState]] = {
     "expired": "expired",
 }
 _SELECT: Final = (
-    "SELECT row, update_id, order_id, run, round_number, kind, body, sha256, sealed, transfer, created, deadline"
-    f" FROM outbox LEFT JOIN sealings USING (row) WHERE {_IS_OPEN}"
+    "SELECT row, update_id, order_id, run, round_number, kind, created, deadline, at_rest_key_id, sha256, body,"
+    f" sealed, transfer, kem_key_id FROM outbox LEFT JOIN sealings USING (row) WHERE {_IS_OPEN}"
 )
 
 
@@ -54,6 +57,7 @@ class OutboxRow:
         body: the encoded message body, before sealing (it is sealed anew after a change of keys).
         sealed: the sealed message as it is sent, or None when it has to be sealed (again).
         transfer: SHA-256 of `sealed`; the receipt names it.
+        kem_key_id: the cloud's key that `sealed` was sealed to; empty when that is not known.
     """
 
     row: int
@@ -67,6 +71,7 @@ class OutboxRow:
     transfer: bytes | None
     created: float
     deadline: float
+    kem_key_id: bytes = b""
 
 
 class Outbox:
@@ -104,21 +109,26 @@ class Outbox:
             raise StorageError(
                 "update is larger than the outbox", size_bytes=len(body), limit_bytes=self._max_bytes
             )
-        digest = _digest(update_id, order_id, run, round_number, kind, body)
+        columns = (update_id, order_id, run, round_number, kind, now, deadline)
+        place = update_place(*columns)
         with self._database.transaction() as connection:
             if connection.execute("SELECT 1 FROM outbox WHERE update_id = ?", (update_id,)).fetchone():
                 return False
             self._make_room(connection, len(body), now)
+            key, sealed = self._database.vault.seal("outbox", place, body)
             connection.execute(
-                "INSERT INTO outbox (update_id, order_id, run, round_number, kind, body, sha256, state,"
-                " created, deadline) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (update_id, order_id, run, round_number, kind, body, digest, _OPEN, now, deadline),
+                "INSERT INTO outbox (update_id, order_id, run, round_number, kind, created, deadline, state,"
+                " at_rest_key_id, sha256, body) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (*columns, _OPEN, key, row_digest(place, key, sealed), sealed),
             )
             connection.execute("UPDATE orders SET update_id = ? WHERE order_id = ?", (update_id, order_id))
         return True
 
-    def sealed(self, update_id: bytes, sealed: bytes, transfer: bytes) -> None:
+    def sealed(self, update_id: bytes, sealed: bytes, transfer: bytes, kem_key_id: bytes = b"") -> None:
         """Stores the bytes that will be sent, before they are sent: a restart sends the same ones.
+
+        Args:
+            kem_key_id: the cloud's key that they are sealed to.
 
         Raises:
             StorageError: the disk is full, no such open row, or `transfer` is not the SHA-256 of `sealed`.
@@ -127,9 +137,9 @@ class Outbox:
             raise StorageError("transfer digest is not that of the sealed bytes")
         with self._database.transaction() as connection:
             changed = connection.execute(
-                "INSERT OR REPLACE INTO sealings (row, transfer, sealed)"
-                f" SELECT row, ?, ? FROM outbox WHERE update_id = ? AND {_IS_OPEN}",
-                (transfer, sealed, update_id),
+                "INSERT OR REPLACE INTO sealings (row, transfer, kem_key_id, sealed)"
+                f" SELECT row, ?, ?, ? FROM outbox WHERE update_id = ? AND {_IS_OPEN}",
+                (transfer, kem_key_id, sealed, update_id),
             ).rowcount
             if not changed:
                 raise StorageError("no open outbox row with this update id", update_id=update_id.hex())
@@ -193,6 +203,17 @@ class Outbox:
         with self._database.transaction() as connection:
             return self._expire(connection, now)
 
+    def retire_keys(self) -> int:
+        """Destroys the at-rest keys that no row needs any more; returns how many.
+
+        Raises:
+            StorageError: they may still be there; the next call tries again.
+        """
+        database = self._database
+        asked = "SELECT 1 FROM outbox WHERE at_rest_key_id = ? LIMIT 1"
+        with database.transaction(durable=False):
+            return database.vault.retire("outbox", lambda key: bool(database.read(asked, (key,))))
+
     def depth(self) -> int:
         """How many rows are open."""
         return int(self._database.read(f"SELECT count(*) FROM outbox WHERE {_IS_OPEN}")[0][0])
@@ -231,27 +252,50 @@ class Outbox:
         return [update_id for _, update_id in late]
 
     def _checked(self, values: tuple[Any, ...]) -> OutboxRow | None:
-        number, update_id, order_id, run, round_number, kind, body, digest, sealed, transfer, *times = values
-        if not _is_intact(digest, update_id, order_id, run, round_number, kind, body):
-            self._destroy(number, update_id, body)
+        number, *columns, key, digest, kept, sealed, transfer, kem_key_id = values
+        update_id, order_id, run, round_number, kind, created, deadline = columns
+        place = place_of_update(tuple(columns))
+        if place is None or not is_intact(place, key, kept, digest):
+            self._destroy(number, update_id, kept, "damaged on disk")
+            return None
+        try:
+            body = self._database.vault.open("outbox", key, place, kept)
+        except StorageError as error:
+            self._destroy(number, update_id, kept, str(error))
             return None
         if sealed is not None and hashlib.sha256(sealed).digest() != transfer:
             # The body is intact, so nothing is lost: it is sealed again.
-            sealed = transfer = None
-        return OutboxRow(number, update_id, order_id, run, round_number, kind, body, sealed, transfer, *times)
+            sealed = transfer = kem_key_id = None
+        return OutboxRow(
+            number,
+            update_id,
+            order_id,
+            run,
+            round_number,
+            kind,
+            body,
+            sealed,
+            transfer,
+            created,
+            deadline,
+            kem_key_id if isinstance(kem_key_id, bytes) else b"",
+        )
 
-    def _destroy(self, row: int, update_id: Any, body: Any) -> None:
+    def _destroy(self, row: int, update_id: Any, kept: Any, reason: str) -> None:
+        """What lies there is sealed, or no longer what was written: a person may look at it, nobody sends it."""
         name = f"outbox-{update_id.hex()}" if isinstance(update_id, bytes) else f"outbox-row-{row}"
-        data = body if isinstance(body, bytes) else repr(body).encode()
-        self._database.quarantine.keep(name, data, "outbox row does not match its digest")
+        data = kept if isinstance(kept, bytes) else repr(kept).encode()
+        self._database.quarantine.keep(name, data, f"outbox row: {reason}")
         with self._database.transaction() as connection:
-            _close(connection, row, "destroyed", "damaged on disk", 0.0)
+            _close(connection, row, "destroyed", reason, 0.0)
+        _log.error("update_destroyed", update=name.removeprefix("outbox-"), reason=reason)
 
 
 def _close(connection: sqlite3.Connection, row: int, state: EndState, reason: str, now: float) -> None:
     """The only place where a row leaves the open state; the condition makes it happen once."""
     changed = connection.execute(
-        f"UPDATE outbox SET state = ?, reason = ?, ended_at = ?, body = x'' WHERE row = ? AND {_IS_OPEN}",
+        "UPDATE outbox SET state = ?, reason = ?, ended_at = ?, at_rest_key_id = '', body = x''"
+        f" WHERE row = ? AND {_IS_OPEN}",
         (state, reason[:512], now, row),
     ).rowcount
     if not changed:
@@ -266,23 +310,3 @@ def _close(connection: sqlite3.Connection, row: int, state: EndState, reason: st
 
 def _open_bytes(connection: sqlite3.Connection) -> int:
     return int(connection.execute(_OPEN_BYTES).fetchone()[0])
-
-
-def _digest(update_id: bytes, order_id: bytes, run: str, round_number: int, kind: str, body: bytes) -> bytes:
-    named = (update_id, order_id, run.encode(), struct.pack("<q", round_number), kind.encode())
-    state = hashlib.sha256(b"".join(struct.pack("<I", len(part)) + part for part in named))
-    state.update(body)
-    return state.digest()
-
-
-def _is_intact(
-    digest: Any, update_id: Any, order_id: Any, run: Any, round_number: Any, kind: Any, body: Any
-) -> bool:
-    """SQLite is dynamically typed: a flipped bit in a record header can turn a blob into a number."""
-    typed = (
-        all(isinstance(value, bytes) for value in (digest, update_id, order_id, body))
-        and isinstance(run, str)
-        and isinstance(round_number, int)
-        and isinstance(kind, str)
-    )
-    return typed and _digest(update_id, order_id, run, round_number, kind, body) == digest

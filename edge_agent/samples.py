@@ -1,13 +1,13 @@
 """The windows that the device learns from: bounded, forgettable, and never sent anywhere.
 
-Laws of the file: raw samples stay here (law 7); what was forgotten is overwritten on disk and leaves only a
-tombstone with its id; ids are never used twice; each row carries a digest over window, label and split.
+Laws of the file: raw samples stay here (law 7), sealed with a key of their day that goes when the last of that day
+has gone; what was forgotten is overwritten on disk, what else its key sealed gets another, so that no copy of the
+file gives it back, and it leaves only a tombstone with its id; ids are never used twice; each row carries a digest.
 The store is a cache of what the device saw: when it is full the oldest goes, and a damaged row is dropped.
 """
 
 from __future__ import annotations
 
-import hashlib
 import sqlite3
 import threading
 from typing import Any, Final, Literal, get_args
@@ -15,8 +15,21 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.key_store import SEALED_EXTRA_BYTES
+from edge_agent.sealed_rows import (
+    LABEL_BYTES,
+    is_intact,
+    place_of_sample,
+    row_digest,
+    sample_place,
+    split_label,
+    with_label,
+)
 from edge_agent.storage import Database
-from wire.errors import DataError
+from process.logs import get_logger
+from wire.errors import DataError, StorageError
+
+_log = get_logger("edge_agent.samples")
 
 Split = Literal["train", "val"]
 Precision = Literal["float32", "float16"]
@@ -29,9 +42,19 @@ DEFAULT_RETENTION_SECONDS: Final = 30 * 86_400.0
 MAX_LABEL: Final = 65_535
 _SPLITS: Final = get_args(Split)
 _DTYPES: Final[dict[str, np.dtype[Any]]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
-# What SQLite adds to a row of this table (header, key, digest), for the cap.
-_ROW_BYTES: Final = 96
+# What sealing adds to a window, and what is sealed with it.
+_SEALED_BYTES: Final = SEALED_EXTRA_BYTES + LABEL_BYTES
+# What a row of this table takes besides its window (header, key, digest, seal), for the cap.
+ROW_BYTES: Final = 144
 _DROP_AT_ONCE: Final = 64
+# Rows that are opened at a time: what is read of the disk is let go before the next are.
+_READ_AT_ONCE: Final = 256
+_COLUMNS: Final = "id, split, labelled, created, dtype, shape, consent"
+_SELECT: Final = f"SELECT {_COLUMNS}, at_rest_key_id, sha256, window FROM samples"
+_WINDOW_BYTES: Final = f"max(0, length(window) - {_SEALED_BYTES})"
+
+# Columns, key, window (raw bytes), label.
+_Opened = tuple[tuple[Any, ...], str, bytes, int | None]
 
 
 class SampleStore:
@@ -84,16 +107,19 @@ class SampleStore:
         _check_label(label)
         if split not in _SPLITS:
             raise DataError(f"no split {split!r}", hint=f"one of {', '.join(_SPLITS)}")
-        digest = _digest(data, self._precision, shape, label, split)
         with self._lock, self._database.transaction(durable=False) as connection:
-            self._make_room(connection, len(data) + _ROW_BYTES, now)
-            row = connection.execute(
-                "INSERT INTO samples (window, dtype, shape, label, split, created, consent, sha256)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (data, self._precision, shape, label, split, now, consent, digest),
-            ).lastrowid
-        self._bytes += len(data) + _ROW_BYTES
-        return int(row or 0)
+            self._make_room(connection, len(data) + ROW_BYTES, now)
+            sample_id = _next_id(connection)
+            columns = (sample_id, split, int(label is not None), now, self._precision, shape, consent)
+            place = sample_place(*columns)
+            key, sealed = self._database.vault.seal("samples", place, with_label(data, label))
+            connection.execute(
+                f"INSERT INTO samples ({_COLUMNS}, at_rest_key_id, sha256, window)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (*columns, key, row_digest(place, key, sealed), sealed),
+            )
+        self._bytes += len(data) + ROW_BYTES
+        return sample_id
 
     def label(self, sample_id: int, label: int) -> bool:
         """Sets or corrects the label of a sample; False when it is not (or no longer) there.
@@ -102,34 +128,65 @@ class SampleStore:
             DataError: a label that cannot be.
         """
         _check_label(label)
-        with self._database.transaction(durable=False) as connection:
-            row = connection.execute(
-                "SELECT window, dtype, shape, split FROM samples WHERE id = ?", (sample_id,)
-            ).fetchone()
-            if row is None:
-                return False
-            digest = _digest(row[0], row[1], row[2], label, row[3])
-            connection.execute(
-                "UPDATE samples SET label = ?, sha256 = ? WHERE id = ?", (label, digest, sample_id)
-            )
-        return True
+        with self._lock, self._database.transaction(durable=False) as connection:
+            rows = self._opened(connection.execute(f"{_SELECT} WHERE id = ?", (sample_id,)).fetchall())
+            for columns, key, window, _ in rows:
+                self._write_again(connection, columns, key, window, label)
+        return bool(rows)
 
     def forget(self, sample_id: int, now: float = 0.0) -> bool:
         """Erases one sample for good; its id stays as a tombstone. False when it is not there.
 
-        On disk when it returns, with the bytes overwritten in the database file.
+        On disk when it returns, with the bytes overwritten in the database file, and with its key destroyed: what
+        else was sealed with that key has another.
         """
         with self._lock:
             with self._database.transaction() as connection:
                 row = connection.execute(
-                    "DELETE FROM samples WHERE id = ? RETURNING length(window)", (sample_id,)
+                    f"DELETE FROM samples WHERE id = ? RETURNING {_WINDOW_BYTES}, at_rest_key_id",
+                    (sample_id,),
                 ).fetchone()
                 if row is None:
                     return False
                 connection.execute("INSERT OR IGNORE INTO tombstones VALUES (?, ?)", (sample_id, now))
-            self._bytes = max(0, self._bytes - row[0] - _ROW_BYTES)
+            self._bytes = max(0, self._bytes - row[0] - ROW_BYTES)
+            try:
+                self._replace_key(str(row[1]))
+            except StorageError as error:
+                # Gone from this file all the same; only a copy that was made before can still be read.
+                _log.error("key_not_destroyed", reason=str(error))
         self._database.erase_leftovers()
         return True
+
+    def _replace_key(self, key: str) -> None:
+        vault = self._database.vault
+        if not vault.knows(key):
+            return
+        renewed = vault.replace(key)
+        with self._database.transaction() as connection:
+            ids = connection.execute("SELECT id FROM samples WHERE at_rest_key_id = ?", (key,)).fetchall()
+            for each in ids:
+                found = self._opened(connection.execute(f"{_SELECT} WHERE id = ?", each).fetchall())
+                for columns, _, window, label in found:
+                    self._write_again(connection, columns, renewed, window, label)
+        vault.destroy([key])
+
+    def _write_again(
+        self,
+        connection: sqlite3.Connection,
+        columns: tuple[Any, ...],
+        key: str,
+        window: bytes,
+        label: int | None,
+    ) -> None:
+        sample_id, split, _, *rest = columns
+        columns = (sample_id, split, int(label is not None), *rest)
+        place = sample_place(*columns)
+        sealed = self._database.vault.seal_with(key, place, with_label(window, label))
+        connection.execute(
+            "UPDATE samples SET labelled = ?, at_rest_key_id = ?, sha256 = ?, window = ? WHERE id = ?",
+            (columns[2], key, row_digest(place, key, sealed), sealed, sample_id),
+        )
 
     def was_forgotten(self, sample_id: int) -> bool:
         """Whether a sample of this id was erased on demand."""
@@ -142,7 +199,7 @@ class SampleStore:
             shape: of one window; None takes the newest window's. Windows of another shape are left out
                 (they are from before a change of model).
         """
-        return self._load(split, shape, "AND label IS NOT NULL")
+        return self._load(split, shape, "AND labelled")
 
     def windows(self, split: Split, *, shape: tuple[int, ...] | None = None) -> tuple[Floats, Integers]:
         """All windows of a split, for a task without labels; unknown labels are −1."""
@@ -151,12 +208,12 @@ class SampleStore:
     def counts(self) -> dict[str, int]:
         """`samples`, `labelled`, `train`, `val` (labelled ones), `bytes`."""
         rows = self._database.read(
-            "SELECT split, count(*), count(label), total(length(window)) FROM samples GROUP BY split"
+            f"SELECT split, count(*), total(labelled), total({_WINDOW_BYTES}) FROM samples GROUP BY split"
         )
-        by_split = {split: labelled for split, _, labelled, _ in rows}
+        by_split = {split: int(labelled) for split, _, labelled, _ in rows}
         return {
             "samples": sum(row[1] for row in rows),
-            "labelled": sum(row[2] for row in rows),
+            "labelled": int(sum(row[2] for row in rows)),
             "train": by_split.get("train", 0),
             "val": by_split.get("val", 0),
             "bytes": int(sum(row[3] for row in rows)),
@@ -167,6 +224,17 @@ class SampleStore:
         with self._lock, self._database.transaction(durable=False) as connection:
             return self._drop(connection, "created < ?", (now - self._retention_seconds,))
 
+    def retire_keys(self) -> int:
+        """Destroys the keys of days of which nothing is left; returns how many.
+
+        Raises:
+            StorageError: they may still be there; the next call tries again.
+        """
+        database = self._database
+        asked = "SELECT 1 FROM samples WHERE at_rest_key_id = ? LIMIT 1"
+        with self._lock, database.transaction(durable=False):
+            return database.vault.retire("samples", lambda key: bool(database.read(asked, (key,))))
+
     def _encode(self, window: Floats) -> tuple[bytes, str]:
         array = np.asarray(window)
         if array.size == 0 or not np.issubdtype(array.dtype, np.number) or not np.isfinite(array).all():
@@ -175,7 +243,7 @@ class SampleStore:
             stored = np.ascontiguousarray(array, dtype=_DTYPES[self._precision])
         if not np.isfinite(stored).all():
             raise DataError(f"a window holds values beyond {self._precision}", shape=array.shape)
-        if stored.nbytes + _ROW_BYTES > self._max_bytes:
+        if stored.nbytes + ROW_BYTES > self._max_bytes:
             raise DataError(
                 "a window is larger than the sample store",
                 size_bytes=stored.nbytes,
@@ -198,31 +266,50 @@ class SampleStore:
 
     def _recount(self, connection: sqlite3.Connection) -> None:
         total = connection.execute(
-            "SELECT total(length(window)) + count(*) * ? FROM samples", (_ROW_BYTES,)
+            f"SELECT total({_WINDOW_BYTES}) + count(*) * ? FROM samples", (ROW_BYTES,)
         ).fetchone()[0]
         self._bytes, self._epoch = int(total), self._database.epoch
 
     def _drop(self, connection: sqlite3.Connection, condition: str, parameters: tuple[Any, ...]) -> int:
         sizes = connection.execute(
-            f"DELETE FROM samples WHERE {condition} RETURNING length(window)", parameters
+            f"DELETE FROM samples WHERE {condition} RETURNING {_WINDOW_BYTES}", parameters
         ).fetchall()
-        self._bytes = max(0, self._bytes - sum(size + _ROW_BYTES for (size,) in sizes))
+        self._bytes = max(0, self._bytes - sum(size + ROW_BYTES for (size,) in sizes))
         self.dropped_total += len(sizes)
         return len(sizes)
 
     def _load(self, split: str, shape: tuple[int, ...] | None, condition: str) -> tuple[Floats, Integers]:
         wanted = ",".join(map(str, shape)) if shape is not None else self._newest_shape(split)
-        rows = self._database.read(
-            f"SELECT window, label, sha256, dtype, id FROM samples WHERE split = ? AND shape = ? {condition}"
-            " ORDER BY id",
-            (split, wanted),
-        )
-        good = [row for row in rows if _is_intact(row, wanted, split)]
-        if len(good) < len(rows):
-            self._drop_damaged(rows, good)
         axes = tuple(int(axis) for axis in wanted.split(",") if axis)
-        labels = np.array([UNLABELLED if row[1] is None else row[1] for row in good], dtype=np.int64)
-        return _join(good, axes), labels
+        pieces, labels, last = [np.zeros((0, *axes), np.float32)], [], 0
+        sql = f"{_SELECT} WHERE split = ? AND shape = ? AND id > ? {condition} ORDER BY id LIMIT ?"
+        while rows := self._database.read(sql, (split, wanted, last, _READ_AT_ONCE)):
+            last = rows[-1][0]
+            opened = self._opened(rows)
+            if opened:
+                pieces.append(_join(opened, axes))
+            labels += [UNLABELLED if label is None else label for _, _, _, label in opened]
+        windows = pieces[-1] if len(pieces) == 2 else np.concatenate(pieces)
+        return windows, np.array(labels, dtype=np.int64)
+
+    def _opened(self, rows: list[Any]) -> list[_Opened]:
+        """What rows hold; those that are damaged, or whose key is gone, are dropped."""
+        opened: list[_Opened] = []
+        damaged = []
+        for *columns, key, digest, sealed in rows:
+            place = place_of_sample(tuple(columns))
+            if place is None or columns[4] not in _DTYPES or not is_intact(place, key, sealed, digest):
+                damaged.append(columns[0])
+                continue
+            try:
+                window, label = split_label(self._database.vault.open("samples", key, place, sealed))
+            except StorageError:
+                damaged.append(columns[0])
+                continue
+            opened.append((tuple(columns), key, window, label))
+        if damaged:
+            self._drop_damaged(damaged)
+        return opened
 
     def _newest_shape(self, split: str) -> str:
         rows = self._database.read(
@@ -230,14 +317,20 @@ class SampleStore:
         )
         return str(rows[0][0]) if rows else ""
 
-    def _drop_damaged(self, rows: list[Any], good: list[Any]) -> None:
-        kept = {row[4] for row in good}
-        damaged = [row[4] for row in rows if row[4] not in kept]
+    def _drop_damaged(self, damaged: list[Any]) -> None:
         self.damaged_total += len(damaged)
+        _log.error("samples_damaged", dropped=len(damaged))
         # Samples are personal: a damaged one is dropped, never copied to the quarantine.
         with self._lock, self._database.transaction(durable=False) as connection:
             for sample_id in damaged:
                 self._drop(connection, "id = ?", (sample_id,))
+
+
+def _next_id(connection: sqlite3.Connection) -> int:
+    """The id that the next row gets: it is sealed before it is there."""
+    found = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'samples'").fetchone()
+    newest = connection.execute("SELECT max(id) FROM samples").fetchone()[0]
+    return 1 + max(found[0] if found else 0, newest or 0)
 
 
 def _check_label(label: int | None) -> None:
@@ -245,25 +338,11 @@ def _check_label(label: int | None) -> None:
         raise DataError(f"no label {label!r}", hint=f"a class number, 0 to {MAX_LABEL}")
 
 
-def _digest(data: bytes, dtype: str, shape: str, label: int | None, split: str) -> bytes:
-    state = hashlib.sha256(f"{dtype}\0{shape}\0{label}\0{split}\0".encode())
-    state.update(data)
-    return state.digest()
-
-
-def _is_intact(row: Any, shape: str, split: str) -> bool:
-    data, label, digest, dtype = row[:4]
-    return (
-        isinstance(data, bytes) and dtype in _DTYPES and _digest(data, dtype, shape, label, split) == digest
-    )
-
-
-def _join(rows: list[Any], axes: tuple[int, ...]) -> Floats:
-    """One copy: the blobs in a row, read as one array (two when both precisions are on disk)."""
-    if not rows:
-        return np.zeros((0, *axes), dtype=np.float32)
-    if len({row[3] for row in rows}) == 1:
-        joined = np.frombuffer(bytearray().join(row[0] for row in rows), dtype=_DTYPES[rows[0][3]])
+def _join(rows: list[_Opened], axes: tuple[int, ...]) -> Floats:
+    """One copy: the windows in a row, read as one array (two when both precisions are on disk)."""
+    dtypes = {columns[4] for columns, _, _, _ in rows}
+    if len(dtypes) == 1:
+        joined = np.frombuffer(bytearray().join(row[2] for row in rows), dtype=_DTYPES[dtypes.pop()])
         return np.ascontiguousarray(joined, dtype=np.float32).reshape(len(rows), *axes)
-    arrays = [np.frombuffer(row[0], dtype=_DTYPES[row[3]]).astype(np.float32) for row in rows]
+    arrays = [np.frombuffer(row[2], dtype=_DTYPES[row[0][4]]).astype(np.float32) for row in rows]
     return np.stack(arrays).reshape(len(rows), *axes)

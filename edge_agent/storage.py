@@ -20,21 +20,25 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from edge_agent.at_rest import KEY_ID_CHARACTERS, Vault, open_vault
+from edge_agent.conversion import seal_plain_database
 from edge_agent.disk import write_durably
 from edge_agent.quarantine import Quarantine
 from edge_agent.salvage import lenient_text, salvage
+from edge_agent.schema import FORMAT_VERSION, PAGE_BYTES, create, is_ours, version_of
 from process.clock import Clock, SystemClock
+from process.logs import get_logger
 from wire.errors import StorageError
+
+_log = get_logger("edge_agent.storage")
 
 DATABASE_NAME: Final = "agent.db"
 MEMORY: Final = ":memory:"
-FORMAT_VERSION: Final = 2
 DEFAULT_MAX_BYTES: Final = 256 * 1024 * 1024
 _FORMAT_NAME: Final = "FORMAT"
 _FORMAT: Final = "shoal-edge 1"
 _EPOCH_NAME: Final = "EPOCH"
 _MAX_EPOCH: Final = 2**53
-_PAGE_BYTES: Final = 4096
 # A simulated fleet holds a thousand databases in one process: small pages, and one costs 98 kB, not 140.
 _MEMORY_PAGE_BYTES: Final = 1024
 # SQLite would keep 2 MiB of pages for good; samples are read once a round, and the system has the pages too.
@@ -42,37 +46,7 @@ _CACHE_KIB: Final = 256
 _WAL_LIMIT_BYTES: Final = 4 * 1024 * 1024
 _SQLITE_SUFFIXES: Final = ("", "-wal", "-shm")
 _DAMAGED_SUFFIX: Final = ".damaged"
-_FROM_SQLITE: Final = {"CREATE TABLE sqlite_sequence(name,seq)"}
 _DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-
-_SCHEMA: Final = (
-    "CREATE TABLE format (version INTEGER NOT NULL)",
-    # epoch, reserved_seq, time_floor, at_rest_key_id, …
-    "CREATE TABLE facts (name TEXT PRIMARY KEY, value NOT NULL, sha256 BLOB NOT NULL) WITHOUT ROWID",
-    # The large columns stand last: SQLite walks through all pages of a blob to reach what is behind it.
-    """CREATE TABLE outbox (
-        row INTEGER PRIMARY KEY AUTOINCREMENT, update_id BLOB NOT NULL UNIQUE, order_id BLOB NOT NULL,
-        run TEXT NOT NULL, round_number INTEGER NOT NULL, kind TEXT NOT NULL CHECK (kind IN ('up', 'ev')),
-        state TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', created REAL NOT NULL, deadline REAL NOT NULL,
-        ended_at REAL NOT NULL DEFAULT 0, at_rest_key_id TEXT NOT NULL DEFAULT '', sha256 BLOB NOT NULL,
-        body BLOB NOT NULL)""",
-    # A change of a row writes all of it again: what comes later than the body lies beside it.
-    "CREATE TABLE sealings (row INTEGER PRIMARY KEY, transfer BLOB NOT NULL, sealed BLOB NOT NULL)",
-    "CREATE INDEX outbox_by_state ON outbox (state, row)",
-    "CREATE TABLE outbox_totals (state TEXT PRIMARY KEY, total INTEGER NOT NULL) WITHOUT ROWID",
-    """CREATE TABLE samples (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, split TEXT NOT NULL CHECK (split IN ('train', 'val')),
-        label INTEGER, created REAL NOT NULL, dtype TEXT NOT NULL, shape TEXT NOT NULL,
-        consent TEXT NOT NULL DEFAULT '', at_rest_key_id TEXT NOT NULL DEFAULT '', sha256 BLOB NOT NULL,
-        window BLOB NOT NULL)""",
-    "CREATE TABLE tombstones (id INTEGER PRIMARY KEY, forgotten_at REAL NOT NULL)",
-    """CREATE TABLE orders (
-        order_id BLOB PRIMARY KEY, kind TEXT NOT NULL, run TEXT NOT NULL, round_number INTEGER NOT NULL,
-        update_id BLOB, seen_at REAL NOT NULL)""",
-    """CREATE TABLE windows (
-        kind TEXT PRIMARY KEY, epoch INTEGER NOT NULL, highest INTEGER NOT NULL, bitmap INTEGER NOT NULL
-        ) WITHOUT ROWID""",
-)
 
 
 Connect = Callable[..., sqlite3.Connection]
@@ -86,12 +60,17 @@ class _DamagedError(sqlite3.DatabaseError):
 
 
 class Database:
-    """One device's database. Made by `open_database`; safe to use from several threads."""
+    """One device's database. Made by `open_database`; safe to use from several threads.
+
+    Attributes:
+        vault: what its rows are sealed with.
+    """
 
     def __init__(
         self,
         path: Path | None,
         quarantine: Quarantine,
+        vault: Vault,
         *,
         max_bytes: int,
         clock: Clock,
@@ -100,6 +79,7 @@ class Database:
         self.path = path
         self._connect = connect
         self.quarantine = quarantine
+        self.vault = vault
         self.recovered_total = 0
         self._max_bytes = max_bytes
         self._clock = clock
@@ -176,6 +156,22 @@ class Database:
             connection.execute(
                 "INSERT OR REPLACE INTO facts VALUES (?, ?, ?)", (name, value, _fact_digest(name, value))
             )
+
+    def secret_fact(self, name: str) -> bytes | None:
+        """What `set_secret_fact` kept; None when it is not there, is damaged, or its key is gone."""
+        kept = self.fact(name)
+        if not isinstance(kept, bytes):
+            return None
+        key, sealed = kept[:KEY_ID_CHARACTERS].decode("ascii", "replace"), kept[KEY_ID_CHARACTERS:]
+        try:
+            return self.vault.open("facts", key, name.encode(), sealed)
+        except StorageError:
+            return None
+
+    def set_secret_fact(self, name: str, value: bytes) -> None:
+        """Writes a named value that says something about the device's data: sealed. Raises like `transaction`."""
+        key, sealed = self.vault.seal("facts", name.encode(), value)
+        self.set_fact(name, key.encode("ascii") + sealed)
 
     def reserve_numbers(self, count: int) -> tuple[int, int]:
         """Takes `count` numbers of this epoch out of use, on disk; returns (epoch, the first of them).
@@ -277,7 +273,7 @@ class Database:
         )
         connection.text_factory = lenient_text
         try:
-            page_bytes = _MEMORY_PAGE_BYTES if self.path is None else _PAGE_BYTES
+            page_bytes = _MEMORY_PAGE_BYTES if self.path is None else PAGE_BYTES
             connection.execute(f"PRAGMA page_size = {page_bytes}")
             connection.execute(f"PRAGMA max_page_count = {max(64, self._max_bytes // page_bytes)}")
             if self.path is not None:
@@ -295,23 +291,17 @@ class Database:
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         if not connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
-            self._create(connection)
-        (version,) = connection.execute("SELECT max(version) FROM format").fetchone() or (None,)
+            connection.execute("BEGIN IMMEDIATE")
+            create(connection)
+            connection.execute("COMMIT")
+        version = version_of(connection)
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise StorageError(
                 f"{self.path} has format {version}, this agent reads up to {FORMAT_VERSION}",
                 hint="update the agent, or move the file away to start with an empty one",
             )
-        made = [row[0] for row in connection.execute("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL")]
-        if version != FORMAT_VERSION or set(made) - _FROM_SQLITE != set(_SCHEMA):
+        if version != FORMAT_VERSION or not is_ours(connection):
             raise _DamagedError("the schema is not ours")
-
-    def _create(self, connection: sqlite3.Connection) -> None:
-        connection.execute("BEGIN IMMEDIATE")
-        for statement in _SCHEMA:
-            connection.execute(statement)
-        connection.execute("INSERT INTO format VALUES (?)", (FORMAT_VERSION,))
-        connection.execute("COMMIT")
 
     def _settle_epoch(self) -> None:
         """The epoch of this database; a new one if it is fresh, damaged, or older than the last used."""
@@ -352,30 +342,42 @@ def open_database(
     max_bytes: int = DEFAULT_MAX_BYTES,
     clock: Clock | None = None,
     connect: Connect = sqlite3.connect,
+    vault: Vault | None = None,
 ) -> Database:
     """Opens (or makes) `agent.db` in a device's state folder.
 
     Args:
         folder: the state folder, or `":memory:"` for a simulated device.
         max_bytes: cap of the file; above it, writes raise `StorageError` with `full=True`.
-        clock: gives a fresh database its epoch.
+        clock: gives a fresh database its epoch, and keys their day.
         connect: makes SQLite's connections.
+        vault: what rows are sealed with; None takes keys in files of the state folder, or, in memory, keys that
+            end with this database (who opens one again gives it the vault that it had).
 
     Raises:
-        StorageError: the folder cannot be written, or the file was made by a newer agent. A damaged file
-            raises nothing: it is in `quarantine/`, and `recovered_total` of the fresh database is 1.
+        StorageError: the folder cannot be written, the keys cannot be read now, or the file was made by a newer
+            agent. A damaged file raises nothing: it is in `quarantine/`, and `recovered_total` of the fresh
+            database is 1. Nor do keys that are lost: what they sealed is found unreadable row by row.
     """
     clock = clock or SystemClock()
     if str(folder) == MEMORY:
-        return Database(None, Quarantine(None), max_bytes=max_bytes, clock=clock)
+        vault = vault or open_vault(None, clock)
+        return Database(None, Quarantine(None), vault, max_bytes=max_bytes, clock=clock, connect=connect)
     root = Path(folder)
     try:
+        # One that is there stays as its operator made it.
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise StorageError(f"cannot make the state folder {root}: {error.strerror}") from error
     _claim_folder(root)
-    path, quarantine = root / DATABASE_NAME, Quarantine(root / "quarantine")
-    return Database(path, quarantine, max_bytes=max_bytes, clock=clock, connect=connect)
+    vault = vault or open_vault(root, clock)
+    if vault.damage:
+        _log.error("at_rest_keys_lost", reason=vault.damage)
+    quarantine = Quarantine(root / "quarantine", vault=vault)
+    path = root / DATABASE_NAME
+    seal_plain_database(path, vault)
+    quarantine.seal_plain()
+    return Database(path, quarantine, vault, max_bytes=max_bytes, clock=clock, connect=connect)
 
 
 def _claim_folder(root: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.samples import UNLABELLED, SampleStore
+from edge_agent.samples import ROW_BYTES, UNLABELLED, SampleStore
 from edge_agent.storage import MEMORY, Database, open_database
 from wire.errors import DataError, StorageError
 
@@ -82,7 +82,7 @@ def test_forgotten_sample_leaves_a_tombstone_and_no_bytes(
 
 @pytest.mark.parametrize("labels", [(1, 2, 3, 4), (None, None, None, None)])
 def test_full_store_drops_the_oldest(database: Database, labels: tuple[int | None, ...]) -> None:
-    store = SampleStore(database, max_bytes=3 * (24 + 96))
+    store = SampleStore(database, max_bytes=3 * (24 + ROW_BYTES))
     for number, label in enumerate(labels):
         store.add(window(number), label, float(number))
     x, _ = store.windows("train")
@@ -91,7 +91,7 @@ def test_full_store_drops_the_oldest(database: Database, labels: tuple[int | Non
 
 
 def test_cap_holds_after_a_restart(tmp_path: Path, database: Database) -> None:
-    cap = 100 * (2400 + 96)
+    cap = 100 * (2400 + ROW_BYTES)
     store = SampleStore(database, max_bytes=cap)
     for number in range(250):
         store.add(window(number, (6, 100)), 1, float(number))
@@ -180,7 +180,7 @@ def test_half_precision_takes_half_the_space(database: Database) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["label = 5", "split = 'val'", "window = zeroblob(24)", "window = 3", "dtype = 'x'"]
+    "damage", ["labelled = 0", "split = 'val'", "window = zeroblob(24)", "window = 3", "dtype = 'x'"]
 )
 def test_damaged_row_is_dropped_and_counted(database: Database, store: SampleStore, damage: str) -> None:
     for value in (1, 2, 3):
@@ -189,6 +189,7 @@ def test_damaged_row_is_dropped_and_counted(database: Database, store: SampleSto
         connection.execute(f"UPDATE samples SET {damage} WHERE id = 2")
     found = store.labelled("train")[1].tolist() + store.labelled("val")[1].tolist()
     assert found == [1, 3]
+    store.windows("train")
     assert store.damaged_total == 1
     assert store.counts()["samples"] == 2
 
