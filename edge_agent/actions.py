@@ -29,8 +29,8 @@ class PublishJoin:
 
 
 @dataclass(frozen=True, slots=True)
-class PublishMaskKeys:
-    """Say the keys for an order of a masked round."""
+class BeginMasking:
+    """Draw the secrets for an order of a round under masks, and say the keys, if it wants any."""
 
     order: Order
 
@@ -136,6 +136,11 @@ class Sweep:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckHealth:
+    """Look at the device's health, and do what the remedies want."""
+
+
+@dataclass(frozen=True, slots=True)
 class ConfirmRelease:
     """The watch window ended well: the current slot becomes the last good one."""
 
@@ -150,7 +155,7 @@ class RollBack:
 Action = (
     PublishBirth
     | PublishJoin
-    | PublishMaskKeys
+    | BeginMasking
     | AnswerMasking
     | MaskUpdate
     | LeaveMasking
@@ -165,6 +170,7 @@ Action = (
     | SendUpdate
     | EndUpdate
     | Sweep
+    | CheckHealth
     | ConfirmRelease
     | RollBack
 )

@@ -1,7 +1,8 @@
 """`shoal-edge check`: everything that a device needs, looked at one by one, with what to do about it.
 
-Laws of the file: a check changes nothing that a running agent uses; one that fails does not keep the others
-from running; a person reads the hints.
+The judging is that of a running agent (`checks/`); here the facts are gathered from outside of it: by connecting, by
+reading, and by the self-test of the model that would serve. Laws of the file: it changes nothing that a running agent
+uses; what fails does not keep the rest from being looked at.
 """
 
 from __future__ import annotations
@@ -9,106 +10,93 @@ from __future__ import annotations
 import email.utils
 import http.client
 import os
-import shutil
 import socket
 import ssl
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
+from edge_agent import checks
 from edge_agent import identity as identity_files
+from edge_agent.checks.facts import Facts
 from edge_agent.device import broker_context
 from edge_agent.https import HttpsConnection, verified_context
 from edge_agent.identity import Identity
 from edge_agent.lock import is_locked
+from edge_agent.machine import free_bytes, hottest
+from edge_agent.remedies import prescribe
 from edge_agent.selftest import ChildSelfTest
 from edge_agent.settings import EdgeSettings
 from edge_agent.slots import Slots
 from edge_agent.status import read_status
 from process.clock import Clock
+from process.health import Finding, with_remedies
 from wire.errors import ShoalError, TransportError
-from wire.primitives import certificate_not_after
+from wire.primitives import certificate_validity
 
-Level = Literal["ok", "warn", "fail"]
-MIN_FREE_BYTES: Final = 64 * 2**20
 CONNECT_SECONDS: Final = 10.0
-CLOCK_SKEW_SECONDS: Final = 60.0
-EXPIRY_WARNING_SECONDS: Final = 2 * 86_400.0
-MAX_OWED: Final = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What one check found; `hint` says what to do, where there is something to do."""
-
-    name: str
-    level: Level
-    detail: str
-    hint: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def run_checks(folder: Path, settings: EdgeSettings, clock: Clock) -> Iterator[Finding]:
-    """Yields the findings one by one, in the order in which one would look."""
-    yield _guarded("disk", lambda: _disk(folder, settings))
+    """Yields the findings one by one, in the order in which one would look; a warning or failure says what an agent
+    that runs does about it."""
+    limits = settings.health
+    disk = _disk(folder)
+    yield _with_remedy(checks.disk.judge(disk, limits), disk, settings)
     try:
         identity = identity_files.load(folder)
     except ShoalError as error:
         yield Finding("identity", "fail", str(error), error.hint)
         return
     yield Finding("identity", "ok", f"{identity.device} of {identity.tenant}/{identity.fleet}")
-    yield _guarded("certificate", lambda: _certificate(identity, clock))
-    yield _guarded("aggregator", lambda: _aggregator(identity, clock))
-    yield _guarded("broker", lambda: _broker(identity))
-    yield _guarded("model", lambda: _model(folder, settings))
-    yield _guarded("agent", lambda: _agent(folder, clock))
+    answered, skew_seconds = _guarded("aggregator", lambda: _aggregator(identity, clock))
+    yield answered
+    status = read_status(folder) or {}
+    agent = _agent(folder, status)
+    facts = replace(
+        _of_status(disk, status) if agent.level == "ok" else disk,
+        skew_seconds=skew_seconds,
+        celsius=hottest(),
+        **_certificate(identity, clock),
+        **_broker(identity),
+        **_model(folder, settings, status),
+    )
+    for check in checks.CHECKS[1:]:
+        yield _with_remedy(check.judge(facts, limits), facts, settings)
+    yield agent
 
 
-def _guarded(name: str, look: Callable[[], Finding]) -> Finding:
+def _with_remedy(finding: Finding, facts: Facts, settings: EdgeSettings) -> Finding:
+    if finding.level == "ok" or settings.health.remedies != "on":
+        return finding
+    return with_remedies([finding], prescribe(facts, settings.health))[0]
+
+
+def _guarded(name: str, look: Callable[[], tuple[Finding, float | None]]) -> tuple[Finding, float | None]:
     try:
         return look()
     except ShoalError as error:
-        return Finding(name, "fail", str(error), error.hint)
+        return Finding(name, "fail", str(error), error.hint), None
     except OSError as error:
-        return Finding(name, "fail", error.strerror or str(error))
+        return Finding(name, "fail", error.strerror or str(error)), None
 
 
-def _disk(folder: Path, settings: EdgeSettings) -> Finding:
+def _disk(folder: Path) -> Facts:
     if not folder.is_dir():
-        return Finding("disk", "fail", f"there is no {folder}", identity_files.NOT_ENROLLED_HINT)
+        return Facts(disk_trouble=f"there is no {folder}")
     if not os.access(folder, os.W_OK):
-        return Finding(
-            "disk", "fail", f"{folder} cannot be written", "run as the agent's user, or change its owner"
-        )
-    free = shutil.disk_usage(folder).free
-    detail = f"{free // 2**20} MiB free at {folder}"
-    if free < MIN_FREE_BYTES:
-        return Finding("disk", "warn", detail, f"{MIN_FREE_BYTES // 2**20} MiB should be free for a release")
-    return Finding("disk", "ok", detail)
+        return Facts(disk_trouble=f"{folder} cannot be written")
+    return Facts(free_bytes=free_bytes(folder))
 
 
-def _certificate(identity: Identity, clock: Clock) -> Finding:
-    left = certificate_not_after(identity.certificate_pem) - clock.now()
-    if left <= 0:
-        return Finding(
-            "certificate",
-            "fail",
-            f"expired {-left / 86_400:.1f} days ago",
-            "start the agent: it renews by its update key, unless the device was away for too long",
-        )
-    detail = f"valid for {left / 86_400:.1f} days"
-    if left < EXPIRY_WARNING_SECONDS:
-        return Finding(
-            "certificate", "warn", detail, "it renews itself while the agent runs and reaches the aggregator"
-        )
-    return Finding("certificate", "ok", detail)
+def _certificate(identity: Identity, clock: Clock) -> dict[str, Any]:
+    begin, end = certificate_validity(identity.certificate_pem)
+    return {"certificate_seconds": end - clock.now(), "certificate_life_seconds": end - begin}
 
 
-def _aggregator(identity: Identity, clock: Clock) -> Finding:
-    """Reaches the port without client certificates, and compares clocks by the answer's `Date`."""
+def _aggregator(identity: Identity, clock: Clock) -> tuple[Finding, float | None]:
+    """Reaches the port without client certificates; with its answer's `Date`, how far this clock is off."""
     connection = HttpsConnection(
         identity.url_enrol, tls_name=identity.tls_name, context=verified_context(identity.ca_pem)
     )
@@ -122,70 +110,74 @@ def _aggregator(identity: Identity, clock: Clock) -> Finding:
     finally:
         connection.close()
     if response.status != http.client.OK:
-        return Finding(
-            "aggregator", "warn", f"{identity.url_enrol} answers {response.status}", "see its own status"
-        )
+        detail = f"{identity.url_enrol} answers {response.status}"
+        return Finding("aggregator", "warn", detail, "see its own status: shoal-cloud check"), None
+    answers = Finding("aggregator", "ok", f"{identity.url_enrol} answers")
     try:
-        skew = clock.now() - email.utils.parsedate_to_datetime(date).timestamp()
+        return answers, clock.now() - email.utils.parsedate_to_datetime(date).timestamp()
     except (ValueError, TypeError):
-        return Finding("aggregator", "ok", f"{identity.url_enrol} answers")
-    if abs(skew) > CLOCK_SKEW_SECONDS:
-        return Finding(
-            "aggregator",
-            "fail",
-            f"{identity.url_enrol} answers, but this clock is {skew:+.0f} seconds off",
-            "set the clock (NTP): messages and certificates expire by it",
-        )
-    return Finding("aggregator", "ok", f"{identity.url_enrol} answers, clocks agree within {abs(skew):.0f} s")
+        return answers, None
 
 
-def _broker(identity: Identity) -> Finding:
+def _broker(identity: Identity) -> dict[str, Any]:
     """Reaches the port, with TLS where it is spoken; an MQTT session would end the agent's own."""
-    address = (identity.mqtt_host, identity.mqtt_port)
     where = f"{identity.mqtt_host}:{identity.mqtt_port}"
-    hint = "is the broker running, and is its port open from here?"
     try:
+        address = (identity.mqtt_host, identity.mqtt_port)
         with socket.create_connection(address, CONNECT_SECONDS) as plain:
             if not identity.mqtt_tls:
-                return Finding("broker", "ok", f"{where} accepts connections")
+                return {"broker_detail": f"{where} accepts connections"}
             with broker_context(identity).wrap_socket(plain) as secured:
-                return Finding("broker", "ok", f"{where} accepts connections, {secured.version()}")
+                return {"broker_detail": f"{where} accepts connections, {secured.version()}"}
+    except ShoalError as error:
+        return {"broker_trouble": f"{where}: {error}"}
     except ssl.SSLError as error:
-        return Finding(
-            "broker", "fail", f"{where}: no TLS: {error.reason or error}", "wrong clock, or another broker"
-        )
+        return {
+            "broker_trouble": f"{where}: no TLS: {error.reason or error} (a wrong clock, or another broker)"
+        }
     except OSError as error:
-        return Finding("broker", "fail", f"{where}: {error.strerror or error}", hint)
+        return {"broker_trouble": f"{where}: {error.strerror or error}"}
 
 
-def _model(folder: Path, settings: EdgeSettings) -> Finding:
+def _model(folder: Path, settings: EdgeSettings, status: dict[str, Any]) -> dict[str, Any]:
     if is_locked(folder):
-        serving = (read_status(folder) or {}).get("release") or {}
-        return Finding("model", "ok", f"release {serving.get('version', 0)} serves in the running agent")
-    contents = Slots(folder).current() if (folder / "slots").is_dir() else None
-    if contents is None:
-        return Finding("model", "warn", "no release is installed yet", "it comes while the agent runs")
-    verdict = ChildSelfTest(
-        memory_bytes=settings.release.selftest_memory_bytes, timeout_seconds=settings.release.selftest_seconds
-    ).check(contents)
-    return Finding(
-        "model",
-        "ok",
-        f"release {contents.version} of {contents.manifest.model} gives its golden answers;"
+        serving = status.get("release") or {}
+        version = int(serving.get("version", 0))
+        return {"release_version": version, "model_detail": f"release {version} serves in the running agent"}
+    try:
+        contents = Slots(folder).current() if (folder / "slots").is_dir() else None
+        if contents is None:
+            return {"release_version": 0}
+        verdict = ChildSelfTest(
+            memory_bytes=settings.release.selftest_memory_bytes,
+            timeout_seconds=settings.release.selftest_seconds,
+        ).check(contents)
+    except ShoalError as error:
+        return {"model_trouble": str(error)}
+    return {
+        "release_version": contents.version,
+        "model_detail": f"release {contents.version} of {contents.manifest.model} gives its golden answers;"
         f" int8 {verdict.int8_seconds * 1e3:.2f} ms, float32 {verdict.float32_seconds * 1e3:.2f} ms a window",
+    }
+
+
+def _of_status(facts: Facts, status: dict[str, Any]) -> Facts:
+    """What a running agent wrote down of itself."""
+    outbox, told = status.get("outbox") or {}, status.get("metrics") or {}
+    return replace(
+        facts,
+        owed=int(outbox.get("open", 0)),
+        owed_bytes=int(told.get("shoal_edge_outbox_bytes", 0)),
     )
 
 
-def _agent(folder: Path, clock: Clock) -> Finding:
-    status = read_status(folder)
-    if status is None:
-        return Finding(
-            "agent", "warn", "no agent has run here yet", f"start it: shoal-edge run --state {folder}"
-        )
-    owed = int(status.get("outbox", {}).get("open", 0))
-    detail = (
-        f"{status.get('status')}, {'connected' if status.get('connected') else 'not connected'}, {owed} owed"
-    )
-    if owed > MAX_OWED:
-        return Finding("agent", "warn", detail, "updates wait for receipts: is the aggregator running?")
-    return Finding("agent", "ok", detail)
+def _agent(folder: Path, status: dict[str, Any]) -> Finding:
+    start = f"start it: shoal-edge run --state {folder}"
+    if not status:
+        return Finding("agent", "warn", "no agent has run here yet", start)
+    if not is_locked(folder):
+        return Finding("agent", "warn", "no agent runs here", start)
+    given = (status.get("health") or {}).get("remedies") or {}
+    did = ", ".join(f"{name} {count}" for name, count in sorted(given.items()))
+    detail = f"runs, {'connected' if status.get('connected') else 'not connected'}"
+    return Finding("agent", "ok", f"{detail}; remedies: {did}" if did else detail)

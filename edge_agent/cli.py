@@ -180,6 +180,11 @@ def _status(options: argparse.Namespace) -> int:
     else:
         for name, value in status.items():
             print(f"{name.replace('_', ' '):<{_TABLE_WIDTH}}{_text(value)}")
+    if status.get("is_too_old") is True:
+        from wire.agent_versions import TOO_OLD_HINT
+
+        print(f"this agent is older than {_text(status.get('least_agent_version'))}", file=sys.stderr)
+        print(f"hint: {TOO_OLD_HINT}", file=sys.stderr)
     return 0
 
 
@@ -202,17 +207,16 @@ def _text(value: Any) -> str:
 def _check(options: argparse.Namespace) -> int:
     from edge_agent.check import run_checks
     from process.clock import SystemClock
+    from process.health import exit_code
 
     findings = []
     for finding in run_checks(options.state, _settings(options), SystemClock()):
         findings.append(finding)
         if not options.json:
-            print(f"{finding.level:<5} {finding.name:<12} {finding.detail}")
-            if finding.hint and finding.level != "ok":
-                print(f"      {'':<12} hint: {finding.hint}")
+            print("\n".join(finding.lines()))
     if options.json:
         print(json.dumps([finding.as_dict() for finding in findings], indent=2))
-    return 1 if any(finding.level == "fail" for finding in findings) else 0
+    return exit_code(findings)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ class Timing:
         check_every: a release check without an announcement.
         announcement_spread: a fleet's devices start their downloads within this time.
         probation: how long a new release is watched before it becomes the last good one.
+        health_every: between two looks at the device's health; `watch_every` while a new release is watched.
     """
 
     ask_after: float = 2.0
@@ -45,6 +46,8 @@ class Timing:
     report_every: float = 300.0
     probation: float = 60.0
     sweep_every: float = 60.0
+    health_every: float = 60.0
+    watch_every: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,8 @@ class State:
     Attributes:
         salt: of this device, for its jitter.
         graphs_sha256: of the current release; empty without a model.
+        keys_version: of the metadata that lists the aggregator's keys, as of the newest check; 0: unknown.
+        is_distrusted: since the last connection one side did not take the other's certificate.
         check_at: next release check; infinity while one runs.
         probation_until: end of the watch over a new release; infinity when none is watched.
     """
@@ -106,17 +111,21 @@ class State:
     release_version: int = 0
     graphs_sha256: bytes = b""
     announced_version: int = 0
+    keys_version: int = 0
+    announced_keys: int = 0
+    is_distrusted: bool = False
     check_at: float = inf
     check_failures: int = 0
     probation_until: float = inf
     telemetry_at: float = inf
     report_at: float = inf
     sweep_at: float = inf
+    health_at: float = inf
 
 
 def wake_at(state: State) -> float:
     """When the next `Tick` is due; infinity when nothing waits for time."""
-    due = [state.sweep_at, state.probation_until]
+    due = [state.sweep_at, state.probation_until, state.health_at]
     due += [task.give_up_at for task in state.tasks if not task.running]
     due += [upload.give_up_at for upload in state.uploads]
     if state.phase == "idle":
@@ -186,3 +195,9 @@ def after(state: State, now: Moment, wait: float, spread: float) -> float:
 def backed_off(first: float, times: int, at_most: float) -> float:
     """The wait after `times` fruitless tries."""
     return float(min(first * 2.0 ** min(times, 32), at_most))
+
+
+def is_behind(state: State) -> bool:
+    """Whether something was announced that the newest check did not find."""
+    is_other = state.keys_version != 0 and state.announced_keys not in (0, state.keys_version)
+    return is_other or state.announced_version != state.release_version

@@ -36,7 +36,9 @@ class Connected:
 
 @dataclass(frozen=True, slots=True)
 class Disconnected:
-    """The connection to the broker is gone."""
+    """The connection to the broker is gone, or an attempt failed; `is_distrust` when for a certificate."""
+
+    is_distrust: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +56,13 @@ class OrderArrived:
     Attributes:
         refusal: why this device cannot do it, or empty.
         update_id: of the update that this order already led to, or empty.
+        is_news: it speaks of what only the next release check can explain.
     """
 
     order: Order
     refusal: str = ""
     update_id: bytes = b""
+    is_news: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +128,18 @@ class JobFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckWanted:
+    """A release check is wanted soon, which also renews the certificate."""
+
+
+@dataclass(frozen=True, slots=True)
 class ReleaseInstalled:
-    """A release check ended well. The version is the one before when there was nothing new."""
+    """A release check ended well. The version is the one before when there was nothing new; `keys_version` 0: nobody
+    said."""
 
     release_version: int
     graphs_sha256: bytes
+    keys_version: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +162,10 @@ class UpdateLost:
 
 @dataclass(frozen=True, slots=True)
 class AnnouncementArrived:
-    """A verified `md`."""
+    """A verified `md`; `keys_version` 0: it does not say which keys count."""
 
     release_version: int
+    keys_version: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +213,7 @@ Event = (
     | UpdateLost
     | AnnouncementArrived
     | KeysUnknown
+    | CheckWanted
     | ServedBadly
     | RolledBack
     | Tick

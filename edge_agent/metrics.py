@@ -11,14 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, get_args
 
+from edge_agent.checks import CHECKS
 from edge_agent.device_state import State
+from edge_agent.health import Health
 from edge_agent.outbox import END_STATES
 from edge_agent.parts import Parts
 from edge_agent.ports import JobKind
+from edge_agent.remedies import RATIONED, pause_training, roll_back
 from edge_agent.tally import LATENCY_SECONDS
 from process.metrics import Counter, Gauge, Histogram, Observed, Registry
 
 KINDS: Final[tuple[str, ...]] = get_args(JobKind)
+CHECK_NAMES: Final = tuple(check.NAME for check in CHECKS)
+REMEDY_NAMES: Final = tuple(sorted(remedy.NAME for remedy in (roll_back, pause_training, *RATIONED)))
 
 
 class EdgeMetrics:
@@ -146,6 +151,23 @@ class EdgeMetrics:
             "Free space on the disk of the state folder.",
             "Alarm below the size of a release: the device answers, but takes no new one.",
         )
+        self.health: Gauge = registry.gauge(
+            "shoal_edge_health",
+            "What each check found last: 0 ok, 1 a warning, 2 a failure.",
+            "Alarm at 2; `shoal-edge check` says what to do.",
+            {"check": CHECK_NAMES},
+        )
+        self.remedies: Counter = registry.counter(
+            "shoal_edge_remedies_total",
+            "What the agent did about findings by itself.",
+            "Growing: something comes back that the device cannot mend for good; the log says why.",
+            {"remedy": REMEDY_NAMES},
+        )
+
+    def read_health(self, health: Health) -> None:
+        """Lets what is known of the device's health be read; from any thread."""
+        self.health.read_from(health.levels)
+        self.remedies.read_from(lambda: {name: float(n) for name, n in dict(health.remedies_total).items()})
 
     def read_from(
         self, parts: Parts, state: Callable[[], State], refused: Callable[[], int], folder: Path

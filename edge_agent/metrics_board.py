@@ -13,6 +13,7 @@ from edge_agent.metrics import EdgeMetrics
 from edge_agent.settings import MetricsSettings
 from edge_agent.status import replace_file
 from process.clock import Clock
+from process.pulse import Pulse
 from process.vitals import register_vitals
 
 if TYPE_CHECKING:  # its HTTP server costs a device memory that most never need
@@ -26,14 +27,18 @@ class MetricsBoard:
 
     Args:
         folder: the state folder; the text file's name counts from there.
+        pulse: what the port tells whoever asks whether the agent lives.
     """
 
-    def __init__(self, metrics: EdgeMetrics, settings: MetricsSettings, folder: Path, clock: Clock) -> None:
+    def __init__(
+        self, metrics: EdgeMetrics, settings: MetricsSettings, folder: Path, clock: Clock, pulse: Pulse
+    ) -> None:
         register_vitals(metrics.registry, clock.now())
         self._registry = metrics.registry
         self._settings = settings
         self._file = folder / settings.file if settings.file else None
         self._clock = clock
+        self._pulse = pulse
         self._shown: dict[str, float] = {}
         self._due = 0.0
         self._port: MetricsPort | None = None
@@ -53,7 +58,7 @@ class MetricsBoard:
         if self._settings.listen and self._port is None:
             from process.metrics_port import MetricsPort
 
-            self._port = MetricsPort(self._registry, self._settings.listen)
+            self._port = MetricsPort(self._registry, self._settings.listen, self._pulse)
 
     def refresh(self, *, now: bool = False) -> dict[str, float]:
         """Every series and its value, not older than `REFRESH_SECONDS` (`now`: read this moment)."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from edge_agent.heads import Heads
+from edge_agent.helper_pin import HelperPin
 from edge_agent.identity import Identity
 from edge_agent.install import Installer
 from edge_agent.masked_rounds import MaskedRounds
@@ -44,6 +45,7 @@ class Parts:
     Attributes:
         boot_id: names this life of the process.
         sealed_to: the key that an update of this life was sealed to, by update id.
+        training_paused: why nothing is trained for now (`remedies/pause_training.py`), or empty.
         left_over: what a biased codec left out of an update that is not stored yet, by update id.
     """
 
@@ -62,6 +64,7 @@ class Parts:
     orders: Orders
     samples: SampleStore
     heads: Heads
+    helper: HelperPin
     masked: MaskedRounds
     boot_id: bytes
     max_packet_bytes: int = 131_072
@@ -71,6 +74,8 @@ class Parts:
     started_at: float = 0.0
     tally: Tally = field(default_factory=Tally)
     stopping: bool = False
+    training_paused: str = ""
+    least_agent: str = ""
     sealed_to: dict[bytes, bytes] = field(default_factory=dict)
     left_over: dict[bytes, ErrorFeedback] = field(default_factory=dict)
 
@@ -92,7 +97,9 @@ def assemble(
 ) -> Parts:
     """Joins the parts of one agent; the arguments are those of `Agent` and `Serving`."""
     floored = clock if isinstance(clock, FlooredClock) else FlooredClock(clock, database)
-    storage = settings.storage
+    storage, training = settings.storage, settings.training
+    speaker = _speaker(identity, database, floored)
+    helper = HelperPin(training.helper_key, database, tenant=identity.tenant, fleet=identity.fleet)
     return Parts(
         settings=settings,
         identity=identity,
@@ -103,7 +110,7 @@ def assemble(
         worker=worker,
         installer=Installer(releases, slots, selftest, engine, database, variant=settings.inference.variant),
         serving=Serving(floored, served_badly),
-        speaker=_speaker(identity, database, floored),
+        speaker=speaker,
         outgoing=Outgoing(transport),
         outbox=Outbox(database, max_bytes=storage.outbox_bytes),
         orders=Orders(database),
@@ -113,8 +120,15 @@ def assemble(
             retention_seconds=storage.retention_days * 86_400.0,
             precision=storage.precision,
         ),
-        heads=Heads(settings.training.max_head_bytes, slots.current),
-        masked=MaskedRounds(identity, random=rng.randbytes, min_members=settings.training.min_masked),
+        heads=Heads(training.max_head_bytes, slots.current),
+        helper=helper,
+        masked=MaskedRounds(
+            identity,
+            random=rng.randbytes,
+            min_members=training.min_masked,
+            helper=lambda: helper.key,
+            seal=speaker.seal_seed,
+        ),
         boot_id=rng.randbytes(16),
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from edge_agent.inputs.topic import TopicInput, parse_topic_url
 from edge_agent.settings import EdgeSettings
 from edge_agent.storage import Database
 from process.logs import get_logger
+from process.service_manager import ServiceManager
 from wire.errors import ConfigurationError, DataError
 
 _log = get_logger("edge_agent.running")
@@ -134,7 +136,7 @@ def run_agent(folder: Path, settings: EdgeSettings, sources: Sequence[str], *, o
         OSError: standard output cannot be written any more.
     """
     share_one_arena()
-    agent = Agent.from_folder(folder, settings)
+    agent = Agent.from_folder(folder, settings, service_manager=ServiceManager.of(os.environ))
     ended = threading.Event()
     interrupts: list[int] = []
 

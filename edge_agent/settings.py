@@ -14,6 +14,7 @@ from msgspec import Meta, Struct, field
 
 from edge_agent.device_state import Timing
 from edge_agent.learning import TrainPolicy
+from process.health import Mode
 from process.settings import load_settings
 
 TOKEN_VARIABLE = "SHOAL_ENROLL_TOKEN"
@@ -63,6 +64,14 @@ class TrainingSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     min_masked: Annotated[
         int, _option("Fewest devices of a masked round that this one takes part in.", ge=3, le=1024)
     ] = 3
+    helper_key: Annotated[
+        str,
+        _option(
+            "Public key (hex) of the helper that unmasks sums, from who runs it; with masked_only, rounds without this"
+            " helper are declined. Empty: the helper that the fleet's offline key names.",
+            pattern=r"^([0-9a-f]{64}|[0-9a-f]{2432})?\Z",
+        ),
+    ] = ""
     max_examples: Annotated[int, _option("Newest samples that one round trains on.", ge=1, le=10**7)] = 4096
     max_head_bytes: Annotated[
         int, _option("Largest checkpoint that the device gathers for a round.", ge=1024, le=256 * 2**20)
@@ -153,6 +162,35 @@ class NetworkSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = 600.0
 
 
+class HealthSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[health]`: when something is wrong, and what the agent does about it by itself."""
+
+    check_seconds: Annotated[float, _option("Seconds between two looks.", ge=1.0, le=86_400.0)] = 60.0
+    remedies: Annotated[
+        Mode,
+        _option(
+            "What is done about a finding: on (reconnect, trim, roll back, pause training, renew), dry_run (a line in"
+            " the log says what would be done), off."
+        ),
+    ] = "on"
+    remedy_seconds: Annotated[
+        float,
+        _option(
+            "Least seconds between two of a remedy; it doubles while it does not help.", ge=1.0, le=86_400.0
+        ),
+    ] = 600.0
+    min_free_bytes: Annotated[
+        int, _option("Free disk space below which it warns; below an eighth it fails.", ge=0, le=2**50)
+    ] = 64 * 2**20
+    max_celsius: Annotated[
+        float, _option("Temperature, in degrees Celsius, at which training is paused.", ge=0.0, le=500.0)
+    ] = 85.0
+    away_seconds: Annotated[
+        float, _option("Seconds without the broker that are a failure.", ge=1.0, le=31_622_400.0)
+    ] = 3600.0
+    max_owed: Annotated[int, _option("Updates without a receipt above which it warns.", ge=1, le=10**6)] = 64
+
+
 class MetricsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[metrics]`: for Prometheus. `shoal-edge status --json` shows the same numbers without either of them."""
 
@@ -167,7 +205,8 @@ class MetricsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     listen: Annotated[
         str,
         _option(
-            'Where GET /metrics answers, such as "127.0.0.1:9465": plain HTTP without a password; empty for nowhere.',
+            'Where GET /metrics, /healthz and /readyz answer, such as "127.0.0.1:9465": plain HTTP without a password;'
+            " empty for nowhere.",
             max_length=260,
         ),
     ] = ""
@@ -191,6 +230,7 @@ class EdgeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     release: ReleaseSettings = field(default_factory=ReleaseSettings)
     report: ReportSettings = field(default_factory=ReportSettings)
     network: NetworkSettings = field(default_factory=NetworkSettings)
+    health: HealthSettings = field(default_factory=HealthSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     log: LogSettings = field(default_factory=LogSettings)
 
@@ -205,6 +245,7 @@ class EdgeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             probation=self.release.probation_seconds,
             telemetry_every=self.report.telemetry_seconds,
             report_every=self.report.inference_seconds,
+            health_every=self.health.check_seconds,
         )
 
 

@@ -18,6 +18,7 @@ from edge_agent.parts import PROBATION_STARTS_FACT, Parts
 from edge_agent.ports import JobResult
 from edge_agent.release_files import SlotContents
 from process.logs import get_logger
+from process.version import VERSION
 from process.vitals import resident_bytes
 from wire.codec import ErrorFeedback
 from wire.errors import ModelError, ShoalError, StorageError
@@ -40,7 +41,6 @@ from wire.primitives import sha256
 
 _log = get_logger("edge_agent")
 
-AGENT_VERSION = "0.1.0"
 WIRE_VERSIONS = (1, 1)
 FEEDBACK_FACT = "error_feedback"
 _SLOTS = 3
@@ -51,15 +51,18 @@ class Shell:
 
     Args:
         post: queues an event for the state machine; from any thread.
+        check_health: looks at the device's health.
     """
 
-    def __init__(self, parts: Parts, post: Callable[[on.Event | JobResult], None]) -> None:
+    def __init__(
+        self, parts: Parts, post: Callable[[on.Event | JobResult], None], check_health: Callable[[], None]
+    ) -> None:
         self._parts = parts
         self._post = post
         self._perform: dict[type, Callable[[Any], None]] = {
             do.PublishBirth:     lambda _: self._say_birth(),
             do.PublishJoin:      self._say_join,
-            do.PublishMaskKeys:  self._say_mask_keys,
+            do.BeginMasking:     self._begin_masking,
             do.AnswerMasking:    self._answer_masking,
             do.MaskUpdate:       self._mask_update,
             do.LeaveMasking:     lambda action: parts.masked.drop(action.order_id),
@@ -74,6 +77,7 @@ class Shell:
             do.SendUpdate:       self._send,
             do.EndUpdate:        self._end,
             do.Sweep:            lambda _: self._sweep(),
+            do.CheckHealth:      lambda _: check_health(),
             do.ConfirmRelease:   lambda _: self._confirm(),
             do.RollBack:         self._roll_back,
         }  # fmt: skip
@@ -96,7 +100,7 @@ class Shell:
         return Birth(
             status=status,  # type: ignore[arg-type]
             boot_id=parts.boot_id,
-            agent_version=AGENT_VERSION,
+            agent_version=VERSION,
             wire_versions=WIRE_VERSIONS,
             machine=os.uname().machine[:64],
             cores=os.cpu_count() or 0,
@@ -120,12 +124,15 @@ class Shell:
 
     # --- masked rounds ----------------------------------------------------------------------------------
 
-    def _say_mask_keys(self, action: do.PublishMaskKeys) -> None:
+    def _begin_masking(self, action: do.BeginMasking) -> None:
         order = action.order
         try:
-            self._say_masking(order, self._parts.masked.begin(order))
+            keys = self._parts.masked.begin(order)
         except ShoalError as error:
             self._fail_masking(order.order_id, error)
+            return
+        if keys is not None:
+            self._say_masking(order, keys)
 
     def _answer_masking(self, action: do.AnswerMasking) -> None:
         masked, body = self._parts.masked, action.body
@@ -219,10 +226,12 @@ class Shell:
             return
         work = self._assignment(action.order, action.invitation)
         key = action.order.order_id
+
+        def must_stop() -> bool:
+            return parts.stopping or bool(parts.training_paused)
+
         if action.kind == "train":
-            parts.worker.submit(
-                "train", key, lambda: do_train(parts.engine, work, lambda: parts.stopping), self._post
-            )
+            parts.worker.submit("train", key, lambda: do_train(parts.engine, work, must_stop), self._post)
         else:
             parts.worker.submit("evaluate", key, lambda: do_evaluate(parts.engine, work), self._post)
 

@@ -24,6 +24,7 @@ from edge_agent.device_state import (
     after,
     backed_off,
     head_of,
+    is_behind,
     is_missed,
     is_ready,
     is_wanted,
@@ -76,6 +77,7 @@ def _started(state: State, event: on.Started, now: Moment) -> Outcome:
         report_at=after(state, now, timing.report_every, timing.report_every),
         sweep_at=now.elapsed + timing.sweep_every,
     )
+    state = replace(state, health_at=now.elapsed + _look_every(state))
     # What an order needs (its head, its configuration) did not survive; the cloud need not wait for its
     # deadline.
     declines = [
@@ -87,12 +89,17 @@ def _started(state: State, event: on.Started, now: Moment) -> Outcome:
 
 def _connected(state: State, event: on.Connected, now: Moment) -> Outcome:
     due = tuple(replace(upload, send_at=now.elapsed, sends=0) for upload in state.uploads)
-    state, sends = _send_due(replace(state, connected=True, uploads=due), now)
+    connected = replace(state, connected=True, is_distrusted=False, uploads=due)
+    state, sends = _send_due(connected, now)
     return state, [do.PublishBirth(), *sends]
 
 
 def _disconnected(state: State, event: on.Disconnected, now: Moment) -> Outcome:
-    return replace(state, connected=False), []
+    state = replace(state, connected=False)
+    if not event.is_distrust or state.is_distrusted:
+        return state, []
+    # Once, until there is a connection again: a check that fails is repeated by itself, ever less often.
+    return _check_soon(replace(state, is_distrusted=True), now), []
 
 
 def _invited(state: State, event: on.InvitationArrived, now: Moment) -> Outcome:
@@ -117,17 +124,18 @@ def _invited(state: State, event: on.InvitationArrived, now: Moment) -> Outcome:
 def _ordered(state: State, event: on.OrderArrived, now: Moment) -> Outcome:
     order = event.order
     if any(task.order.order_id == order.order_id for task in state.tasks):
-        return state, [_accept(order), *_mask_keys(order)]
+        return state, [_accept(order), *_masks(order)]
     if event.update_id:
         return _answer_again(state, order, event.update_id, now)
     reason = _why_not(state, event, now)
+    state = _check_soon(state, now) if event.is_news else state
     if reason:
         return state, [_decline(order, reason)]
     task = Task(order, on_elapsed(order.deadline, now))
     return replace(state, tasks=(*state.tasks, task)), [
         do.RememberOrder(order),
         _accept(order),
-        *_mask_keys(order),
+        *_masks(order),
     ]
 
 
@@ -217,18 +225,26 @@ def _installed(state: State, event: on.ReleaseInstalled, now: Moment) -> Outcome
     state, _ = _end_job(state, b"")
     timing = state.timing
     is_new = event.release_version != state.release_version
-    # What was announced while the check ran needs no second one, if this check found it.
-    asked_again = inf if event.release_version == state.announced_version else state.check_at
     state = replace(
         state,
         release_version=event.release_version,
         graphs_sha256=event.graphs_sha256,
+        keys_version=event.keys_version or state.keys_version,
+    )
+    # What was announced while the check ran needs no second one, if this check found it.
+    asked_again = state.check_at if is_behind(state) else inf
+    state = replace(
+        state,
         check_at=min(asked_again, after(state, now, timing.check_every, timing.check_every / 4)),
         check_failures=0,
         probation_until=now.elapsed + timing.probation if is_new else state.probation_until,
     )
+    state = replace(state, health_at=min(state.health_at, now.elapsed + _look_every(state)))
     state, gathers = _look_again(state, now)
-    return state, [do.PublishBirth(), *gathers] if is_new and state.connected else gathers
+    # What waits for a helper's key may have it now.
+    masks = [do.MaskUpdate(task.order.order_id) for task in state.tasks if task.trained and task.order.helped]
+    follow = [*gathers, *masks]
+    return state, [do.PublishBirth(), *follow] if is_new and state.connected else follow
 
 
 def _look_again(state: State, now: Moment) -> Outcome:
@@ -256,11 +272,15 @@ def _update_lost(state: State, event: on.UpdateLost, now: Moment) -> Outcome:
 
 
 def _announced(state: State, event: on.AnnouncementArrived, now: Moment) -> Outcome:
-    state = replace(state, announced_version=event.release_version)
-    return state if event.release_version == state.release_version else _check_soon(state, now), []
+    state = replace(state, announced_version=event.release_version, announced_keys=event.keys_version)
+    return _check_soon(state, now) if is_behind(state) else state, []
 
 
 def _keys_unknown(state: State, event: on.KeysUnknown, now: Moment) -> Outcome:
+    return _check_soon(state, now), []
+
+
+def _check_wanted(state: State, event: on.CheckWanted, now: Moment) -> Outcome:
     return _check_soon(state, now), []
 
 
@@ -277,7 +297,7 @@ def _rolled_back(state: State, event: on.RolledBack, now: Moment) -> Outcome:
 
 def _tick(state: State, event: on.Tick, now: Moment) -> Outcome:
     actions: list[do.Action] = []
-    for part in (_give_up, _sweep, _ask_due, _send_due, _report_due, _confirm_due):
+    for part in (_give_up, _sweep, _ask_due, _send_due, _report_due, _health_due, _confirm_due):
         state, more = part(state, now)
         actions += more
     return state, actions
@@ -301,6 +321,7 @@ _TABLE: dict[type, Callable[[State, Any, Moment], Outcome]] = {
     on.UpdateLost:          _update_lost,
     on.AnnouncementArrived: _announced,
     on.KeysUnknown:         _keys_unknown,
+    on.CheckWanted:         _check_wanted,
     on.ReleaseInstalled:    _installed,
     on.ServedBadly:         _served_badly,
     on.RolledBack:          _rolled_back,
@@ -374,6 +395,20 @@ def _report_due(state: State, now: Moment) -> Outcome:
     return state, actions
 
 
+def _health_due(state: State, now: Moment) -> Outcome:
+    if state.health_at > now.elapsed:
+        return state, []
+    return replace(state, health_at=now.elapsed + _look_every(state)), [do.CheckHealth()]
+
+
+def _look_every(state: State) -> float:
+    """A new release is looked at more often: it must be gone within seconds if it is bad."""
+    timing = state.timing
+    if state.probation_until == inf:
+        return timing.health_every
+    return min(timing.health_every, timing.watch_every)
+
+
 def _confirm_due(state: State, now: Moment) -> Outcome:
     if state.probation_until > now.elapsed:
         return state, []
@@ -438,8 +473,8 @@ def _accept(order: Order) -> do.PublishJoin:
     return do.PublishJoin(order.order_id, order.run, order.round_number, accepted=True)
 
 
-def _mask_keys(order: Order) -> list[do.Action]:
-    return [] if order.masking is None else [do.PublishMaskKeys(order)]
+def _masks(order: Order) -> list[do.Action]:
+    return [] if order.ring_terms is None else [do.BeginMasking(order)]
 
 
 def _decline(order: Order, reason: str) -> do.PublishJoin:

@@ -35,6 +35,7 @@ class Tally:
         self.jobs: Counter[tuple[str, ...]] = Counter()
         self.job_seconds: defaultdict[str, float] = defaultdict(float)
         self._job_began = 0.0
+        self._away_since: float | None = None
         self._lock = threading.Lock()
         self._latencies = [0] * (len(LATENCY_SECONDS) + 1)
         self._latency_sum = 0.0
@@ -50,10 +51,18 @@ class Tally:
         with self._lock:
             return list(self._latencies), self._latency_sum
 
+    def away_seconds(self, elapsed: float) -> float:
+        """How long there has been no connection; 0 while there is one."""
+        return 0.0 if self._away_since is None else max(0.0, elapsed - self._away_since)
+
     def stepped(
         self, event: on.Event, before: State, after: State, actions: Sequence[do.Action], elapsed: float
     ) -> None:
         """The state machine took an event."""
+        if after.connected:
+            self._away_since = None
+        elif self._away_since is None:
+            self._away_since = elapsed
         self.update_sends_total += sum(isinstance(action, do.SendUpdate) for action in actions)
         match event:
             case on.Connected():

@@ -1,4 +1,5 @@
-"""A port that answers `GET /metrics`, for Prometheus and for curl; nothing else is served and nothing is asked.
+"""A port that answers `GET /metrics`, for Prometheus and for curl, and `/healthz` and `/readyz`, for whoever restarts
+us; nothing else is served and nothing is asked.
 
 Laws of the file: plain HTTP without a password, so it listens where the operator said and nowhere by default; requests
 are answered one by one with a time limit for each, so that a slow reader costs no more than the next reading; what it
@@ -14,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any, Final
 
 from process.metrics import CONTENT_TYPE, Registry
+from process.pulse import Pulse
 from wire.errors import ConfigurationError, TransportError
 
 REQUEST_SECONDS: Final = 5.0
@@ -39,16 +41,17 @@ class MetricsPort:
 
     Args:
         listen: `host:port`; port 0 takes a free one, `port` tells which.
+        pulse: answers `/healthz` and `/readyz`, where given.
 
     Raises:
         ConfigurationError: (operator) not an address.
         TransportError: (operator) the address cannot be listened on.
     """
 
-    def __init__(self, registry: Registry, listen: str) -> None:
+    def __init__(self, registry: Registry, listen: str, pulse: Pulse | None = None) -> None:
         host, port = parse_listen(listen)
         try:
-            self._server = _Server((host, port), registry)
+            self._server = _Server((host, port), registry, pulse)
         except OSError as error:
             raise TransportError(
                 f"cannot listen on {listen}: {error.strerror or error}",
@@ -76,8 +79,9 @@ class MetricsPort:
 class _Server(HTTPServer):
     allow_reuse_address = True
 
-    def __init__(self, address: tuple[str, int], registry: Registry) -> None:
+    def __init__(self, address: tuple[str, int], registry: Registry, pulse: Pulse | None) -> None:
         self.registry = registry
+        self.pulse = pulse
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         super().__init__(address, _Handler)
@@ -95,12 +99,21 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_GET(self) -> None:
-        if self.path.partition("?")[0] != "/metrics":
+        path = self.path.partition("?")[0]
+        if path == "/metrics":
+            self._say(200, CONTENT_TYPE, self.server.registry.render())
+            return
+        probed = self.server.pulse.answer(path) if self.server.pulse is not None else None
+        if probed is None:
             self.send_error(404)
             return
-        body = self.server.registry.render().encode("utf-8")
-        self.send_response(200)
-        self.send_header("Content-Type", CONTENT_TYPE)
+        status, word = probed
+        self._say(status, "application/json", f'{{"status": "{word}"}}')
+
+    def _say(self, status: int, content_type: str, text: str) -> None:
+        body = text.encode("utf-8")
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

@@ -98,7 +98,9 @@ def test_metrics_of_a_release_that_does_not_come_count_failed_checks(lab: Lab, t
 
 
 def board_of(lab: Lab, folder: Path, **settings: str) -> MetricsBoard:
-    return MetricsBoard(metrics_of(lab, folder), MetricsSettings(**settings), folder, lab.time)
+    return MetricsBoard(
+        metrics_of(lab, folder), MetricsSettings(**settings), folder, lab.time, lab.agents[0].pulse
+    )
 
 
 def test_board_writes_a_text_file_and_refreshes_it_in_time(lab: Lab, tmp_path: Path) -> None:
@@ -137,6 +139,8 @@ def test_board_answers_on_the_port_that_was_asked_for(lab: Lab, tmp_path: Path) 
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{board.port}/metrics", timeout=30) as answer:
             assert b"\nshoal_edge_broker_connected 1\n" in answer.read()
+        with urllib.request.urlopen(f"http://127.0.0.1:{board.port}/healthz", timeout=30) as answer:
+            assert answer.read() == b'{"status": "ok"}'
         other = board_of(lab, tmp_path, listen=f"127.0.0.1:{board.port}")
         with pytest.raises(TransportError, match="cannot listen"):
             other.open()
