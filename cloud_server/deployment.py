@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cloud_server.agent_versions import check_least
 from cloud_server.artefacts import Artefacts
 from cloud_server.audit.notary import Notary, NotaryPolicy, list_key
 from cloud_server.audit.witness import open_witness
@@ -32,6 +31,7 @@ from cloud_server.release.tuf_signing import TufExpiry
 from cloud_server.settings import CloudSettings, load_cloud_settings
 from process.clock import Clock, SystemClock
 from process.options import render_toml
+from wire.agent_versions import check_least
 from wire.errors import ConfigurationError, StorageError
 from wire.primitives import write_private
 

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from cloud_server.agent_versions import is_new_enough
 from cloud_server.db import devices as table
 from cloud_server.db.audit import append_audit
 from cloud_server.db.devices import APPROVED, QUARANTINED, REVOKED, DeviceRow, PresenceRow
@@ -22,6 +21,7 @@ from cloud_server.db.engine import Connection, Database
 from cloud_server.strikes import is_probation_due, let_back
 from process.clock import Clock
 from process.logs import get_logger
+from wire.agent_versions import is_new_enough
 from wire.envelope import Signer
 from wire.errors import ConfigurationError, PeerError, TrustError
 from wire.messages import Birth
@@ -55,7 +55,7 @@ class Registry:
     """
 
     def __init__(self, database: Database, clock: Clock, *, min_agent_version: str = "") -> None:
-        self._min_agent_version = min_agent_version
+        self.min_agent_version = min_agent_version
         self._database = database
         self._clock = clock
         self._lock = threading.Lock()
@@ -112,7 +112,7 @@ class Registry:
 
     def present(self) -> Mapping[str, int]:
         """Device → node id, of the approved devices that are online and whose agent is new enough, by name."""
-        known, least = self._current(), self._min_agent_version
+        known, least = self._current(), self.min_agent_version
         with self._lock:
             online = {
                 device
@@ -153,9 +153,9 @@ class Registry:
             if before is not None and row.status != "online" and row.boot_id != before.boot_id:
                 return False
         self._keep_presence(row)
-        if row.status == "online" and not is_new_enough(row.agent_version, self._min_agent_version):
+        if row.status == "online" and not is_new_enough(row.agent_version, self.min_agent_version):
             _log.warning(
-                "agent_too_old", device=device, version=row.agent_version, least=self._min_agent_version
+                "agent_too_old", device=device, version=row.agent_version, least=self.min_agent_version
             )
         return (before is not None and before.status == "online") != (row.status == "online")
 

@@ -42,6 +42,7 @@ from wire.errors import EnrolmentError, MessageError, StorageError, TransportErr
 from wire.primitives import (
     SigningKey,
     certificate_fingerprint,
+    certificate_fingerprints,
     certificate_not_after,
     certificate_validity,
     generate_tls_key,
@@ -59,6 +60,7 @@ RENEW_AFTER_SHARE: Final = 2 / 3
 _DEVICE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _ATTEMPT: Final = ".enrolling-"
 _MAX_CA_BYTES: Final = 16_384
+_REFUSALS: Final = ("CERTIFICATE_EXPIRED", "UNKNOWN_CA")
 _CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 
 _HINTS: Final = {
@@ -213,11 +215,12 @@ def is_expired(identity: Identity, now: float) -> bool:
     return now >= certificate_not_after(identity.certificate_pem)
 
 
-def was_expired(error: TransportError) -> bool:
-    """Whether a connection failed because the other side saw our certificate expired: its clock decides."""
+def was_refused(error: TransportError) -> bool:
+    """Whether a connection failed because our certificate counts no more: the other side's clock saw it expired, or
+    its authority was replaced."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, ssl.SSLError) and "CERTIFICATE_EXPIRED" in (cause.reason or ""):
+        if isinstance(cause, ssl.SSLError) and any(each in (cause.reason or "") for each in _REFUSALS):
             return True
         cause = cause.__cause__
     return False
@@ -228,9 +231,9 @@ def _request_of(identity: Identity) -> str:
 
 
 def _take(identity: Identity, response: RenewResponse) -> Identity:
-    """Keeps a new certificate, once it is seen to be a later one of the same CA."""
+    """Keeps a new certificate, once it is seen to be a later one of a CA that we know."""
     certificate = response.certificate.encode()
-    if certificate_fingerprint(response.ca.encode()) != certificate_fingerprint(identity.ca_pem):
+    if certificate_fingerprint(response.ca.encode()) not in certificate_fingerprints(identity.ca_pem):
         raise EnrolmentError("the aggregator answered with another CA", hint="enrol this device anew")
     if certificate_not_after(certificate) < certificate_not_after(identity.certificate_pem):
         raise EnrolmentError("the aggregator answered with a certificate that ends earlier")

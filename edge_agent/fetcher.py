@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -75,6 +76,7 @@ class HttpsFetcher:
     """Bytes from the aggregator, with mutual TLS. Safe to use from several threads.
 
     Args:
+        url: another port than the one with mutual TLS. context: other TLS than the identity's.
         pause: waits that many seconds between attempts (0.5 s, doubled each time).
     """
 
@@ -82,13 +84,16 @@ class HttpsFetcher:
         self,
         identity: Identity,
         *,
+        url: str = "",
+        context: ssl.SSLContext | None = None,
         timeout_seconds: float = TIMEOUT_SECONDS,
         attempts: int = MAX_ATTEMPTS,
         pause: Callable[[float], None] = time.sleep,
         clock: Clock | None = None,
     ) -> None:
         self._identity = identity
-        self._context = identity_context(identity)
+        self._url = url or identity.url_api
+        self._context = context or identity_context(identity)
         self._timeout_seconds = timeout_seconds
         self._attempts = attempts
         self._pause = pause
@@ -164,7 +169,7 @@ class HttpsFetcher:
             with self._lock:
                 kept = self._idle.pop() if self._idle else None
             connection = kept or HttpsConnection(
-                self._identity.url_api,
+                self._url,
                 tls_name=self._identity.tls_name,
                 context=self._context,
                 timeout_seconds=self._timeout_seconds,
@@ -177,7 +182,7 @@ class HttpsFetcher:
                 # A kept connection may have been closed by the server meanwhile: that is no failure.
                 if kept is None:
                     raise TransportError(
-                        f"GET {self._identity.url_api}{path} failed: {error or type(error).__name__}"
+                        f"GET {self._url}{path} failed: {error or type(error).__name__}"
                     ) from error
 
     def _read(self, response: http.client.HTTPResponse, path: str) -> bytes:

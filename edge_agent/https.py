@@ -3,7 +3,7 @@
 Laws of the file: the machine's certificate store and its proxy settings are never asked; a connection is
 verified against the pinned CA and the server's TLS name, whatever address it goes to; every call has a
 time-out and a byte limit. The one exception, `unverified_context`, may fetch only what is checked by its
-hash.
+hash, or by TUF.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def identity_context(identity: Identity) -> ssl.SSLContext:
 
 
 def unverified_context() -> ssl.SSLContext:
-    """Checks nothing. Only for bytes whose hash is known beforehand: the CA certificate named by a token."""
+    """Checks nothing. Only for bytes that need no trust in who gives them: the CA certificate named by a token, and
+    signed metadata."""
     context = _context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE

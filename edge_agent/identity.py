@@ -21,7 +21,7 @@ from msgspec import Meta, Struct
 from edge_agent.disk import sync_folder, write_durably
 from wire.enrolment import DeviceId, EnrolResponse, OnlineKey, Url
 from wire.errors import ConfigurationError, EnrolmentError, StorageError
-from wire.primitives import SigningKey, read_private, write_private
+from wire.primitives import SigningKey, certificate_fingerprints, read_private, write_private
 
 FOLDER_NAME: Final = "identity"
 ENROLMENT: Final = "enrolment.json"
@@ -105,7 +105,7 @@ class Identity:
 
     @property
     def ca_path(self) -> Path:
-        """The CA certificate (PEM); raises like `tls_key_path`."""
+        """The certificates of the CAs that it trusts (PEM); raises like `tls_key_path`."""
         return self._path(CA)
 
     def _path(self, name: str) -> Path:
@@ -188,6 +188,18 @@ def refuse_second(folder: Path) -> None:
             f"{folder / FOLDER_NAME} holds an identity already",
             hint="use another state folder, or remove this one first",
         )
+
+
+def with_authorities(identity: Identity, pem: bytes) -> Identity:
+    """The same device with the authorities that it trusts from now on (PEM, one or more), on disk when it returns.
+
+    Raises:
+        TrustError: these are no certificates.
+        StorageError: the folder cannot be written.
+    """
+    certificate_fingerprints(pem)
+    write_durably(identity.ca_path, pem)
+    return replace(identity, ca_pem=pem)
 
 
 def with_certificate(identity: Identity, certificate_pem: bytes) -> Identity:

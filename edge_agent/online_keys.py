@@ -7,7 +7,7 @@ that was taken off the list must not come back with a restart). Source: docs/arc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Final
 
 import msgspec
@@ -36,15 +36,17 @@ class OnlineKeys:
     Attributes:
         kem: (key id of 8 bytes, algorithm, public key) to seal to, the preferred one first.
         orders: (key id, raw Ed25519 public key) that may sign messages downward.
+        version: of the signed metadata that lists them; 0 where nobody said.
     """
 
     tenant: str
     fleet: str
     kem: tuple[tuple[bytes, str, bytes], ...]
     orders: tuple[tuple[bytes, bytes], ...]
+    version: int = field(default=0, compare=False)
 
     @classmethod
-    def from_json(cls, data: bytes) -> OnlineKeys:
+    def from_json(cls, data: bytes, *, version: int = 0) -> OnlineKeys:
         """Reads `keys/online.json`, whose signature the caller has checked.
 
         Raises:
@@ -57,7 +59,8 @@ class OnlineKeys:
         for key in (*listed.kem, *listed.orders):
             if key_id(bytes.fromhex(key.public)).hex() != key.id:
                 raise ReleaseError(f"{ONLINE_KEYS} lists a key under another key's id", key_id=key.id)
-        return cls._listed(listed.tenant, listed.fleet, listed.kem, listed.orders)
+        found = cls._listed(listed.tenant, listed.fleet, listed.kem, listed.orders)
+        return replace(found, version=version)
 
     @classmethod
     def of_enrolment(cls, identity: Identity) -> OnlineKeys:

@@ -20,13 +20,14 @@ from edge_agent import identity as identity_files
 from edge_agent import tuf_client
 from edge_agent.child import ChildTimeoutError, run_child
 from edge_agent.fetcher import HttpsFetcher
+from edge_agent.https import unverified_context
 from edge_agent.identity import Identity
 from edge_agent.online_keys import OnlineKeys
 from edge_agent.release_source import Held, Known, Offer
 from process.clock import Clock, SystemClock
 from process.logs import get_logger
 from wire import errors
-from wire.errors import ReleaseError, ShoalError, TransportError
+from wire.errors import EnrolmentError, ReleaseError, ShoalError, TransportError, TrustError
 
 _log = get_logger("edge_agent.releases")
 
@@ -64,6 +65,7 @@ class Found(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     fetched_bytes: int
     signed_at: float
     expires: float
+    keys_version: int = 0
     helper: bytes = b""
     renewal_failure: str = ""
 
@@ -107,7 +109,7 @@ class ChildReleases:
             found = self._ask(msgspec.json.encode(request))
         finally:
             self._checked()
-        keys = OnlineKeys(found.tenant, found.fleet, found.kem, found.orders)
+        keys = OnlineKeys(found.tenant, found.fleet, found.kem, found.orders, found.keys_version)
         files = {name: Path(path) for name, path in found.files.items()}
         if not files:
             self.clear()
@@ -172,6 +174,9 @@ def check(folder: Path, now: float, request: Request, identity: Identity) -> Fou
     info = tuf_client.check(
         folder / STAGING_NAME, identity.tuf_root, fetcher, identity.ring, _FixedClock(now)
     )
+    authorities = tuf_client.newer_authorities(info.session, identity.ca_pem)
+    if authorities is not None:
+        identity_files.with_authorities(identity, authorities)
     files: dict[str, str] = {}
     if info.release_version not in (0, request.current_version):
         held = frozenset(request.held)
@@ -191,13 +196,14 @@ def check(folder: Path, now: float, request: Request, identity: Identity) -> Fou
         fetched_bytes=fetcher.fetched_bytes_total,
         signed_at=info.signed_at,
         expires=info.expires,
+        keys_version=info.keys.version,
         helper=info.helper,
     )
 
 
 def _renew_if_due(identity: Identity, now: float) -> str:
     """Returns why it failed, or nothing. It is tried again at the next check."""
-    from edge_agent.enrol import is_expired, renew, renew_late, renewal_is_due, was_expired
+    from edge_agent.enrol import is_expired, renew, renew_late, renewal_is_due, was_refused
 
     try:
         if is_expired(identity, now):
@@ -206,7 +212,7 @@ def _renew_if_due(identity: Identity, now: float) -> str:
             try:
                 renew(identity)
             except TransportError as error:
-                if not was_expired(error):
+                if not was_refused(error):
                     raise
                 renew_late(identity)
     except ShoalError as error:
@@ -214,17 +220,42 @@ def _renew_if_due(identity: Identity, now: float) -> str:
     return ""
 
 
-def _check_with_certificate(folder: Path, now: float, request: Request, identity: Identity) -> Found:
-    """`check`; where the aggregator sees our certificate expired, because our clock is behind, with the next one."""
-    from edge_agent.enrol import renew_late, was_expired
+def _check_with_trust(folder: Path, now: float, request: Request, identity: Identity) -> Found:
+    """`check`; with the authorities of now where the aggregator shows a certificate of one that we do not know, and
+    with the next certificate of our own where it takes ours no more (its authority was replaced, or our clock is
+    behind). Each at most once."""
+    from edge_agent.enrol import renew_late, was_refused
 
-    try:
-        return check(folder, now, request, identity)
-    except TransportError as error:
-        if not was_expired(error):
+    is_renewed = is_told = False
+    while True:
+        try:
+            return check(folder, now, request, identity)
+        except TransportError as error:
+            if is_renewed or not was_refused(error):
+                raise
+            identity, is_renewed = renew_late(identity), True
+        except (ReleaseError, EnrolmentError):
             raise
-    renew_late(identity)
-    return check(folder, now, request, identity)
+        except TrustError:  # not the server that we expect
+            if is_told:
+                raise
+            found = _ask_for_authorities(folder, now, identity)
+            if found is None:
+                raise
+            identity, is_told = found, True
+
+
+def _ask_for_authorities(folder: Path, now: float, identity: Identity) -> Identity | None:
+    """The device with the authorities of now; None when it knows them. Over a connection that proves nothing: the
+    answer is believed because TUF verifies it, which is what outlives a stolen authority."""
+    fetcher = HttpsFetcher(identity, url=identity.url_enrol, context=unverified_context())
+    try:
+        authorities = tuf_client.find_authorities(
+            folder / STAGING_NAME, identity.tuf_root, fetcher, _FixedClock(now), identity.ca_pem
+        )
+    finally:
+        fetcher.close()
+    return None if authorities is None else identity_files.with_authorities(identity, authorities)
 
 
 def _explained(error: ShoalError) -> str:
@@ -240,7 +271,7 @@ def main(arguments: Sequence[str]) -> int:
         request = msgspec.json.decode(sys.stdin.buffer.read(2**20), type=Request)
         identity = identity_files.load(folder)
         failure = _renew_if_due(identity, now)
-        result = _check_with_certificate(folder, now, request, identity)
+        result = _check_with_trust(folder, now, request, identity)
         code = 0
     except ShoalError as error:
         result = Failed(error=type(error).__name__, message=str(error)[:2000], hint=error.hint)

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 METADATA_PATH: Final = "/metadata"
 TARGETS_PATH: Final = "/targets"
+AUTHORITIES_PEM: Final = "keys/authorities.pem"
 MAX_SMALL_TARGET_BYTES: Final = 256 * 1024
 SIGNED_AT: Final = "shoal_signed_at"
 """The field of timestamp.json that says when it was signed (unix seconds)."""
@@ -104,6 +105,11 @@ class _Session:
         if isinstance(stated, int) and 0 <= stated <= expires:
             return float(stated), expires
         return 0.0, expires
+
+    def version_of(self, role: str) -> int:
+        """The version of a role whose metadata this session has verified."""
+        version: int = self.updater._trusted_set[role].version
+        return version
 
     def target(self, path: str) -> TargetFile | None:
         with _translated(path):
@@ -181,7 +187,7 @@ def check(folder: Path, root: bytes, fetcher: Fetcher, ring: str, clock: Clock) 
     listed = session.small_target(ONLINE_KEYS)
     if listed is None:
         raise ReleaseError(f"the signed metadata names no {ONLINE_KEYS}")
-    keys = OnlineKeys.from_json(listed)
+    keys = OnlineKeys.from_json(listed, version=session.version_of("keys"))
     helper = session.small_target(HELPER_JSON) or b""
     data = session.small_target(f"rings/{ring}.json")
     if data is None:
@@ -192,6 +198,30 @@ def check(folder: Path, root: bytes, fetcher: Fetcher, ring: str, clock: Clock) 
     return ReleaseInfo(
         ring, named.release_version, named.rollback, named.serial, keys, *session.signed, session, helper
     )
+
+
+def newer_authorities(session: _Session, known: bytes) -> bytes | None:
+    """The certificate authorities (PEM) that the fleet's metadata lists; None when these are the known ones, or it
+    lists none.
+
+    Raises:
+        ReleaseError: what is signed cannot be used.
+        TransportError: the repository cannot be reached.
+    """
+    info = session.target(AUTHORITIES_PEM)
+    if info is None or info.hashes["sha256"] == hashlib.sha256(known).hexdigest():
+        return None
+    return session.small_target(AUTHORITIES_PEM)
+
+
+def find_authorities(folder: Path, root: bytes, fetcher: Fetcher, clock: Clock, known: bytes) -> bytes | None:
+    """`newer_authorities` without a release check: for a device that trusts no server any more. Whoever `fetcher`
+    brings the metadata from, TUF decides; an old set of it is refused as in every check.
+
+    Args:
+        folder, root, clock: as for `check`.
+    """
+    return newer_authorities(_session(folder, root, fetcher, clock), known)
 
 
 def download(info: ReleaseInfo, *, held: Callable[[str], frozenset[str]]) -> dict[str, Path]:

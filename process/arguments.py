@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from process.version import VERSION
 from wire.errors import ConfigurationError
 
 MAX_NUMBER = 2**63 - 1
@@ -31,11 +32,12 @@ class CommandParser(argparse.ArgumentParser):
         raise ConfigurationError(message, hint=f"`{self.prog} --help` shows what it takes")
 
     def read(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """The options of a command line; whoever calls a command calls this.
+        """The options of a command line, which has `--version`; whoever calls a command calls this.
 
         Raises:
             ConfigurationError: (operator) an argument is missing, unknown, out of bounds or not UTF-8.
         """
+        self.add_argument("--version", action="version", version=f"{self.prog} {VERSION}")
         for argument in arguments:
             if not _is_text(argument):
                 raise ConfigurationError(

@@ -245,13 +245,17 @@ class Receipt(Body, frozen=True, kw_only=True):
 
 
 class Announcement(Body, frozen=True, kw_only=True):
-    """`md/{channel}`, retained: there is a release; `timestamp` is TUF's timestamp.json, so a device knows
-    at once."""
+    """`md/{channel}`, retained: there is a release; `timestamp` is TUF's timestamp.json, so a device knows at once.
+
+    `keys_version` is that of the signed metadata which lists the aggregator's keys: a device that knows another
+    looks at once. `min_agent_version` is the oldest agent that is asked for rounds; empty for any."""
 
     TYPE: ClassVar[str] = "md"
     channel: Id
     release_version: Count
     timestamp: Annotated[bytes, Meta(max_length=65_536)]
+    keys_version: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    min_agent_version: ShortText = ""
 
 
 class Need(Body, frozen=True, kw_only=True):

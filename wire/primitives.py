@@ -505,6 +505,22 @@ def certificate_fingerprint(pem: bytes) -> bytes:
     return sha256(_certificate(pem).public_bytes(serialization.Encoding.DER))
 
 
+def certificate_fingerprints(pem: bytes) -> frozenset[bytes]:
+    """SHA-256 of every certificate of a bundle, in DER.
+
+    Raises:
+        TrustError: no certificate, or not only certificates.
+    """
+    from cryptography import x509
+    from cryptography.hazmat.primitives import serialization
+
+    try:
+        found = x509.load_pem_x509_certificates(pem)
+    except ValueError as error:
+        raise TrustError("not certificates in PEM") from error
+    return frozenset(sha256(each.public_bytes(serialization.Encoding.DER)) for each in found)
+
+
 def certificate_not_after(pem: bytes) -> float:
     """When the certificate expires, in seconds since 1970.
 

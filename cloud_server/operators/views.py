@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cloud_server.agent_versions import is_new_enough
 from cloud_server.db.audit import load_audit, newest_entry
 from cloud_server.db.devices import DeviceRow, PresenceRow
 from cloud_server.db.engine import Connection
 from cloud_server.db.operators import OperatorRow
 from cloud_server.db.releases import ReleaseRow, load_releases, load_rollouts
 from cloud_server.deployment import Deployment
+from wire.agent_versions import is_new_enough
 
 
 def devices(deployment: Deployment) -> list[dict[str, Any]]:

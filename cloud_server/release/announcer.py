@@ -1,10 +1,13 @@
-"""Tells the fleet what was signed since it was told last: a release, a rollback, or the same anew before it expires.
+"""Tells the fleet what was signed since it was told last: a release, a rollback, keys that came or went, or the same
+anew before it expires.
 
 Law of the file: one rule, whoever signed (the gate, a command in another process, maintenance): the signed timestamp
 is another than the one that was announced. Source: docs/protocol.md, `md/{channel}`.
 """
 
 from __future__ import annotations
+
+from msgspec import structs
 
 from cloud_server.downlink import Downlink
 from cloud_server.release.publish import DEFAULT_RING, Publisher
@@ -19,15 +22,26 @@ CHECK_SECONDS = 1.0
 
 
 class Announcer:
-    """Announces one ring."""
+    """Announces one ring.
+
+    Args:
+        least_agent: the oldest agent that is asked for rounds, which older ones are told; empty for any.
+    """
 
     def __init__(
-        self, publisher: Publisher, downlink: Downlink, clock: Clock, ring: str = DEFAULT_RING
+        self,
+        publisher: Publisher,
+        downlink: Downlink,
+        clock: Clock,
+        ring: str = DEFAULT_RING,
+        *,
+        least_agent: str = "",
     ) -> None:
         self._publisher = publisher
         self._downlink = downlink
         self._clock = clock
         self._ring = ring
+        self._least_agent = least_agent
         self._announced = b""
         self._next_check = 0.0
         self.announced_total = 0
@@ -50,6 +64,6 @@ class Announcer:
             return
         announcement = self._publisher.announcement(self._ring)
         if announcement.release_version:
-            self._downlink.announce(announcement)
+            self._downlink.announce(structs.replace(announcement, min_agent_version=self._least_agent))
             self.announced_total += 1
         self._announced = announcement.timestamp

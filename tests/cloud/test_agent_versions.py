@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from cloud_server.agent_versions import check_least, is_new_enough
 from cloud_server.registry import Registry, add_device
 from tests.cloud.deployment import Deployment
+from wire.agent_versions import check_least, is_new_enough
 from wire.errors import ConfigurationError
 from wire.messages import Birth
 from wire.primitives import SigningKey

@@ -21,7 +21,7 @@ from edge_agent.enrol import (
     renew,
     renew_late,
     renewal_is_due,
-    was_expired,
+    was_refused,
 )
 from edge_agent.fetcher import HttpsFetcher
 from edge_agent.https import HttpsConnection, exchange, identity_context
@@ -436,10 +436,10 @@ def test_server_that_sees_our_certificate_expired_is_believed(tmp_path: Path, ag
         pytest.raises(TransportError) as caught,
     ):
         renew(replace(identity, url_api=url))
-    assert was_expired(caught.value)
+    assert was_refused(caught.value)
     with pytest.raises(TransportError) as nobody:
         renew(replace(identity, url_api="https://127.0.0.1:9"))
-    assert not was_expired(nobody.value)
+    assert not was_refused(nobody.value)
 
 
 def test_reason_of_a_server_that_was_gone_before_we_wrote_is_read(
@@ -457,7 +457,7 @@ def test_reason_of_a_server_that_was_gone_before_we_wrote_is_read(
         assert poll.poll(10_000)
         with pytest.raises(TransportError) as caught:
             exchange(connection, "POST", "/v1/renew", bytes(100_000), limit_bytes=1000)
-    assert was_expired(caught.value)
+    assert was_refused(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
+
+UNTRUSTED: Final = "certificate verify failed"
+REFUSED_IN_TLS: Final = "the other side refused us in TLS"
+"""How the reasons begin that speak of certificates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,11 @@ class Disconnected:
     """
 
     reason: str
+
+    @property
+    def is_distrust(self) -> bool:
+        """Whether one side does not take the other's certificate."""
+        return self.reason.startswith((UNTRUSTED, REFUSED_IN_TLS))
 
 
 @dataclass(frozen=True, slots=True)

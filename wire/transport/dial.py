@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from wire.transport import REFUSED_IN_TLS, UNTRUSTED
 from wire.transport.selector import SelectorLoop
 
 CONNECT_TIMEOUT_SECONDS = 15.0  # for name resolution, TCP and TLS together
@@ -259,12 +260,12 @@ class Dial:
 def describe(error: OSError | ValueError) -> str:
     """One line about a socket error, without its number."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"certificate verify failed: {error.verify_message}"
+        return f"{UNTRUSTED}: {error.verify_message}"
     if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
         return "the other side closed the TLS connection"
     if isinstance(error, ssl.SSLError) and error.reason and "_ALERT_" in error.reason:
         alert = error.reason.partition("_ALERT_")[2].lower().replace("_", " ")
-        return f"the other side refused us in TLS: {alert}"
+        return f"{REFUSED_IN_TLS}: {alert}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__

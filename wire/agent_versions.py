@@ -13,6 +13,7 @@ from wire.errors import ConfigurationError
 
 _NUMBERS: Final = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9}){0,3}")
 _PARTS: Final = 4
+TOO_OLD_HINT: Final = "update the agent: until then it answers and gets releases, but is not asked for rounds"
 
 
 def read_version(text: str) -> tuple[int, ...]:
