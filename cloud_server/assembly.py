@@ -75,6 +75,12 @@ class RunConfig:
     strikes: StrikePolicy = field(default_factory=StrikePolicy)
 
 
+def _with_masks(policy: RoundPolicy, masking: MaskingRules | None) -> RoundPolicy:
+    if masking is None:
+        return policy
+    return replace(policy, secure=masking.policy, mask_seconds=masking.wait_seconds)
+
+
 @dataclass(frozen=True, slots=True)
 class Base:
     """What an aggregator stands on, whether or not a run is going on."""
@@ -159,7 +165,9 @@ def assemble(
         clock=base.clock,
         chunk_bytes=chunk_bytes,
     )
-    announcer = Announcer(base.publisher, downlink, base.clock, ring)
+    announcer = Announcer(
+        base.publisher, downlink, base.clock, ring, least_agent=base.registry.min_agent_version
+    )
     aggregator = Aggregator(
         topics=topics,
         transport=transport,
@@ -235,7 +243,7 @@ def make_run_parts(
     plan = RunPlan(
         run=config.run,
         manifest=manifest,
-        policy=replace(config.policy, is_masked=config.masking is not None),
+        policy=_with_masks(config.policy, config.masking),
         train=config.train,
         max_head_change=config.max_head_change,
         max_holdout_drop=config.max_holdout_drop,

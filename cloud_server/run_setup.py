@@ -26,7 +26,9 @@ from cloud_server.release.gate import GatePolicy
 from cloud_server.release.releaser import Holdout
 from cloud_server.rounds.runner import RoundRunner
 from cloud_server.rounds.state import RoundPolicy
-from cloud_server.secure.opening import check_setup, make_runner, masking_rules
+from cloud_server.secure.helper_client import AskedHelper
+from cloud_server.secure.opening import MaskingRules, check_setup, make_runner, masking_rules, open_helper
+from cloud_server.settings import SecureSettings
 from cloud_server.strikes import StrikePolicy
 from models.bundle import Bundle
 from wire.errors import BundleError, ConfigurationError
@@ -42,6 +44,7 @@ class PreparedRun:
     Attributes:
         trusted: for FLTrust's reference; None under every other strategy.
         app: drives the rounds instead of the strategy; None without one.
+        helper: of a run with two servers.
     """
 
     bundle: Bundle
@@ -51,6 +54,7 @@ class PreparedRun:
     trusted: Refinery | None
     app: ServerApp | None
     app_config: Mapping[str, Any]
+    helper: AskedHelper | None = None
 
 
 def prepare_run(deployment: Deployment, serverapp: str = "") -> PreparedRun | None:
@@ -76,6 +80,7 @@ def prepare_run(deployment: Deployment, serverapp: str = "") -> PreparedRun | No
     strategy = build_strategy(config.strategy, config.strategy_parameters)
     is_private = config.privacy is not None
     check_setup(config.masking, strategy, has_app=app is not None, is_private=is_private)
+    helper = open_helper(deployment)
     is_trusting = needs_reference(strategy)
     choose_device(config.fold_device)
     if is_trusting:
@@ -92,7 +97,7 @@ def prepare_run(deployment: Deployment, serverapp: str = "") -> PreparedRun | No
             has_holdout=holdout is not None,
             has_app=app is not None,
         )
-    return PreparedRun(bundle, config, holdout, refinery, trusted, app, settings.parameters)
+    return PreparedRun(bundle, config, holdout, refinery, trusted, app, settings.parameters, helper)
 
 
 def open_run(
@@ -117,7 +122,9 @@ def open_run(
     )
     if prepared.app is None:
         rules = prepared.config.masking
-        runner = make_runner(plan, ports, rules, registry=base.registry, downlink=cloud.downlink)
+        runner = make_runner(
+            plan, ports, rules, registry=base.registry, downlink=cloud.downlink, helper=prepared.helper
+        )
         return runner, lambda: None
     return make_serverapp_runner(plan, ports, prepared.app, config=prepared.app_config, wake=wake)
 
@@ -190,7 +197,7 @@ def run_config(deployment: Deployment) -> RunConfig:
         fold_device=settings.compute.device,
         max_head_change=run.max_head_change,
         max_holdout_drop=run.max_holdout_drop,
-        masking=masking_rules(run.secure_aggregation, run.secure_dropout, run.secure_colluding),
+        masking=_masking(settings.secure),
         privacy=_private(deployment),
         norm_factor=settings.screening.norm_factor,
         strikes=StrikePolicy(
@@ -199,6 +206,10 @@ def run_config(deployment: Deployment) -> RunConfig:
             probation_seconds=settings.screening.probation_hours * 3600.0,
         ),
     )
+
+
+def _masking(secure: SecureSettings) -> MaskingRules | None:
+    return masking_rules(secure.policy, secure.dropout, secure.colluding, secure.wait_seconds)
 
 
 def _private(deployment: Deployment) -> PrivateRun | None:

@@ -169,20 +169,6 @@ class RunSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     evaluate_every: Annotated[
         int, _option("Evaluate and decide on a release after this many rounds; 0 for never.", ge=0, le=10**6)
     ] = 1
-    secure_aggregation: Annotated[
-        Literal["plain", "pairwise"],
-        _option(
-            "Whether the aggregator reads each update (plain) or, by masks that devices agree on, their sum only;"
-            " masked rounds have at least 3 devices, which weigh the same, and no screening of single updates."
-        ),
-    ] = "plain"
-    secure_dropout: Annotated[
-        float, _option("Share of a masked cohort that may vanish without failing the round.", ge=0.0, lt=0.5)
-    ] = 0.2
-    secure_colluding: Annotated[
-        float,
-        _option("Share of a masked cohort that may tell the aggregator all they know.", ge=0.0, lt=0.5),
-    ] = 0.1
     pause_seconds: Annotated[float, _option("Rest between rounds, in seconds.", ge=0.0, le=2_592_000.0)] = 0.0
     paused: Annotated[bool, _option("Begin paused: no round opens before `shoal-cloud round resume`.")] = (
         False
@@ -202,6 +188,48 @@ class RunSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             le=1e9,
         ),
     ] = 0.5
+
+
+class SecureSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[secure]`: who sees single updates (docs/how-to/secure-aggregation.md)."""
+
+    policy: Annotated[
+        Literal["plain", "pairwise", "two_server"],
+        _option(
+            "Whether the aggregator reads each update (plain) or their sum only: by masks that devices agree on"
+            " (pairwise), or that a helper of another party takes away (two_server). Rounds under masks have at least 3"
+            " devices, which weigh the same, and no screening of single updates."
+        ),
+    ] = "plain"
+    dropout: Annotated[
+        float,
+        _option("Pairwise: share of a cohort that may vanish without failing the round.", ge=0.0, lt=0.5),
+    ] = 0.2
+    colluding: Annotated[
+        float,
+        _option("Pairwise: share of a cohort that may tell the aggregator all they know.", ge=0.0, lt=0.5),
+    ] = 0.1
+    wait_seconds: Annotated[
+        float,
+        _option(
+            "Longest wait for each step of a round under masks beside its updates, and for the helper, in seconds.",
+            ge=1.0,
+            le=86_400.0,
+        ),
+    ] = 60.0
+    helper_url: Annotated[
+        str,
+        _option(
+            "Two servers: where the helper answers, such as https://helper.example:8446.", max_length=512
+        ),
+    ] = ""
+    helper_folder: Annotated[
+        str,
+        _option(
+            "Two servers: helper.json, ca.pem and token, from who runs the helper; relative to the state folder.",
+            max_length=1024,
+        ),
+    ] = "helper"
 
 
 class TrainSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -422,6 +450,7 @@ class CloudSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     enrolment: EnrolmentSettings = field(default_factory=EnrolmentSettings)
     tuf: TufSettings = field(default_factory=TufSettings)
     run: RunSettings = field(default_factory=RunSettings)
+    secure: SecureSettings = field(default_factory=SecureSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     screening: ScreeningSettings = field(default_factory=ScreeningSettings)
     gate: GateSettings = field(default_factory=GateSettings)

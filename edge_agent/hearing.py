@@ -18,6 +18,8 @@ from edge_agent.parts import PROBATION_STARTS_FACT, Parts
 from edge_agent.ports import JobResult
 from edge_agent.speaker import DownBody
 from process.logs import get_logger
+from process.version import VERSION
+from wire.agent_versions import TOO_OLD_HINT, is_new_enough
 from wire.errors import StorageError
 from wire.messages import (
     Announcement,
@@ -43,13 +45,23 @@ def event_of(body: DownBody, parts: Parts) -> on.Event | None:
         case Order():
             seen = parts.orders.find(body.order_id)
             update_id = (seen.update_id or b"") if seen is not None else b""
-            return on.OrderArrived(body, refusal_of(body, parts), update_id)
+            return on.OrderArrived(body, refusal_of(body, parts), update_id, _is_news(body, parts))
         case Receipt():
             return _receipt(body, parts)
         case Announcement():
-            return on.AnnouncementArrived(body.release_version)
+            _note_least_agent(body, parts)
+            return on.AnnouncementArrived(body.release_version, body.keys_version)
         case MaskRoster() | MaskInbox() | MaskQuestion():
             return on.MaskingHeard(body)
+
+
+def _note_least_agent(body: Announcement, parts: Parts) -> None:
+    """Says once that this agent is too old: the aggregator asks it for no rounds."""
+    if body.min_agent_version == parts.least_agent:
+        return
+    parts.least_agent = body.min_agent_version
+    if not is_new_enough(VERSION, parts.least_agent):
+        _log.warning("agent_too_old", version=VERSION, least=parts.least_agent, hint=TOO_OLD_HINT)
 
 
 def refusal_of(order: Order, parts: Parts) -> str:
@@ -62,12 +74,24 @@ def refusal_of(order: Order, parts: Parts) -> str:
         return "" if counts["val" if needs_labels else "samples"] else "no samples to evaluate on"
     if not training.enabled:
         return "training is switched off on this device"
-    if training.masked_only and order.masking is None:
+    if parts.training_paused:
+        return f"training is paused on this device: {parts.training_paused}"
+    if training.masked_only and order.ring_terms is None:
         return "this device sends its updates under masks only"
-    if order.masking is not None and order.masking.members < training.min_masked:
+    if training.masked_only and parts.helper.is_pinned and order.helped is None:
+        return "this device sends its updates under masks that its helper takes away only"
+    if order.ring_terms is not None and order.ring_terms.members < training.min_masked:
         return f"fewer than {training.min_masked} devices to hide among"
+    if _is_news(order, parts) and parts.helper.is_pinned:
+        return "another helper than the one that this device knows"
     there = counts["train" if needs_labels else "samples"]
     return "" if there >= training.min_samples else f"no {'labelled ' * needs_labels}samples"
+
+
+def _is_news(order: Order, parts: Parts) -> bool:
+    """Whether an order wants a helper that this device does not know, and the newest metadata might name."""
+    known = parts.helper.key
+    return order.helped is not None and (known is None or known.key_id != order.helped.helper_key_id)
 
 
 def _receipt(body: Receipt, parts: Parts) -> on.ReceiptArrived | None:
@@ -123,17 +147,20 @@ def _take_time(checked: Checked, parts: Parts) -> None:
 
 def _checked(checked: Checked, parts: Parts) -> on.Event:
     _take_keys(checked.keys, parts)
+    parts.helper.take(checked.helper)
     _take_time(checked, parts)
     parts.received_bytes_total += checked.fetched_bytes
     serving = parts.serving
     if checked.installed is None:
         current = serving.current
         return on.ReleaseInstalled(
-            current.release_version if current else 0, current.graphs_sha256 if current else b""
+            current.release_version if current else 0,
+            current.graphs_sha256 if current else b"",
+            checked.keys.version,
         )
     contents, model = checked.installed
     serving.swap(model, serving.current)
     _log.info("release_installed", version=model.release_version, variant=model.variant)
     parts.clock.raise_to(contents.release.created)
     parts.database.set_fact(PROBATION_STARTS_FACT, 0)
-    return on.ReleaseInstalled(model.release_version, model.graphs_sha256)
+    return on.ReleaseInstalled(model.release_version, model.graphs_sha256, checked.keys.version)

@@ -1,7 +1,7 @@
 """The device's part of a round that a helper unmasks: one mask, and its seed sealed to the helper.
 
 Laws of the file: the seed is fresh for every order, in memory only, and masks one vector; it is sealed to a key that
-this device did not get from the aggregator, and to nothing else; a round for another helper is not taken part in.
+this device did not get from the aggregator, and to nothing else; nothing is masked for a helper that it does not know.
 Source: docs/protocol.md, clause 15.
 """
 
@@ -28,12 +28,12 @@ class HelpedMasking:
 
     Args:
         order: the train order with its terms.
-        helper: the key that this device knows its helper by.
+        helper: the key that this device knows its helper by now; None while it knows none.
         random: gives that many unpredictable bytes.
         min_devices: the device takes part in no sum of fewer; the helper sees to it.
 
     Raises:
-        MessageError: (peer) the order names another helper, or terms that cannot be used.
+        MessageError: (peer) terms that cannot be used.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class HelpedMasking:
         *,
         tenant: str,
         fleet: str,
-        helper: KemPublicKey | None,
+        helper: Callable[[], KemPublicKey | None],
         random: Callable[[int], bytes],
         min_devices: int,
         seal: SealSeed,
@@ -50,17 +50,16 @@ class HelpedMasking:
         terms = order.helped
         if terms is None or order.masking is not None or order.kind != "train":
             raise MessageError("the order is not one of a round with a helper")
-        if helper is None or helper.key_id != terms.helper_key_id:
-            raise MessageError("the order names another helper than the one that this device knows")
         self.ring = ring_of(terms)
+        self._key_id = terms.helper_key_id
         self._order, self._helper, self._min_devices, self._seal = order, helper, min_devices, seal
         self._context = helped_context(tenant, fleet, order.run, order.round_number, terms)
         self._seed = random(SEED_BYTES)
 
     @property
     def is_ready(self) -> bool:
-        """Whether an update can be masked: once, at any time."""
-        return bool(self._seed)
+        """Whether an update can be masked: once, and as soon as the device knows the helper that the order names."""
+        return bool(self._seed) and self._known() is not None
 
     def mask(self, values: RingVector) -> tuple[RingVector, bytes]:
         """The update under its mask, and the mask's seed as only the helper can read it.
@@ -69,17 +68,22 @@ class HelpedMasking:
             values: of the ring, [P]; not changed.
 
         Raises:
-            MessageError: (us) a second time.
+            MessageError: (us) a second time, or before the helper is known.
             TrustError: nothing can be sealed to the helper's key.
         """
-        if not self._seed:
-            raise MessageError("a seed masks one update")
+        helper = self._known()
+        if not self._seed or helper is None:
+            raise MessageError("a seed masks one update, for a helper that is known")
         seed, self._seed = self._seed, b""
         body = MaskSeed(
             context=self._context, seed=seed, params_size=len(values), min_devices=self._min_devices
         )
         order = self._order
-        sealed = self._seal(body, self._helper, run=order.run, round_number=order.round_number)
+        sealed = self._seal(body, helper, run=order.run, round_number=order.round_number)
         masked = values.copy()
         add_mask(masked, helped_mask_key(self._context, seed))
         return masked, sealed
+
+    def _known(self) -> KemPublicKey | None:
+        helper = self._helper()
+        return helper if helper is not None and helper.key_id == self._key_id else None

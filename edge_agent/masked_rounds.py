@@ -91,7 +91,7 @@ class MaskedRounds:
         """The keys for an order, the same whenever they are asked for; None where a helper needs none of them.
 
         Raises:
-            MessageError: (peer) terms that would not hide anything, or another helper.
+            MessageError: (peer) terms that would not hide anything.
         """
         found = self._rounds.get(order.order_id)
         if found is None:
@@ -107,7 +107,7 @@ class MaskedRounds:
                 order,
                 tenant=identity.tenant,
                 fleet=identity.fleet,
-                helper=self._helper(),
+                helper=self._helper,
                 random=self._random,
                 min_devices=self._min_members,
                 seal=self._seal,

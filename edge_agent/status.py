@@ -12,6 +12,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from process.version import VERSION
+from wire.agent_versions import is_new_enough
+
 if TYPE_CHECKING:
     from edge_agent.device_state import State
     from edge_agent.parts import Parts
@@ -28,6 +31,10 @@ def status_of(parts: Parts, state: State, status: str) -> dict[str, Any]:
         "pid": os.getpid(),
         "time": parts.clock.now(),
         "device": parts.identity.device,
+        "agent_version": VERSION,
+        "least_agent_version": parts.least_agent,
+        "is_too_old": not is_new_enough(VERSION, parts.least_agent),
+        "update_key": parts.identity.update_key.public_bytes.hex(),
         "fleet": f"{parts.identity.tenant}/{parts.identity.fleet}",
         "broker": f"{parts.identity.mqtt_host}:{parts.identity.mqtt_port}",
         "connected": state.connected,

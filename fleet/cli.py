@@ -114,7 +114,7 @@ def _simulate(options: argparse.Namespace) -> int:
     scenario = with_attack(scenario, options.attack, options.attackers)
     # Said now, and not after a first model was trained for it.
     run = scenario.run
-    rules = masking_rules(run.secure_aggregation, run.secure_dropout, 0.0)
+    rules = masking_rules(scenario.secure.policy, scenario.secure.dropout, 0.0)
     is_private = scenario.privacy.mode != "none"
     check_setup(rules, build_strategy(run.strategy, run.parameters), has_app=False, is_private=is_private)
     with _folder(options.out):

@@ -74,16 +74,26 @@ class RunScenario(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         float, _option("Share of the devices that opens and closes a round.", gt=0.0, le=1.0)
     ] = 0.5
     deadline_seconds: Annotated[float, _option("Longest wait for updates.", gt=0.0, le=86_400.0)] = 120.0
-    secure_aggregation: Annotated[
-        Literal["plain", "pairwise"], _option("Whether updates come under masks (FedAvg and its like only).")
-    ] = "plain"
-    secure_dropout: Annotated[
-        float, _option("Share of a masked cohort that may vanish without failing the round.", ge=0.0, lt=0.5)
-    ] = 0.2
     evaluate_every: Annotated[int, _option("Rounds between evaluations; 0 for never.", ge=0, le=10**6)] = 5
     max_operator_drop: Annotated[
         float, _option("How much worse a candidate may be on the operator's data.", ge=0.0, le=1.0)
     ] = 0.5
+
+
+class SecureScenario(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[secure]`: whether updates come under masks (FedAvg and its like only)."""
+
+    policy: Annotated[
+        Literal["plain", "pairwise", "two_server"],
+        _option("Whether updates come without masks, under those of neighbours, or under those of a helper."),
+    ] = "plain"
+    dropout: Annotated[
+        float,
+        _option("Pairwise: share of a cohort that may vanish without failing the round.", ge=0.0, lt=0.5),
+    ] = 0.2
+    min_devices: Annotated[
+        int, _option("Two servers: fewest devices in a sum that the helper tells.", ge=3, le=16_384)
+    ] = 3
 
 
 class FaultScenario(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -115,6 +125,7 @@ class Scenario(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     data: DataScenario = field(default_factory=DataScenario)
     run: RunScenario = field(default_factory=RunScenario)
+    secure: SecureScenario = field(default_factory=SecureScenario)
     train: TrainSettings | None = None
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
     faults: FaultScenario = field(default_factory=FaultScenario)

@@ -64,6 +64,7 @@ def simulate(scenario: Scenario, *, devices: int, rounds: int, seed: int) -> Fle
             seed=seed,
             settings=_agent_settings(),
             cost=job_cost(scenario.faults, seed),
+            helper_devices=scenario.secure.min_devices,
             conspiracy=conspiracy,
             trusted=trusted_samples(federation, scenario) if scenario.run.strategy == "FLTrust" else None,
         )
@@ -95,7 +96,7 @@ def run_config(scenario: Scenario, *, devices: int, rounds: int, seed: int = 0) 
         ),
         train=train_settings(scenario).config(),
         gate=GatePolicy(max_operator_drop=run.max_operator_drop),
-        masking=masking_rules(run.secure_aggregation, run.secure_dropout, 0.0),
+        masking=masking_rules(scenario.secure.policy, scenario.secure.dropout, 0.0),
         privacy=private_run(scenario, seed),
     )
 
@@ -109,10 +110,10 @@ def conspiracy_of(scenario: Scenario, federation: Federation, task: TaskSpec, se
     attack = scenario.attack
     if attack.kind == "none" or attack.attackers == 0.0:
         return None
-    if scenario.run.secure_aggregation != "plain" and attack.kind not in POISONS:
+    if scenario.secure.policy != "plain" and attack.kind not in POISONS:
         raise ConfigurationError(
             f"{attack.kind} falsifies what is sent, which no attacker of ours can do under masks",
-            hint="attack the data (label_flip, backdoor), or leave run.secure_aggregation plain",
+            hint="attack the data (label_flip, backdoor), or leave secure.policy plain",
         )
     return Conspiracy(attack.kind, attack.attackers, federation.devices, task, seed=seed)
 
@@ -234,9 +235,7 @@ def report_of(
             "model": bundle.manifest.model,
             "data": federation.name,
             "strategy": scenario.run.strategy,
-            "codec": train_settings(scenario).codec
-            if scenario.run.secure_aggregation == "plain"
-            else "masked",
+            "codec": train_settings(scenario).codec if scenario.secure.policy == "plain" else "masked",
             "head": simulation.runner.head.sha256.hex(),
             **attacked,
             **privacy_facts(simulation),

@@ -33,11 +33,13 @@ from edge_agent.runtime import Runtime
 from edge_agent.selftest import InlineSelfTest
 from edge_agent.settings import EdgeSettings
 from fleet.attackers import Conspiracy
+from fleet.local_helper import LocalHelper, open_local_helper
 from fleet.simulated_device import FLEET, TENANT, Shared, device_key, make_agent, make_identity
 from fleet.virtual import VirtualTime
 from models.bundle import Bundle
 from models.data.federation import Federation, Floats, Labels, Split
 from wire.errors import RoundError
+from wire.helper import helper_json
 from wire.transport.memory import MemoryBroker, MemoryTransport
 
 KEPT_SESSIONS = 16
@@ -57,6 +59,7 @@ class Simulation:
         cost: virtual seconds of a job on a device, by the device's name.
         conspiracy: who of the devices attacks, and how; None where all are honest.
         trusted: for FLTrust.
+        helper_devices: fewest devices in a sum that the helper of a run with two servers tells.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Simulation:
         cost: Callable[[str, JobResult], float] = lambda device, result: 1.0,
         conspiracy: Conspiracy | None = None,
         trusted: Refinery | None = None,
+        helper_devices: int = 3,
     ) -> None:
         if config.policy.rounds < 1:
             raise RoundError("a simulated run needs a number of rounds", hint="set policy.rounds")
@@ -87,6 +91,9 @@ class Simulation:
         self._wake_heap: list[tuple[float, str]] = []
         self._wakes: dict[str, float] = {}
         self.base = self._open_base()
+        self.helper: LocalHelper | None = None
+        if config.masking is not None and config.masking.policy == "two_server":
+            self.helper = self._open_helper(helper_devices)
         self.cloud = self._open_cloud()
         self.runner = self._make_runner(config)
         self._staging = tempfile.TemporaryDirectory(prefix="shoal-simulation-")
@@ -132,6 +139,8 @@ class Simulation:
         """Ends every agent and frees what they share."""
         for agent in self.agents.values():
             agent.stop()
+        if self.helper is not None:
+            self.helper.store.close()
         self.base.database.close()
         self._staging.cleanup()
 
@@ -208,6 +217,15 @@ class Simulation:
         transport = MemoryTransport(self.broker, "aggregator", queue_packets=100_000)
         return assemble(self.base, transport, tenant=TENANT, fleet=FLEET)
 
+    def _open_helper(self, min_devices: int) -> LocalHelper:
+        """Whose roster is that of the simulated devices, and whose key they know from the signed metadata."""
+        keys = {device: device_key(self._seed, device).public_bytes for device in self.federation.devices}
+        helper = open_local_helper(
+            self._seed, keys, tenant=TENANT, fleet=FLEET, min_devices=min_devices, clock=self.time
+        )
+        self.base.repository.set_helper(helper_json(TENANT, FLEET, helper.key))
+        return helper
+
     def _make_runner(self, config: RunConfig) -> RoundRunner:
         operator = self.federation.operator
         holdout = Holdout(operator.val_x, operator.val_y)
@@ -215,7 +233,12 @@ class Simulation:
             self.base, self.cloud, self.bundle, config, holdout, trusted=self._trusted
         )
         runner = make_runner(
-            plan, ports, config.masking, registry=self.base.registry, downlink=self.cloud.downlink
+            plan,
+            ports,
+            config.masking,
+            registry=self.base.registry,
+            downlink=self.cloud.downlink,
+            helper=self.helper,
         )
         runner.resume(self.bundle.checkpoint(), self._seed)
         return runner

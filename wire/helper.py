@@ -35,6 +35,8 @@ from wire.primitives import KemPublicKey, hkdf, sha256
 SEED_BYTES: Final = 32
 MAX_QUESTION_BYTES: Final = 64 * 1024 * 1024
 MAX_REFUSAL_BYTES: Final = 2 * 1024 * 1024
+SUM_PATH: Final = "/v1/sum"
+CBOR: Final = "application/cbor"
 HELPER_JSON: Final = "helpers/helper.json"
 """The target that names the helper of a fleet. No delegated role may sign it: the offline targets key does."""
 

@@ -28,6 +28,7 @@ COMMANDS = {
     "round": "federated rounds",
     "release": "what the rings run",
     "privacy": "the privacy budget and its ledger",
+    "helper": "the second server of secure aggregation, for another party to run",
     "broker": "the files of a broker that you run yourself",
     "audit": "the books: whether they are whole, and what stands in them",
     "user": "people and scripts that may use the operators' interface",

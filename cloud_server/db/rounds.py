@@ -433,6 +433,13 @@ def end_updates(
     connection.execute(sa.update(updates).where(where & (updates.c.state == "stored")).values(**values))
 
 
+def discard_updates(connection: Connection, update_ids: Iterable[bytes], reason: str) -> None:
+    """Ends stored replies that cannot be folded, and drops their bytes."""
+    where = updates.c.update_id.in_([update_id.hex() for update_id in update_ids])
+    values = {"state": "discarded", "reason": reason, "body": None, "artefact_key": None}
+    connection.execute(sa.update(updates).where(where & (updates.c.state == "stored")).values(**values))
+
+
 def end_run_updates(connection: Connection, run: str, state: str) -> None:
     """Moves every stored reply of a run to its terminal state and drops its bytes."""
     values = {"state": state, "body": None, "artefact_key": None}

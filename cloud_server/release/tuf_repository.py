@@ -28,6 +28,7 @@ from cloud_server.release.tuf_set import SignedSet
 from cloud_server.release.tuf_signing import DELEGATED, TOP_LEVEL, RoleSigning, TufExpiry
 from process.clock import Clock
 from wire.errors import ConfigurationError, ReleaseError
+from wire.helper import HELPER_JSON
 from wire.manifest import RELEASE, Release
 
 ONLINE_JSON: Final = "keys/online.json"
@@ -122,6 +123,10 @@ class TufRepository:
         """`keys/audit.json`, as signed: the public keys of the audit chain; None where it was never set."""
         target = self._load().targets["keys"].targets.get(AUDIT_JSON)
         return None if target is None else self._required(f"targets/{_named_by_hash(target)}")
+
+    def keys_version(self) -> int:
+        """The version of the metadata that lists the online keys and the authorities: another one when those change."""
+        return self._load().targets["keys"].version
 
     def anchors(self) -> dict[str, Mapping[str, Any]]:
         """What was signed beside each ring's newest statement (`set_ring`), by the target's path."""
@@ -260,6 +265,16 @@ class TufRepository:
         """Publishes the certificate authorities that devices trust (PEM); the same bytes change nothing."""
         self._change(
             lambda current: self._add_files(current, "keys", {AUTHORITIES_PEM: pem}, is_replacing=True)
+        )
+
+    def set_helper(self, data: bytes) -> None:
+        """Names the fleet's helper, signed by the offline targets key: who has only online keys cannot name another.
+
+        Raises:
+            ConfigurationError: (operator) the targets key is away.
+        """
+        self._change(
+            lambda current: self._add_files(current, "targets", {HELPER_JSON: data}, is_replacing=True)
         )
 
     def outrun(self, floor: int) -> None:

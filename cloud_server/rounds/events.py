@@ -85,6 +85,13 @@ class MasksKnown:
 
 
 @dataclass(frozen=True, slots=True)
+class HelperAnswered:
+    """The helper told the sum of the masks (`reason` empty), or never will."""
+
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ReplyRefused:
     """A member's reply was refused; it gets no second one in this collection."""
 
@@ -138,6 +145,7 @@ Event = (
     | MaskAnswered
     | MaskPhaseOpened
     | MasksKnown
+    | HelperAnswered
     | FoldDone
     | EvaluationOpened
     | RunEnded
@@ -188,6 +196,12 @@ class CloseShares:
 @dataclass(frozen=True, slots=True)
 class AskForMasks:
     """Ask those whose masked updates are committed what unmasks their sum; answered by `MaskPhaseOpened`."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskHelper:
+    """Ask the helper for the sum of the masks of the committed updates; `HelperAnswered` comes when it comes. The same
+    question may be asked again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +260,7 @@ Action = (
     | CloseKeys
     | CloseShares
     | AskForMasks
+    | AskHelper
     | Fold
     | CommitFold
     | SendEvaluateOrders

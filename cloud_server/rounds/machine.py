@@ -10,6 +10,7 @@ docs/architecture.md (The aggregator).
 
     A masked round:  OPENING ─▶ KEYS ─▶ SHARES ─▶ TRAINING ─▶ UNMASKING ─▶ FOLDING; each of these phases ends as
     TRAINING does, and without a quorum fails the round.
+    One that a helper unmasks:  OPENING ─▶ TRAINING ─▶ ASKING ─▶ FOLDING; whatever becomes of the devices meanwhile.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from cloud_server.rounds.events import (
     Action,
     AskForMasks,
+    AskHelper,
     CloseCollection,
     CloseKeys,
     CloseShares,
@@ -34,6 +36,7 @@ from cloud_server.rounds.events import (
     FinishRun,
     Fold,
     FoldDone,
+    HelperAnswered,
     JoinArrived,
     MaskAnswered,
     MaskPhaseOpened,
@@ -64,6 +67,7 @@ from cloud_server.rounds.state import (
     Phase,
     RoundPolicy,
     RoundState,
+    SecurePolicy,
     Standing,
 )
 
@@ -109,12 +113,13 @@ def _try_open(state: RoundState, event: Any, now: float, policy: RoundPolicy) ->
 
 
 def _opened(state: RoundState, event: RoundOpened, now: float, policy: RoundPolicy) -> Step:
+    is_pairwise = policy.secure == "pairwise"
     state = replace(
         state,
-        phase=Phase.KEYS if policy.is_masked else Phase.TRAINING,
+        phase=Phase.KEYS if is_pairwise else Phase.TRAINING,
         round_number=state.round_number + 1,
         cohort=Collection.of(dict.fromkeys(event.devices, Standing.WAITING)),
-        deadline=min(event.deadline, now + policy.mask_seconds) if policy.is_masked else event.deadline,
+        deadline=min(event.deadline, now + policy.mask_seconds) if is_pairwise else event.deadline,
         resend_at=now + policy.resend_seconds,
     )
     return state, (SendOrders(event.devices),)
@@ -139,6 +144,24 @@ def _mask_phase_opened(state: RoundState, event: MaskPhaseOpened, now: float, po
 
 
 def _masks_known(state: RoundState, _event: MasksKnown, _now: float, _policy: RoundPolicy) -> Step:
+    return replace(_alone(state), phase=Phase.FOLDING), (Fold(),)
+
+
+def _asking_tick(state: RoundState, _event: Tick, now: float, policy: RoundPolicy) -> Step:
+    if now >= state.deadline:
+        return _fail(state, "the helper did not answer in time", now, policy)
+    if now < state.resend_at:
+        return state, ()
+    return replace(state, resend_at=now + policy.resend_seconds), (AskHelper(),)
+
+
+def _resume_asking(state: RoundState, _event: Resumed, now: float, policy: RoundPolicy) -> Step:
+    return _waiting_for_helper(state, now, policy), (AskHelper(),)
+
+
+def _helper_answered(state: RoundState, event: HelperAnswered, now: float, policy: RoundPolicy) -> Step:
+    if event.reason:
+        return _fail(state, event.reason, now, policy)
     return replace(_alone(state), phase=Phase.FOLDING), (Fold(),)
 
 
@@ -278,6 +301,9 @@ TRANSITIONS: dict[tuple[Phase, type], _Handler] = {
     (Phase.SHARES,     MaskPhaseOpened):  _mask_phase_opened,
     (Phase.UNMASKING,  MaskPhaseOpened):  _mask_phase_opened,
     (Phase.UNMASKING,  MasksKnown):       _masks_known,
+    (Phase.ASKING,     Tick):             _asking_tick,
+    (Phase.ASKING,     HelperAnswered):   _helper_answered,
+    (Phase.ASKING,     Resumed):          _resume_asking,
     (Phase.FOLDING,    FoldDone):         _fold_done,
     (Phase.FOLDING,    Resumed):          _resume_folding,
     (Phase.EVALUATING, EvaluationOpened): _evaluation_opened,
@@ -320,17 +346,19 @@ def _close_if_over(state: RoundState, now: float, policy: RoundPolicy) -> Step:
         return replace(state, phase=Phase.FOLDING), (Fold(),)
     if answered < policy.quorum and not policy.folds_always:
         return _fail(state, f"{answered} of {policy.quorum} {_AWAITED[state.phase]}", now, policy)
-    following, *actions = _FOLLOWING[state.phase, policy.is_masked]
-    return replace(state, phase=following), tuple(actions)
+    following, *actions = _FOLLOWING[state.phase, policy.secure]
+    state = replace(state, phase=following)
+    return _waiting_for_helper(state, now, policy) if following is Phase.ASKING else state, tuple(actions)
 
 
 _AWAITED = {Phase.KEYS: "devices' keys", Phase.SHARES: "devices' shares", Phase.TRAINING: "updates"}
 # What follows a collection that has its quorum: the phase, and what is done.
-_FOLLOWING: dict[tuple[Phase, bool], tuple[Any, ...]] = {
-    (Phase.TRAINING, False): (Phase.FOLDING,   CloseCollection(), Fold()),
-    (Phase.KEYS,     True):  (Phase.SHARES,    CloseKeys()),
-    (Phase.SHARES,   True):  (Phase.TRAINING,  CloseShares()),
-    (Phase.TRAINING, True):  (Phase.UNMASKING, CloseCollection(), AskForMasks()),
+_FOLLOWING: dict[tuple[Phase, SecurePolicy], tuple[Any, ...]] = {
+    (Phase.TRAINING, "plain"):      (Phase.FOLDING,   CloseCollection(), Fold()),
+    (Phase.KEYS,     "pairwise"):   (Phase.SHARES,    CloseKeys()),
+    (Phase.SHARES,   "pairwise"):   (Phase.TRAINING,  CloseShares()),
+    (Phase.TRAINING, "pairwise"):   (Phase.UNMASKING, CloseCollection(), AskForMasks()),
+    (Phase.TRAINING, "two_server"): (Phase.ASKING,    CloseCollection(), AskHelper()),
 }  # fmt: skip
 
 
@@ -368,6 +396,10 @@ def _rest(state: RoundState, now: float, policy: RoundPolicy) -> Step:
     return replace(state, phase=Phase.IDLE, not_before=now + policy.pause_seconds), ()
 
 
+def _waiting_for_helper(state: RoundState, now: float, policy: RoundPolicy) -> RoundState:
+    return replace(state, deadline=now + policy.mask_seconds, resend_at=now + policy.resend_seconds)
+
+
 def _alone(state: RoundState) -> RoundState:
     return replace(state, cohort=NOBODY, deadline=NEVER, resend_at=NEVER)
 
@@ -392,4 +424,6 @@ def _wakeup(state: RoundState, policy: RoundPolicy, now: float) -> float:
         grace_end = _grace_end(state, policy)
         waits = (state.deadline, state.resend_at, NEVER if state.cohort.outstanding else max(grace_end, 0.0))
         return min(waits)
+    if state.phase is Phase.ASKING:
+        return min(state.deadline, state.resend_at)
     return state.not_before if state.phase is Phase.IDLE and state.not_before >= now else NEVER

@@ -9,16 +9,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 from wire.errors import ConfigurationError
 
 NEVER = math.inf
+SecurePolicy = Literal["plain", "pairwise", "two_server"]
 
 
 class Phase(StrEnum):
     """Where a run stands. The words of `rounds.state` in the database are those between OPENING and FINISHED.
 
-    KEYS, SHARES and UNMASKING are phases of masked rounds only.
+    KEYS, SHARES and UNMASKING are phases of rounds that devices mask in pairs, ASKING of those that a helper unmasks.
     """
 
     IDLE = "idle"
@@ -27,6 +29,7 @@ class Phase(StrEnum):
     SHARES = "shares"
     TRAINING = "training"
     UNMASKING = "unmasking"
+    ASKING = "asking"
     FOLDING = "folding"
     EVALUATING = "evaluating"
     DECIDING = "deciding"
@@ -71,7 +74,8 @@ class RoundPolicy:
             never.
         folds_always: a collection that is over is folded, however few answered; under differential privacy a round
             that fails for lack of replies would tell how many there were.
-        is_masked: updates come under masks; the cloud learns their sum only.
+        secure: who sees single updates: the cloud (plain), or nobody, by masks that devices agree on (pairwise) or that
+            a helper takes away (two_server).
         mask_seconds: longest wait in each of the phases that only masked rounds have.
 
     Raises:
@@ -90,7 +94,7 @@ class RoundPolicy:
     rounds: int = 0
     evaluate_every: int = 1
     folds_always: bool = False
-    is_masked: bool = False
+    secure: SecurePolicy = "plain"
     mask_seconds: float = 60.0
 
     def __post_init__(self) -> None:
@@ -120,6 +124,11 @@ class RoundPolicy:
                 hint="a round that closes at its goal could never be folded: raise goal or lower quorum",
                 name="goal",
             )
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether the cloud learns sums only."""
+        return self.secure != "plain"
 
     def backoff(self, failures: int) -> float:
         """Seconds of rest after a round failed, when so many had failed in a row before it."""

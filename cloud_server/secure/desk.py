@@ -7,29 +7,25 @@ Source: docs/protocol.md, clause 13; docs/architecture.md (Secure aggregation).
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
 import msgspec
-import numpy as np
 
 from cloud_server.db import rounds as books
 from cloud_server.rounds import events as ev
 from cloud_server.rounds.intake import Intake
 from cloud_server.rounds.orders import order_message
-from cloud_server.rounds.performer import Performer
 from cloud_server.rounds.plan import RunPlan, RunPorts
-from cloud_server.rounds.ports import Outline, Reply
 from cloud_server.rounds.state import MASK_STEPS, Collection, Phase, RoundState, Standing
-from cloud_server.screening import Expected
 from cloud_server.secure.book import MaskBook
 from cloud_server.secure.layout import choose_layout
+from cloud_server.secure.summed import ENVELOPE_BYTES, SummedPerformer, SummedReplies
 from cloud_server.secure.unmask import unmask
 from process.logs import get_logger
-from wire.errors import ConfigurationError, MessageError, QuorumError, RoundError, StorageError
-from wire.mask_terms import MaskTerms
+from wire.errors import MessageError, QuorumError, RoundError, StorageError
+from wire.mask_terms import MaskTerms, RingName
 from wire.masking import MaskGroup, Roster
 from wire.messages import (
     MAX_BODY_BYTES,
@@ -40,10 +36,7 @@ from wire.messages import (
     MaskQuestion,
     MaskRoster,
     MaskShares,
-    Update,
-    decode_body,
 )
-from wire.norm import l2_norm
 from wire.ring import RingVector, choose_ring, decode_mean, ring_of, ring_vector
 
 _log = get_logger("cloud.secure")
@@ -51,7 +44,6 @@ _log = get_logger("cloud.secure")
 _TERMS: Final = "masking"
 _MEMBERS: Final = "members"
 _BOOK: Final = "book"
-_ENVELOPE_BYTES: Final = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,16 +66,14 @@ class MaskingPorts:
     send: Callable[[str, MaskRoster | MaskInbox | MaskQuestion, float], None]
 
 
-class MaskedPerformer(Performer):
-    """Drives a run by a strategy that sees sums only.
+class MaskedPerformer(SummedPerformer):
+    """Drives a run by a strategy that sees means only, which devices unmask. Raises as `SummedPerformer`."""
 
-    Raises:
-        ConfigurationError: (operator) a model with buffers, whose statistics no mask hides.
-    """
-
+    _terms: ClassVar = _TERMS
+    _closed: ClassVar = "unmasking"
     _opening_state: ClassVar = "keys"
     _phases: ClassVar = {
-        **Performer._phases,
+        **SummedPerformer._phases,
         "keys": Phase.KEYS,
         "shares": Phase.SHARES,
         "unmasking": Phase.UNMASKING,
@@ -91,11 +81,6 @@ class MaskedPerformer(Performer):
 
     def __init__(self, plan: RunPlan, ports: RunPorts, intake: Intake, *, masking: MaskingPorts) -> None:
         super().__init__(plan, ports, intake)
-        if plan.manifest.buffers_size:
-            raise ConfigurationError(
-                "secure aggregation does not cover the model's buffers (BatchNorm statistics)",
-                hint="use a model with GroupNorm",
-            )
         self._masking = masking
         self._book: MaskBook | None = None
         self._members: dict[str, books.OrderRow] = {}
@@ -106,13 +91,6 @@ class MaskedPerformer(Performer):
         }
 
     # ---- opening -----------------------------------------------------------------------------------------------
-
-    def _committed_norm(self) -> dict[str, float]:
-        """Nobody knows how long single updates are."""
-        return {}
-
-    def _measured_norm(self, number: int) -> dict[str, float]:
-        return {}
 
     def _committed_terms(self, number: int, devices: Sequence[str]) -> dict[str, Any]:
         masking, plan = self._masking, self._plan
@@ -204,7 +182,7 @@ class MaskedPerformer(Performer):
 
     def _masked_order(self, order: books.OrderRow, terms: MaskTerms) -> Any:
         payload = self._plan.manifest.params_size * ring_of(terms).dtype.itemsize
-        slot_bytes = min(MAX_BODY_BYTES, int(1.2 * payload) + _ENVELOPE_BYTES)
+        slot_bytes = min(MAX_BODY_BYTES, int(1.2 * payload) + ENVELOPE_BYTES)
         message = order_message(self._plan, order, self._train())
         return msgspec.structs.replace(message, masking=terms, slot_bytes=slot_bytes)
 
@@ -242,17 +220,7 @@ class MaskedPerformer(Performer):
         _log.info("mask_phase", run=run, round=row.number, phase=state, devices=len(devices))
         return ev.MaskPhaseOpened(tuple(sorted(devices)), deadline)
 
-    def _close_collection(self, action: ev.CloseCollection) -> None:
-        row, now = self._open_row(), self._ports.clock.now()
-        if row.state != "training":
-            super()._close_collection(action)
-            return
-        with self._database.transaction(fence=self._ports.fence) as connection:
-            books.expire_orders(connection, self._plan.run, row.number, "train", now)
-            books.update_round(connection, self._plan.run, row.number, state="unmasking")
-            stored = books.load_updates(connection, self._plan.run, row.number, "train")
-        self._round = replace(row, state="unmasking")
-        self._intake.close()
+    def _closed_with(self, stored: Sequence[books.UpdateRow]) -> None:
         self._known_book().close_updates(each.device for each in stored)
 
     def _known_book(self) -> MaskBook:
@@ -279,39 +247,13 @@ class MaskedPerformer(Performer):
 
     def _masked_updates(self, row: books.RoundRow, size: int) -> Iterator[tuple[str, RingVector]]:
         ring = ring_of(self._known_book().group.terms)
-        with self._database.read() as connection:
-            rows = books.load_updates(connection, self._plan.run, row.number, "train")
-        for each in rows:
-            yield each.device, ring_vector(self._stored_payload(each), ring, size)
+        for each, update in self._stored_updates(row.number):
+            yield each.device, ring_vector(update.payload, ring, size)
 
-    def _stored_payload(self, row: books.UpdateRow) -> bytes:
-        if row.artefact_key:
-            body = self._ports.blobs.get_blob(row.artefact_key)
-        else:
-            with self._database.read() as connection:
-                body = books.load_body(connection, row.update_id)
-        if hashlib.sha256(body).digest() != row.body_sha256:
-            raise RoundError("a stored update is damaged", update_id=row.update_id.hex())
-        return decode_body(body, Update).payload
-
-    # ---- screening ---------------------------------------------------------------------------------------------
-
-    def _expected(self, order: books.OrderRow) -> Expected:
-        """A masked update has one size, one weight, and nothing that could be read."""
-        expected = super()._expected(order)
-        if order.kind != "train" or self._book is None:
-            return expected
-        return replace(expected, codecs=frozenset({self._book.group.terms.ring}), max_examples=1)
+    def _ring(self) -> RingName | None:
+        return None if self._book is None else self._book.group.terms.ring
 
     # ---- after a restart ---------------------------------------------------------------------------------------
-
-    def restore(self, row: books.RunRow) -> RoundState:
-        """See `Performer.restore`; a round that was opened without masks is left behind."""
-        state = super().restore(row)
-        if self._round is not None and _TERMS not in self._round.config:
-            self._end_round()
-            return replace(state, phase=Phase.IDLE)
-        return state
 
     def _restore_collection(self, row: books.RoundRow, kind: str, state: RoundState) -> RoundState:
         if kind != "train" or _TERMS not in row.config:
@@ -339,28 +281,3 @@ class MaskedPerformer(Performer):
         with self._database.read() as connection:
             stored = books.load_updates(connection, self._plan.run, row.number, "train")
         return book.close_updates(each.device for each in stored)
-
-
-class SummedReplies:
-    """The mean of a masked round as the one reply that it is; its length is the number of devices in it."""
-
-    def __init__(self, mean: Any, devices: int) -> None:
-        self._mean, self._devices = mean, devices
-
-    def __len__(self) -> int:
-        return self._devices
-
-    def __iter__(self) -> Iterator[Reply]:
-        no_metrics: Mapping[str, float] = {}
-        yield Reply(
-            node_id=0,
-            num_examples=self._devices,
-            metrics=no_metrics,
-            update=self._mean.copy(),
-            buffers=np.zeros(0, np.float32),
-            norm=l2_norm(self._mean),
-        )
-
-    def outlines(self) -> Sequence[Outline]:
-        """Of the one reply."""
-        return [Outline(l2_norm(self._mean), self._devices)]

@@ -9,31 +9,60 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from cloud_server.deployment import Deployment
 from cloud_server.downlink import Downlink
 from cloud_server.flower.strategies import is_folded
 from cloud_server.registry import Registry
 from cloud_server.rounds.plan import RunPlan, RunPorts
 from cloud_server.rounds.runner import RoundRunner
+from cloud_server.rounds.state import SecurePolicy
 from cloud_server.secure.desk import MaskedPerformer, MaskingPorts
+from cloud_server.secure.helped import HelpedPerformer, HelpedPorts
+from cloud_server.secure.helper_client import AskedHelper, HttpsHelper
 from wire.errors import ConfigurationError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MaskingRules:
-    """What a masked round must survive.
+    """How updates come under masks, and what a round must survive.
 
     Attributes:
-        dropout: share of a cohort that may vanish at any time.
-        colluding: share of a cohort that may tell the cloud all they know.
+        policy: `pairwise` or `two_server`.
+        dropout: share of a cohort that may vanish at any time (pairwise).
+        colluding: share of a cohort that may tell the cloud all they know (pairwise).
+        wait_seconds: longest wait for each step beside the updates.
     """
 
+    policy: SecurePolicy = "pairwise"
     dropout: float = 0.2
     colluding: float = 0.1
+    wait_seconds: float = 60.0
 
 
-def masking_rules(policy: str, dropout: float, colluding: float) -> MaskingRules | None:
+def masking_rules(
+    policy: SecurePolicy, dropout: float, colluding: float, wait_seconds: float = 60.0
+) -> MaskingRules | None:
     """The rules of a policy of secure aggregation; None for `plain`."""
-    return None if policy == "plain" else MaskingRules(dropout=dropout, colluding=colluding)
+    if policy == "plain":
+        return None
+    return MaskingRules(policy=policy, dropout=dropout, colluding=colluding, wait_seconds=wait_seconds)
+
+
+def open_helper(deployment: Deployment) -> AskedHelper | None:
+    """The helper that the settings name; None under another policy.
+
+    Raises:
+        ConfigurationError: (operator) there is none, or its files or address cannot be used.
+    """
+    settings = deployment.settings
+    if settings.secure.policy != "two_server":
+        return None
+    if not settings.secure.helper_url:
+        raise ConfigurationError(
+            "secure.policy = two_server needs a helper", hint="name its address in secure.helper_url"
+        )
+    folder = deployment.folder.root / settings.secure.helper_folder
+    return HttpsHelper(settings.secure.helper_url, folder, tenant=settings.tenant, fleet=settings.fleet)
 
 
 def check_setup(rules: MaskingRules | None, strategy: Any, *, has_app: bool, is_private: bool) -> None:
@@ -53,7 +82,7 @@ def check_setup(rules: MaskingRules | None, strategy: Any, *, has_app: bool, is_
 def _excluded(what: str) -> ConfigurationError:
     return ConfigurationError(
         f"secure aggregation does not go with {what}, which needs single updates",
-        hint="set run.secure_aggregation = plain, or leave the other out",
+        hint="set secure.policy = plain, or leave the other out",
     )
 
 
@@ -62,22 +91,38 @@ def check_strategy(strategy: Any) -> None:
     if not is_folded(strategy):
         raise ConfigurationError(
             f"{type(strategy).__name__} looks at single updates, which secure aggregation hides",
-            hint="use FedAvg, FedAvgM, FedProx, FedAdam, FedYogi or FedAdagrad with secure_aggregation = pairwise",
+            hint="use FedAvg, FedAvgM, FedProx, FedAdam, FedYogi or FedAdagrad, or secure.policy = plain",
         )
 
 
 def make_runner(
-    plan: RunPlan, ports: RunPorts, rules: MaskingRules | None, *, registry: Registry, downlink: Downlink
+    plan: RunPlan,
+    ports: RunPorts,
+    rules: MaskingRules | None,
+    *,
+    registry: Registry,
+    downlink: Downlink,
+    helper: AskedHelper | None = None,
 ) -> RoundRunner:
     """The runner of a run.
 
+    Args:
+        helper: of a run with two servers.
+
     Raises:
-        ConfigurationError: (operator) a model with buffers, or noise of the aggregator, under masks.
+        ConfigurationError: (operator) a model with buffers, or noise of the aggregator, under masks; or no helper.
     """
     if rules is None:
         return RoundRunner(plan, ports)
     if ports.budget is not None:
         raise _excluded("noise that the aggregator adds")
+    if rules.policy == "two_server":
+        if helper is None:
+            raise ConfigurationError(
+                "secure.policy = two_server needs a helper", hint="set secure.helper_url"
+            )
+        helped = HelpedPorts(tenant=downlink.topics.tenant, fleet=downlink.topics.fleet, helper=helper)
+        return RoundRunner(plan, ports, make_desk=partial(HelpedPerformer, helped=helped))
     masking = MaskingPorts(
         tenant=downlink.topics.tenant,
         fleet=downlink.topics.fleet,

@@ -101,7 +101,7 @@ class MaskedRun(Lab):
         self.dropout = options.pop("dropout", 0.34)
         self.log: list[tuple[str, Sent]] = []
         options.setdefault("train", TrainConfig(codec="int8", clipping_norm=5.0))
-        super().__init__(devices, make_runner=self._masked_runner, is_masked=True, **options)
+        super().__init__(devices, make_runner=self._masked_runner, secure="pairwise", **options)
         self.masked = {name: MaskedDevice(device, self) for name, device in self.devices.items()}
 
     def _masked_runner(self, plan: RunPlan, ports: RunPorts) -> RoundRunner:

@@ -438,7 +438,7 @@ GOOD: dict[str, Any] = {"buffers_size": 0, "is_folded": True, "has_holdout": Tru
         ({"has_app": True}, {}),
         ({"has_holdout": False}, {}),
         ({}, {"goal": 5}),
-        ({}, {"is_masked": True}),
+        ({}, {"secure": "pairwise"}),
     ],
 )
 def test_what_does_not_go_with_privacy_is_refused(changes: dict[str, Any], policy: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ from fleet.scenario import (
     DataScenario,
     RunScenario,
     Scenario,
+    SecureScenario,
     load_scenario,
     with_attack,
 )
@@ -139,11 +140,12 @@ def test_attack_that_cannot_be_is_a_configuration_error(
 
 def test_attack_on_updates_under_masks_is_a_configuration_error() -> None:
     federation = workload("digits_mlp").federation(5, DataScenario(alpha=100.0), 1)
-    run = RunScenario(model="digits_mlp", strategy="FedAvg", secure_aggregation="pairwise")
-    falsifying = Scenario(run=run, attack=AttackScenario(kind="noise"))
+    run = RunScenario(model="digits_mlp", strategy="FedAvg")
+    secure = SecureScenario(policy="pairwise")
+    falsifying = Scenario(run=run, secure=secure, attack=AttackScenario(kind="noise"))
     with pytest.raises(ConfigurationError, match="under masks"):
         conspiracy_of(falsifying, federation, TASK, 1)
-    poisoning = Scenario(run=run, attack=AttackScenario(kind="label_flip"))
+    poisoning = Scenario(run=run, secure=secure, attack=AttackScenario(kind="label_flip"))
     assert conspiracy_of(poisoning, federation, TASK, 1) is not None
 
 

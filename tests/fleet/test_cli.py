@@ -39,7 +39,7 @@ def test_command_with_a_wrong_input_says_what_and_where(
     (tmp_path / "bounds.toml").write_text("[faults]\nslow_share = 7.0\n")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
     (tmp_path / "nan.toml").write_text("[data]\ncrop = nan\n")
-    masked = '[run]\nsecure_aggregation = "pairwise"\nstrategy = '
+    masked = '[secure]\npolicy = "pairwise"\n[run]\nstrategy = '
     (tmp_path / "masked.toml").write_text(masked + '"FedMedian"\n')
     (tmp_path / "private.toml").write_text(masked + '"FedAvg"\n[privacy]\nmode = "central"\n')
     (tmp_path / "strategy.toml").write_text('[run]\nstrategy = "FedNope"\n')

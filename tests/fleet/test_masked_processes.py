@@ -14,6 +14,7 @@ from cloud_server.settings import (
     GateSettings,
     ListenSettings,
     RunSettings,
+    SecureSettings,
     TrainSettings,
 )
 from edge_agent.settings import EdgeSettings, InferenceSettings, NetworkSettings, TrainingSettings
@@ -37,8 +38,6 @@ def settings() -> CloudSettings:
         run=RunSettings(
             name=RUN,
             strategy="FedAvg",
-            secure_aggregation="pairwise",
-            secure_dropout=0.3,
             seed=11,
             rounds=1,
             quorum=3,
@@ -47,6 +46,7 @@ def settings() -> CloudSettings:
             deadline_seconds=90.0,
             max_holdout_drop=1.0,
         ),
+        secure=SecureSettings(policy="pairwise", dropout=0.3),
         train=TrainSettings(epochs=1, batch_size=16, learning_rate=0.02),
         gate=GateSettings(max_operator_drop=1.0),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cloud_server.db.rounds import load_rounds, load_updates
-from fleet.scenario import FaultScenario, RunScenario, Scenario
+from fleet.scenario import FaultScenario, RunScenario, Scenario, SecureScenario
 from fleet.simulate import RUN, job_cost, plan_cuts, report_of, run_config
 from fleet.simulation import Simulation
 from fleet.virtual_people import virtual_federation
@@ -16,11 +16,12 @@ MASKED = RunScenario(
     strategy="FedAvg",
     evaluate_every=2,
     deadline_seconds=60.0,
-    secure_aggregation="pairwise",
-    secure_dropout=0.34,
 )
+PAIRWISE = SecureScenario(policy="pairwise", dropout=0.34)
 STORMY = Scenario(
-    run=MASKED, faults=FaultScenario(cuts_per_hour=240.0, cut_seconds=8.0, slow_share=0.25, slow_factor=3.0)
+    run=MASKED,
+    secure=PAIRWISE,
+    faults=FaultScenario(cuts_per_hour=240.0, cut_seconds=8.0, slow_share=0.25, slow_factor=3.0),
 )
 
 
@@ -59,7 +60,7 @@ def test_masked_simulation_with_the_same_seed_gives_the_same_bytes(watch_bundle:
 @pytest.mark.slow
 def test_masked_round_goes_on_without_a_device_that_vanishes_after_it_shared(watch_bundle: Bundle) -> None:
     """Its connection is cut in mid-round: the others tell its mask key's shares, and the round is folded without it."""
-    simulation = simulation_of(watch_bundle, Scenario(run=MASKED), rounds=1)
+    simulation = simulation_of(watch_bundle, Scenario(run=MASKED, secure=PAIRWISE), rounds=1)
     lost = sorted(simulation.agents)[0]
     agent = simulation.agents[lost]
     take = agent.parts.masked.hear
