@@ -203,6 +203,12 @@ class Outbox:
         with self._database.transaction() as connection:
             return self._expire(connection, now)
 
+    def destroy_all(self, reason: str, now: float) -> None:
+        """Ends every open row as `destroyed`."""
+        with self._database.transaction() as connection:
+            for (row,) in connection.execute(f"SELECT row FROM outbox WHERE {_IS_OPEN}").fetchall():
+                _close(connection, row, "destroyed", reason, now)
+
     def retire_keys(self) -> int:
         """Destroys the at-rest keys that no row needs any more; returns how many.
 
