@@ -19,8 +19,10 @@ from edge_agent import events as on
 from edge_agent.answers import Answers, Split
 from edge_agent.complaints import Complaints
 from edge_agent.device_state import State, wake_at
+from edge_agent.health import Health
 from edge_agent.hearing import event_of, job_ended
 from edge_agent.identity import Identity
+from edge_agent.machine import Machine, NoMachine
 from edge_agent.metrics import EdgeMetrics
 from edge_agent.metrics_board import MetricsBoard
 from edge_agent.parts import assemble
@@ -36,12 +38,16 @@ from edge_agent.status import status_of, write_status
 from edge_agent.storage import Database
 from process.clock import Clock
 from process.logs import get_logger
+from process.pulse import Pulse
+from process.service_manager import ServiceManager
 from wire.errors import EnvelopeError, ShoalError
 from wire.transport import Connected, Disconnected, Packet, Published, Received, Transport, TransportEvent
 
 _log = get_logger("edge_agent")
 
 _IDLE_SECONDS = 30.0
+_STALE_SECONDS = 120.0
+"""A loop that is away for longer hangs: what it waits for itself (the disk, a model that is loaded) takes seconds."""
 
 # What changes something that a person looks at; the rest is written with the next sweep.
 _SHOWN = (on.Started, on.Connected, on.Disconnected, on.ReleaseInstalled, on.RolledBack, on.JobDone, on.Tick)
@@ -60,6 +66,8 @@ class Agent:
             simulation.
         database: the device's, or one in memory.
         engine: loads models; many agents of one process may share one.
+        machine: what is around the agent; a simulated device has none.
+        service_manager: is told that the loop lives.
         notify: called, from any thread, when something waits for `pump`.
         status_file: rewritten when something changes that `shoal-edge status` shows; metrics are shown only
             where there is one.
@@ -80,6 +88,8 @@ class Agent:
         slots: SlotStore,
         selftest: SelfTest,
         engine: Engine,
+        machine: Machine | None = None,
+        service_manager: ServiceManager | None = None,
         notify: Callable[[], None] = lambda: None,
         status_file: Path | None = None,
         on_close: Callable[[], None] = lambda: None,
@@ -109,12 +119,20 @@ class Agent:
             served_badly=lambda version, reason: self._post(on.ServedBadly(version, reason)),
         )
         self.state = State(timing=settings.timing(), salt=rng.getrandbits(32))
-        self._shell = Shell(self.parts, self._post)
+        self.health = Health(self.parts, machine or NoMachine(), self._post)
+        self.pulse = Pulse(clock, stale_seconds=_STALE_SECONDS, manager=service_manager)
+        self._shell = Shell(self.parts, self._post, lambda: self.health.look(self.state))
         self._answers = Answers(self.parts)
         self._board = self._make_board()
 
     @classmethod
-    def from_folder(cls, folder: str | Path, settings: EdgeSettings | None = None) -> Agent:
+    def from_folder(
+        cls,
+        folder: str | Path,
+        settings: EdgeSettings | None = None,
+        *,
+        service_manager: ServiceManager | None = None,
+    ) -> Agent:
         """The agent of an enrolled device, with its real adapters.
 
         Use it as a context manager, which runs it in the background; or call `start`, `run_forever` and
@@ -122,6 +140,7 @@ class Agent:
 
         Args:
             folder: the state folder, as `shoal-edge enroll` made it.
+            service_manager: is told that the agent lives, where it is a process of its own.
 
         Raises:
             ConfigurationError: not enrolled, or another agent runs there.
@@ -130,7 +149,7 @@ class Agent:
         """
         from edge_agent.device import open_agent
 
-        return open_agent(Path(folder), settings or EdgeSettings())
+        return open_agent(Path(folder), settings or EdgeSettings(), service_manager=service_manager)
 
     def __enter__(self) -> Agent:
         """Starts the agent and its loop on a thread of its own."""
@@ -249,6 +268,7 @@ class Agent:
         if self.parts.stopping:
             return
         self.parts.stopping = True
+        self.pulse.stop()
         last_words = self.parts.speaker.birth(self._shell.birth("offline"))
         self._transport.stop(last_words)
         self.parts.worker.stop()
@@ -270,7 +290,7 @@ class Agent:
             case Disconnected():
                 self._complaints.note("broker_away", event.reason)
                 self.parts.outgoing.connection_lost()
-                self._step(on.Disconnected())
+                self._step(on.Disconnected(event.is_distrust))
             case Published():
                 if not event.accepted:
                     self._complaints.add("publish", event.reason)
@@ -301,8 +321,10 @@ class Agent:
 
     def run_forever(self, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Runs the loop on this thread until `should_stop`; errors are logged, and it goes on."""
+        longest = min(_IDLE_SECONDS, self.pulse.longest_wait_seconds)
         while not should_stop():
-            wait = min(max(self.wake_at - self.parts.clock.monotonic(), 0.0), _IDLE_SECONDS)
+            self._beat()
+            wait = min(max(self.wake_at - self.parts.clock.monotonic(), 0.0), longest)
             try:
                 event = self._inbox.get(timeout=wait) if wait > 0 else None
             except queue.Empty:
@@ -319,6 +341,12 @@ class Agent:
         self._post(on.Tick())
 
     # --- inside -------------------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        model = self.parts.serving.current
+        where = "connected" if self.state.connected else "not connected"
+        doing = f"release {model.release_version if model else 0}, {where}, {self.state.phase}"
+        self.pulse.beat(is_ready=model is not None, status=doing)
 
     def _post(self, event: Incoming) -> None:
         self._inbox.put(event)
@@ -342,12 +370,14 @@ class Agent:
             return None
         metrics, folder = EdgeMetrics(), self._status_file.parent
         metrics.read_from(self.parts, lambda: self.state, lambda: self._complaints.total, folder)
-        return MetricsBoard(metrics, self._settings.metrics, folder, self.parts.clock)
+        metrics.read_health(self.health)
+        return MetricsBoard(metrics, self._settings.metrics, folder, self.parts.clock, self.pulse)
 
     def _write_status(self, status: str) -> None:
         if self._status_file is not None and self._board is not None:
             with contextlib.suppress(ShoalError):
                 shown = status_of(self.parts, self.state, status)
+                shown["health"] = self.health.as_dict()
                 shown["metrics"] = self._board.refresh(now=status == "stopped")
                 write_status(self._status_file, shown)
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import ssl
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from edge_agent.freed_memory import give_back
 from edge_agent.identity import Identity
 from edge_agent.lazy_engine import LazyEngine
 from edge_agent.lock import lock_state
+from edge_agent.machine import RealMachine
 from edge_agent.release_child import ChildReleases
 from edge_agent.selftest import ChildSelfTest
 from edge_agent.settings import EdgeSettings
@@ -29,6 +32,7 @@ from edge_agent.time_floor import BUILT, FlooredClock
 from edge_agent.worker import ThreadWorker
 from process.clock import SystemClock
 from process.logs import get_logger
+from process.service_manager import ServiceManager
 from wire.transport.mqtt import MqttTransport
 
 _log = get_logger("edge_agent.device")
@@ -58,7 +62,7 @@ def broker_context(identity: Identity) -> NamedContext:
 
 
 class CertificateInUse:
-    """Follows the certificate on disk, which a release check renews.
+    """Follows the certificate and the authorities on disk, which a release check renews.
 
     What is on disk decides, not what the check says: one that renews and then fails must not leave the broker with
     a certificate that ends.
@@ -69,26 +73,46 @@ class CertificateInUse:
         self._tls = tls
         self._transport = transport
         self._used = identity.certificate_pem
+        self._trusted = identity.ca_pem
 
     def follow(self) -> None:
-        """Takes a new certificate into use: the broker is left and joined again with it. From any thread."""
+        """Takes what is new into use: the broker is left and joined again with it. From any thread."""
         try:
-            present = self._identity.certificate_path.read_bytes()
-            if present == self._used:
+            present, trusted = (
+                self._identity.certificate_path.read_bytes(),
+                self._identity.ca_path.read_bytes(),
+            )
+            if (present, trusted) == (self._used, self._trusted):
                 return
             if self._tls is not None:
-                self._tls.load_cert_chain(self._identity.certificate_path, self._identity.tls_key_path)
+                self._take(present, trusted)
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             _log.warning("certificate_unusable", reason=str(error))
             return
-        self._used = present
-        _log.info("certificate_renewed")
+        if trusted != self._trusted:
+            _log.info("authorities_changed")
+        if present != self._used:
+            _log.info("certificate_renewed")
+        self._used, self._trusted = present, trusted
         if self._tls is not None:
             self._transport.rejoin("a new certificate")
 
+    def _take(self, present: bytes, trusted: bytes) -> None:
+        if trusted == self._trusted and self._tls is not None:
+            self._tls.load_cert_chain(self._identity.certificate_path, self._identity.tls_key_path)
+            return
+        # A context that once trusted an authority never forgets it.
+        self._tls = broker_context(replace(self._identity, ca_pem=trusted, certificate_pem=present))
+        self._transport.use_tls(self._tls)
 
-def open_agent(folder: Path, settings: EdgeSettings) -> Agent:
+
+def open_agent(
+    folder: Path, settings: EdgeSettings, *, service_manager: ServiceManager | None = None
+) -> Agent:
     """An agent on a state folder, ready to start.
+
+    Args:
+        service_manager: is told that the agent lives, where it is a process of its own.
 
     Raises:
         ConfigurationError: not enrolled, or another agent runs there.
@@ -117,26 +141,35 @@ def open_agent(folder: Path, settings: EdgeSettings) -> Agent:
     certificate = CertificateInUse(identity, tls, transport)
     engine = LazyEngine()
 
+    releases = ChildReleases(folder, clock, graphs=graphs, checked=certificate.follow)
+    trial = folder / "selftest"
+
     def rest() -> None:
         engine.release()
         give_back()
+
+    def clear() -> None:
+        releases.clear()
+        shutil.rmtree(trial, ignore_errors=True)
 
     return Agent(
         settings,
         identity,
         transport=transport,
-        releases=ChildReleases(folder, clock, graphs=graphs, checked=certificate.follow),
+        releases=releases,
         clock=clock,
         worker=ThreadWorker(rest),
         rng=random.SystemRandom(),
         database=database,
         slots=slots,
         selftest=ChildSelfTest(
-            folder / "selftest",
+            trial,
             memory_bytes=settings.release.selftest_memory_bytes,
             timeout_seconds=settings.release.selftest_seconds,
         ),
         engine=engine,
+        machine=RealMachine(folder, identity, rejoin=transport.rejoin, clear=clear),
+        service_manager=service_manager,
         status_file=folder / STATUS_NAME,
         on_close=lambda: os.close(lock),
     )

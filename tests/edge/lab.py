@@ -23,6 +23,7 @@ from edge_agent.agent import Agent
 from edge_agent.fetcher import MemoryFetcher
 from edge_agent.identity import Identity
 from edge_agent.install import TufReleases
+from edge_agent.machine import Machine
 from edge_agent.memory_slots import MemorySlots, SharedReleases
 from edge_agent.ports import JobResult, SelfTest
 from edge_agent.runtime import Runtime
@@ -331,6 +332,7 @@ class Lab:
         start: bool = True,
         status_file: Path | None = None,
         identity: Identity | None = None,
+        machine: Machine | None = None,
     ) -> Agent:
         identity = identity or self.identity(device)
         fetcher = MemoryFetcher(source or self.cloud.repository.read)
@@ -349,6 +351,7 @@ class Lab:
             slots=slots or MemorySlots(self.shared),
             selftest=selftest or InlineSelfTest(self.runtime),
             engine=self.runtime,
+            machine=machine,
             status_file=status_file,
         )
         self.agents.append(agent)
