@@ -8,6 +8,7 @@ crashes in between. Source: docs/architecture.md, "Train step graph"; docs/proto
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -50,6 +51,7 @@ class Assignment:
         head: bytes of the round's checkpoint.
         train, validation: this device's samples.
         feedback: what a biased codec left over in the rounds before, or None.
+        random: gives that many unpredictable bytes, for noise.
     """
 
     device: str
@@ -61,6 +63,7 @@ class Assignment:
     validation: Samples
     policy: TrainPolicy
     feedback: codec.ErrorFeedback | None = None
+    random: Callable[[int], bytes] = os.urandom
 
     @property
     def update_id(self) -> bytes:
@@ -90,7 +93,9 @@ def do_train(
     seed = derive_seed(config.seed, work.device, order.run, order.round_number)
     sizes = manifest.opt_state_sizes
     state_size = sizes.sgd if config.optimizer == "sgd" else sizes.adam
-    trained = train(session, head, state_size, x, y, config, seed, should_stop=should_stop)
+    trained = train(
+        session, head, state_size, x, y, config, seed, should_stop=should_stop, random=work.random
+    )
     if order.ring_terms is not None:
         steps = int(trained.metrics.get("steps", 0))
         return Draft(work.update_id, order, _in_ring(trained.update, order.ring_terms, seed), steps)

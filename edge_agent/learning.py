@@ -8,6 +8,7 @@ Source: docs/architecture.md, "Train step graph"; McMahan et al. 2017 (FedAvg), 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 
 from edge_agent.draws import Draws
 from edge_agent.ports import Floats, InferenceSession, Integers, TrainInputs, TrainSession
+from edge_agent.sample_noise import SampleNoise
 from wire.checkpoint import Checkpoint
 from wire.errors import DataError, MessageError, ModelError
 from wire.manifest import TaskSpec
@@ -25,6 +27,8 @@ from wire.norm import l2_norm
 
 # Steps of one session run: between runs a job can be stopped, and memory for the indices stays small.
 STEPS_PER_RUN = 64
+# Of DP-SGD's noise at once: 4 MiB.
+MAX_NOISE_VALUES = 2**20
 EVALUATION_BATCH = 256
 
 
@@ -146,6 +150,7 @@ def train(
     seed: int,
     *,
     should_stop: Callable[[], bool] = lambda: False,
+    random: Callable[[int], bytes] = os.urandom,
 ) -> Trained:
     """Trains from the head and returns the clipped difference to it.
 
@@ -154,7 +159,9 @@ def train(
         opt_state_size: S of the optimizer; its state starts from zeros in every round.
         x: float32 [N, …].
         y: int64 [N].
-        should_stop: asked every `STEPS_PER_RUN` steps.
+        should_stop: asked before every run of the session, at most `STEPS_PER_RUN` steps.
+        random: gives that many unpredictable bytes: where the noise of DP-SGD comes from, not from `seed`, which the
+            cloud can work out.
 
     Raises:
         DataError: no samples.
@@ -164,23 +171,27 @@ def train(
     params, buffers = head.params, head.buffers
     opt_state = np.zeros(opt_state_size, np.float32)
     losses: list[Floats] = []
-    for start in range(0, len(plan.index), STEPS_PER_RUN):
+    noise = SampleNoise(random) if session.takes_noise else None
+    stride = STEPS_PER_RUN if noise is None else max(1, min(STEPS_PER_RUN, MAX_NOISE_VALUES // len(params)))
+    for start in range(0, len(plan.index), stride):
         if should_stop():
             raise ModelError("training was stopped")
+        index = plan.index[start : start + stride]
         inputs = TrainInputs(
             params=params,
             opt_state=opt_state,
             buffers=buffers,
             x=x,
             y=y,
-            weights=plan.weights[start : start + STEPS_PER_RUN],
-            index=plan.index[start : start + STEPS_PER_RUN],
+            weights=plan.weights[start : start + stride],
+            index=index,
             lr=config.learning_rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             mu=config.proximal_mu,
             anchor=head.params,
             seed=(seed + start) % 2**63,
+            noise=None if noise is None else noise.take(len(index), len(params)),
         )
         outputs = session.run(inputs)
         params, opt_state, buffers = outputs.params, outputs.opt_state, outputs.buffers

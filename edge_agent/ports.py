@@ -44,6 +44,7 @@ class TrainInputs:
         weights: float32 [K, B]; 0 pads a short batch.
         index: int64 [K, B], rows of `x` and `y`.
         anchor: float32 [P], the point that FedProx (`mu`) pulls to.
+        noise: float32 [K, P], standard normal; None for a session that does not take any.
     """
 
     params: Floats
@@ -59,6 +60,7 @@ class TrainInputs:
     mu: float
     anchor: Floats
     seed: int
+    noise: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +90,16 @@ class InferenceSession(Protocol):
 class TrainSession(Protocol):
     """A loaded train step graph."""
 
+    @property
+    def takes_noise(self) -> bool:
+        """Whether its steps are DP-SGD's, which need `TrainInputs.noise`."""
+        ...
+
     def run(self, inputs: TrainInputs) -> TrainOutputs:
         """Does K optimizer steps.
 
         Raises:
-            ModelError: the graph failed while it ran, or does not have the outputs of the contract.
+            ModelError: the graph failed while it ran, does not have the outputs of the contract, or lacks its noise.
         """
         ...
 

@@ -127,7 +127,13 @@ class OrtTraining:
         if unknown:
             raise ModelError(f"the train step graph asks for the unknown input {sorted(unknown)[0]}")
 
+    @property
+    def takes_noise(self) -> bool:
+        return "noise" in self._inputs
+
     def run(self, inputs: TrainInputs) -> TrainOutputs:
+        if self.takes_noise and inputs.noise is None:
+            raise ModelError("the train step graph asks for noise, and there is none")
         if inputs.params.nbytes >= LARGE_BYTES:
             keep_large_buffers()
         feed = {name: _as_fed(getattr(inputs, name), kind) for name, kind in self._inputs.items()}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 
+import onnx
 import torch
 from torch import nn
 
@@ -13,8 +13,9 @@ from models.flat import buffer_slots, param_slots, total_size
 from models.task import Task
 from models.train_step.loop import wrap_in_loop
 from models.train_step.onnx_export import step_to_onnx
-from models.train_step.optimizers import optimizer_named
-from models.train_step.sample_privacy import SamplePrivacy, build_private_step, check_separable
+from models.train_step.optimizers import Optimizer, optimizer_named
+from models.train_step.sample_loop import private_step_to_onnx
+from models.train_step.sample_privacy import SamplePrivacy, build_private_step, check_separable, is_dense
 from models.train_step.step import build_step
 from models.train_step.support import check_supported
 from models.train_step.trace import example_inputs, trace_step
@@ -52,9 +53,6 @@ def export_train_step(
     check_supported(own)
     if privacy is not None:
         check_separable(own)
-        if privacy.noise_multiplier > 0:
-            # The noise is longer than the gradients: what is wrong with these shows without it.
-            export_train_step(own, task, input_shape, optimizer, replace(privacy, noise_multiplier=0.0))
     slots, statistics = param_slots(own), buffer_slots(own)
     if not slots:
         raise ModelError(
@@ -63,12 +61,8 @@ def export_train_step(
     _check_answer(own, task, input_shape)
     params_size, buffers_size = total_size(slots), total_size(statistics)
     sizes = (params_size, chosen.state_size(params_size), buffers_size)
-    example = example_inputs(*sizes, input_shape)
-    step = (
-        build_step(own, task, chosen) if privacy is None else build_private_step(own, task, chosen, privacy)
-    )
-    graph = trace_step(step, example)
-    model = wrap_in_loop(step_to_onnx(graph, example), sizes, input_shape)
+    one_step = _step_graph(own, task, chosen, privacy, example_inputs(*sizes, input_shape))
+    model = wrap_in_loop(one_step, sizes, input_shape)
     export = TrainStepExport(
         model=model.SerializeToString(deterministic=True),
         optimizer=optimizer,
@@ -82,6 +76,23 @@ def export_train_step(
     )
     verify_train_step(export, own, task, privacy=privacy)
     return export
+
+
+def _step_graph(
+    module: nn.Module,
+    task: Task,
+    optimizer: Optimizer,
+    privacy: SamplePrivacy | None,
+    example: Sequence[torch.Tensor],
+) -> onnx.ModelProto:
+    if privacy is not None and not is_dense(module):
+        return private_step_to_onnx(module, task, optimizer, privacy, example)
+    step = (
+        build_step(module, task, optimizer)
+        if privacy is None
+        else build_private_step(module, task, optimizer, privacy)
+    )
+    return step_to_onnx(trace_step(step, example), example)
 
 
 def _check_answer(module: nn.Module, task: Task, input_shape: Sequence[int]) -> None:

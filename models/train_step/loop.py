@@ -8,14 +8,19 @@ Source: docs/architecture.md, "Train step graph".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 STATES = ("params", "opt_state", "buffers")
-GATHERED = {"x": ("x", "index_k"), "y": ("y", "index_k"), "weights": ("weights", "iteration")}
+GATHERED = {
+    "x": ("x", "index_k"),
+    "y": ("y", "index_k"),
+    "weights": ("weights", "iteration"),
+    "noise": ("noise", "iteration"),
+}
 SCALARS = ("lr", "momentum", "weight_decay", "mu")
 
 
@@ -34,7 +39,7 @@ def wrap_in_loop(step: onnx.ModelProto, sizes: Sequence[int], input_shape: Seque
     lengths = dict(zip(STATES, sizes, strict=True))
     carried = [name for name in STATES if lengths[name] > 0]
     steps = _live_nodes(step.graph, [*(f"{name}_out" for name in carried), "loss", "metric"])
-    used = {name for node in steps for name in node.input}
+    used = {name for node in steps for name in _read_by(node)}
     body = _body(steps, carried, lengths, used)
     nodes = [
         helper.make_node("Shape", ["index"], ["index_rows"], start=0, end=1),
@@ -64,9 +69,27 @@ def _live_nodes(graph: onnx.GraphProto, outputs: Sequence[str]) -> list[onnx.Nod
     live = []
     for node in reversed(graph.node):
         if wanted.intersection(node.output):
-            wanted.update(node.input)
+            wanted.update(_read_by(node))
             live.append(node)
     return live[::-1]
+
+
+def _read_by(node: onnx.NodeProto) -> set[str]:
+    """What a node takes, and what the graphs inside of it take from around it."""
+    names = set(node.input)
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            names.update(*(_read_by(inner) for inner in attribute.g.node))
+    return names
+
+
+def _rename(node: onnx.NodeProto, names: Mapping[str, str]) -> None:
+    """Gives the values that a node and the graphs inside of it read or make other names."""
+    node.input[:] = [names.get(name, name) for name in node.input]
+    node.output[:] = [names.get(name, name) for name in node.output]
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            _rename(inner, names)
 
 
 def _body(
@@ -86,8 +109,7 @@ def _body(
     for node in steps:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
-        copy.input[:] = [inner.get(name, outputs.get(name, name)) for name in node.input]
-        copy.output[:] = [outputs.get(name, name) for name in node.output]
+        _rename(copy, {**outputs, **inner})
         nodes.append(copy)
     floats = TensorProto.FLOAT
     value = helper.make_tensor_value_info
@@ -114,6 +136,8 @@ def _inputs(
         inputs.append(value("anchor", floats, [lengths["params"]]))
     if "seed" in used:
         inputs.append(value("seed", integers, []))
+    if "noise" in used:
+        inputs.append(value("noise", floats, ["K", lengths["params"]]))
     return inputs
 
 

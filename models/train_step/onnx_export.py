@@ -11,7 +11,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx
 import onnx_ir
@@ -38,18 +38,29 @@ def step_to_onnx(graph: fx.GraphModule, example: Sequence[Tensor]) -> onnx.Model
     Raises:
         UnsupportedLayerError: an operator has no translation; the message names it.
     """
+    return to_onnx(graph, dict(zip(STEP_INPUTS, example, strict=True)), STEP_OUTPUTS, PER_SAMPLE_INPUTS)
+
+
+def to_onnx(
+    graph: fx.GraphModule, example: Mapping[str, Tensor], outputs: Sequence[str], per_sample: Sequence[str]
+) -> onnx.ModelProto:
+    """Translate what `trace` gave, with the same `example` and `per_sample`; `outputs` names what it returns.
+
+    Raises:
+        UnsupportedLayerError: as `step_to_onnx`.
+    """
     batch = torch.export.Dim("batch", min=2)
-    shapes = tuple({0: batch} if name in PER_SAMPLE_INPUTS else None for name in STEP_INPUTS)
+    shapes = tuple({0: batch} if name in per_sample else None for name in example)
     try:
         with _quiet():
             program = torch.onnx.export(
                 graph,
-                tuple(example),
+                tuple(example.values()),
                 dynamo=True,
                 verbose=False,
                 optimize=False,
-                input_names=list(STEP_INPUTS),
-                output_names=list(STEP_OUTPUTS),
+                input_names=list(example),
+                output_names=list(outputs),
                 dynamic_shapes=shapes,
                 custom_translation_table=onnx_translations(),
             )

@@ -1,6 +1,6 @@
 """One optimizer step in plain eager torch: what an exported train step is compared with.
 
-It shares nothing with the traced step but the module, the task's metric, the dropout mask and the noise of DP-SGD:
+It shares nothing with the traced step but the module, the task's metric, the dropout mask and DP-SGD's noise:
 gradients come from autograd (sample by sample, for DP-SGD), the loss from torch's own functions, the update from
 `torch.optim`.
 """
@@ -20,7 +20,7 @@ from models.flat import FloatVector, flatten_buffers, flatten_params, load_flat,
 from models.task import Task
 from models.train_step.dropout import CounterDropout
 from models.train_step.optimizers import ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON
-from models.train_step.sample_privacy import SamplePrivacy, gaussian
+from models.train_step.sample_privacy import SamplePrivacy
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,12 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Samples `float32 [B, …]`, labels `int64 [B]` and weights `float32 [B]` of one step."""
+    """One step: samples `float32 [B, …]`, labels `int64 [B]`, weights `float32 [B]`, DP-SGD's noise `float32 [P]`."""
 
     x: npt.NDArray[np.float32]
     y: npt.NDArray[np.int64]
     weights: npt.NDArray[np.float32]
+    noise: FloatVector
 
 
 class EagerStep:
@@ -109,15 +110,14 @@ class EagerStep:
         losses, metrics = [], []
         for place in counted:
             row = slice(place, place + 1)
-            one = Batch(batch.x[row], batch.y[row], np.ones(1, np.float32))
+            one = Batch(batch.x[row], batch.y[row], np.ones(1, np.float32), batch.noise)
             loss, metric = self._backward(params, one, seed, step)
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
             own = torch.cat([grad.reshape(-1) for grad in grads]).double().numpy()
             total += own * min(1.0, privacy.clipping_norm / max(float(np.linalg.norm(own)), 1e-300))
             losses.append(loss)
             metrics.append(metric)
-        noise = gaussian(torch.empty(total.size), torch.tensor(seed), torch.tensor(step)).numpy()
-        total += privacy.noise_multiplier * privacy.clipping_norm * noise
+        total += privacy.noise_multiplier * privacy.clipping_norm * batch.noise
         mean = torch.from_numpy((total / len(counted)).astype(np.float32))
         for param, part in zip(params, torch.split(mean, [p.numel() for p in params]), strict=True):
             param.grad = part.reshape(param.shape).clone()

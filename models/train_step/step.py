@@ -34,6 +34,7 @@ STEP_INPUTS = (
     "anchor",
     "seed",
     "step",
+    "noise",
 )
 STEP_OUTPUTS = ("params_out", "opt_state_out", "buffers_out", "loss", "metric")
 PER_SAMPLE_INPUTS = ("x", "y", "weights")
@@ -60,6 +61,7 @@ def build_step(module: nn.Module, task: Task, optimizer: Optimizer) -> Step:
         anchor: Tensor,
         seed: Tensor,
         step_index: Tensor,
+        _noise: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         total = weights.sum()
         active = (total > 0).to(torch.float32)

@@ -8,7 +8,7 @@ numbers in a way that no seed drives, is an error here and not a surprise on a d
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -47,6 +47,7 @@ def example_inputs(
         torch.zeros(params),
         torch.zeros((), dtype=torch.int64),
         torch.zeros((), dtype=torch.int64),
+        torch.zeros(params),
     )
 
 
@@ -64,14 +65,29 @@ def trace_step(step: Step, example: Sequence[Tensor]) -> fx.GraphModule:
         ModelError: the forward depends on values, or pins the batch size.
         UnsupportedLayerError: it draws random numbers that no seed drives.
     """
+    return trace(step, dict(zip(STEP_INPUTS, example, strict=True)), PER_SAMPLE_INPUTS)
+
+
+def trace(
+    function: Callable[..., tuple[Tensor, ...]], example: Mapping[str, Tensor], per_sample: Sequence[str]
+) -> fx.GraphModule:
+    """Trace a function of tensors.
+
+    Args:
+        example: its arguments by name, in its order.
+        per_sample: those whose first axis is a symbol, which is checked; the others keep their shapes.
+
+    Raises:
+        ModelError, UnsupportedLayerError: as `trace_step`.
+    """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    fakes = [_fake(mode, name, value) for name, value in zip(STEP_INPUTS, example, strict=True)]
+    fakes = [_fake(mode, value, is_symbolic=name in per_sample) for name, value in example.items()]
     try:
         with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
             warnings.simplefilter("ignore")
             # Twice, because functionalize, like all of torch.func, loses symbolic sizes in composite
             # operators.
-            joint = _tolerate_strides(make_fx(step, tracing_mode="symbolic")(*fakes))
+            joint = _tolerate_strides(make_fx(function, tracing_mode="symbolic")(*fakes))
             graph = make_fx(
                 functionalize(joint, remove="mutations"),
                 tracing_mode="symbolic",
@@ -89,14 +105,16 @@ def trace_step(step: Step, example: Sequence[Tensor]) -> fx.GraphModule:
             hint="write it in torch operators on its input and parameters, without Python side effects",
         ) from error
     simplify(graph)
-    _check_batch_is_symbolic(graph)
+    for place, name in enumerate(example):
+        if name in per_sample:
+            _check_batch_is_symbolic(graph, place)
     _check_deterministic(graph)
     return graph
 
 
-def _fake(mode: FakeTensorMode, name: str, value: Tensor) -> Tensor:
+def _fake(mode: FakeTensorMode, value: Tensor, *, is_symbolic: bool) -> Tensor:
     sizes = [DimDynamic.STATIC] * value.dim()
-    if name in PER_SAMPLE_INPUTS:
+    if is_symbolic:
         sizes[0] = DimDynamic.DYNAMIC
     fake: Tensor = mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
     return fake
@@ -111,10 +129,9 @@ def _tolerate_strides(graph: fx.GraphModule) -> fx.GraphModule:
     return graph
 
 
-def _check_batch_is_symbolic(graph: fx.GraphModule) -> None:
+def _check_batch_is_symbolic(graph: fx.GraphModule, place: int) -> None:
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    x = placeholders[STEP_INPUTS.index("x")]
-    batch = constant_size(x.meta["val"].shape[0])
+    batch = constant_size(placeholders[place].meta["val"].shape[0])
     if batch is not None:
         raise ModelError(
             f"the forward works for a batch of {batch} only",

@@ -28,6 +28,7 @@ from wire.manifest import TensorSlot
 
 BATCH_SIZES = (5, 8)
 STEPS = 3
+NOISY_FROM = 2
 DRAWS = 4
 # Rounding gives 1e-6, a wrong gradient 1e-2 and more; weight decay, the smallest term under test, moves 1e-2.
 TOLERANCE = 1e-3
@@ -218,6 +219,7 @@ class _Comparison:
             "mu": np.float32(hyper.mu),
             "anchor": anchor,
             "seed": np.int64(seed),
+            "noise": np.stack([batch.noise for batch in batches]),
         }
         return ort.run(self._session, {name: np.asarray(value) for name, value in feeds.items()})
 
@@ -235,7 +237,9 @@ class _Comparison:
         y = self._rng.integers(0, max(self._task.classes, 1), size)
         weights = self._rng.uniform(0.2, 2.0, size) if padding else np.ones(size)
         weights[size - padding :] = 0
-        return Batch(x, y, weights.astype(np.float32))
+        # DP-SGD's noise is longer than the gradients: what is wrong with these shows where there is none.
+        noise = self._noise(self._export.params_size, 1.0 if padding >= NOISY_FROM else 0.0)
+        return Batch(x, y, weights.astype(np.float32), noise)
 
     def _anchor(self) -> FloatVector:
         return self._params + self._noise(self._params.size, 0.02)
