@@ -216,11 +216,17 @@ def is_expired(identity: Identity, now: float) -> bool:
 
 
 def was_refused(error: TransportError) -> bool:
-    """Whether a connection failed because our certificate counts no more: the other side's clock saw it expired, or
-    its authority was replaced."""
+    """Whether a connection failed as it does when our certificate counts no more: the other side's clock saw it
+    expired, or its authority was replaced.
+
+    A server on Python's asyncio, as the aggregator's, does not say so: it closes what it just let in, so that this may
+    also be a network that broke. Who renews for nothing has lost nothing.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLError) and any(each in (cause.reason or "") for each in _REFUSALS):
+            return True
+        if isinstance(cause, ConnectionResetError | BrokenPipeError | ssl.SSLEOFError):
             return True
         cause = cause.__cause__
     return False

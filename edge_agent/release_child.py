@@ -171,6 +171,13 @@ class _FixedClock:
 def check(folder: Path, now: float, request: Request, identity: Identity) -> Found:
     """The child's work; raises as `tuf_client.check` and `tuf_client.download`."""
     fetcher = HttpsFetcher(identity)
+    try:
+        return _check_by(fetcher, folder, now, request, identity)
+    finally:
+        fetcher.close()
+
+
+def _check_by(fetcher: HttpsFetcher, folder: Path, now: float, request: Request, identity: Identity) -> Found:
     info = tuf_client.check(
         folder / STAGING_NAME, identity.tuf_root, fetcher, identity.ring, _FixedClock(now)
     )

@@ -224,7 +224,12 @@ class Publisher:
     def announcement(self, ring: str = DEFAULT_RING) -> Announcement:
         """What to tell the fleet about a ring now; `release_version` 0 where it was never set."""
         version, _ = self._repository.ring(ring)
-        return Announcement(channel=ring, release_version=version, timestamp=self._repository.timestamp())
+        return Announcement(
+            channel=ring,
+            release_version=version,
+            timestamp=self._repository.timestamp(),
+            keys_version=self._repository.keys_version(),
+        )
 
     def timestamp(self) -> bytes:
         """The newest signed `timestamp.json`; another one whenever anything was signed.
