@@ -37,6 +37,9 @@ ShortText = Annotated[str, Meta(max_length=64)]
 Metrics = Annotated[dict[ShortText, float], Meta(max_length=32)]
 CodecName = Literal["fp32", "fp16", "int8", "int4", "int2", "sign", "dithered"]
 
+CheckName = Literal["disk", "clock", "certificate", "broker", "model", "heat", "backlog"]
+RemedyName = Literal["roll_back", "pause_training", "trim", "renew", "reconnect"]
+
 CODEC_NAMES: tuple[str, ...] = get_args(CodecName)
 MAX_SEALED_SEED_BYTES = 4096
 
@@ -90,6 +93,8 @@ class Telemetry(Body, frozen=True, kw_only=True):
     rss_bytes: Count = 0
     sent_bytes_total: Count = 0
     received_bytes_total: Count = 0
+    unwell: Annotated[tuple[CheckName, ...], Meta(max_length=16)] = ()
+    remedies: Annotated[dict[RemedyName, Count], Meta(max_length=16)] = {}
 
 
 class InferenceReport(Body, frozen=True, kw_only=True):
