@@ -135,11 +135,12 @@ class CheckWanted:
 @dataclass(frozen=True, slots=True)
 class ReleaseInstalled:
     """A release check ended well. The version is the one before when there was nothing new; `keys_version` 0: nobody
-    said."""
+    said; `stale` are updates that were sealed to a key which the cloud no longer lists."""
 
     release_version: int
     graphs_sha256: bytes
     keys_version: int = 0
+    stale: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

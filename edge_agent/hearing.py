@@ -126,11 +126,23 @@ def job_ended(result: JobResult, parts: Parts) -> on.Event:
     return on.JobDone(result.key, update)
 
 
-def _take_keys(keys: OnlineKeys, parts: Parts) -> None:
-    """Trusts the keys of today, and after a restart too; a full disk costs only that."""
+def _take_keys(keys: OnlineKeys, parts: Parts) -> tuple[bytes, ...]:
+    """Trusts the keys of today, and after a restart too; a full disk costs only that.
+
+    Returns:
+        The updates that are sealed to a key which is listed no longer; what of them waits to be sent is withdrawn.
+    """
     if keys == parts.speaker.keys:
-        return
+        return ()
     parts.speaker.trust(keys)
+    _keep_keys(keys, parts)
+    stale = tuple(parts.outbox.sealed_to_others(parts.speaker.kem_key_ids))
+    for update_id in stale:
+        parts.outgoing.withdraw(update_id)
+    return stale
+
+
+def _keep_keys(keys: OnlineKeys, parts: Parts) -> None:
     try:
         parts.database.set_fact(ONLINE_KEYS_FACT, keys.to_json())
     except StorageError as error:
@@ -146,7 +158,7 @@ def _take_time(checked: Checked, parts: Parts) -> None:
 
 
 def _checked(checked: Checked, parts: Parts) -> on.Event:
-    _take_keys(checked.keys, parts)
+    stale = _take_keys(checked.keys, parts)
     parts.helper.take(checked.helper)
     _take_time(checked, parts)
     parts.received_bytes_total += checked.fetched_bytes
@@ -157,10 +169,11 @@ def _checked(checked: Checked, parts: Parts) -> on.Event:
             current.release_version if current else 0,
             current.graphs_sha256 if current else b"",
             checked.keys.version,
+            stale,
         )
     contents, model = checked.installed
     serving.swap(model, serving.current)
     _log.info("release_installed", version=model.release_version, variant=model.variant)
     parts.clock.raise_to(contents.release.created)
     parts.database.set_fact(PROBATION_STARTS_FACT, 0)
-    return on.ReleaseInstalled(model.release_version, model.graphs_sha256, checked.keys.version)
+    return on.ReleaseInstalled(model.release_version, model.graphs_sha256, checked.keys.version, stale)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -74,6 +75,16 @@ class OutboxRow:
     kem_key_id: bytes = b""
 
 
+@dataclass(frozen=True, slots=True)
+class DestroyedUpdate:
+    """An update that the disk destroyed, or whose key is lost, and the order that waits for it."""
+
+    order_id: bytes
+    run: str
+    round_number: int
+    reason: str
+
+
 class Outbox:
     """The outbox of one device.
 
@@ -85,6 +96,7 @@ class Outbox:
     def __init__(self, database: Database, *, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
         self._database = database
         self._max_bytes = max_bytes
+        self._destroyed: list[DestroyedUpdate] = []
 
     def put(
         self,
@@ -165,6 +177,18 @@ class Outbox:
             (transfer,),
         )
         return rows[0][0] if rows and isinstance(rows[0][0], bytes) else None
+
+    def sealed_to_others(self, kem_key_ids: Collection[bytes]) -> list[bytes]:
+        """Ids of open updates whose sealed bytes are for none of these keys, the oldest first."""
+        rows = self._database.read(
+            f"SELECT update_id, kem_key_id FROM outbox JOIN sealings USING (row) WHERE {_IS_OPEN} ORDER BY row"
+        )
+        return [update_id for update_id, kem_key_id in rows if kem_key_id not in kem_key_ids]
+
+    def take_destroyed(self) -> list[DestroyedUpdate]:
+        """What was found destroyed since the last call: whoever waits for it can be told."""
+        taken, self._destroyed = self._destroyed, []
+        return taken
 
     def end(
         self,
@@ -262,12 +286,12 @@ class Outbox:
         update_id, order_id, run, round_number, kind, created, deadline = columns
         place = place_of_update(tuple(columns))
         if place is None or not is_intact(place, key, kept, digest):
-            self._destroy(number, update_id, kept, "damaged on disk")
+            self._destroy(number, columns, kept, "damaged on disk")
             return None
         try:
             body = self._database.vault.open("outbox", key, place, kept)
         except StorageError as error:
-            self._destroy(number, update_id, kept, str(error))
+            self._destroy(number, columns, kept, str(error))
             return None
         if sealed is not None and hashlib.sha256(sealed).digest() != transfer:
             # The body is intact, so nothing is lost: it is sealed again.
@@ -287,13 +311,18 @@ class Outbox:
             kem_key_id if isinstance(kem_key_id, bytes) else b"",
         )
 
-    def _destroy(self, row: int, update_id: Any, kept: Any, reason: str) -> None:
+    def _destroy(self, row: int, columns: list[Any], kept: Any, reason: str) -> None:
         """What lies there is sealed, or no longer what was written: a person may look at it, nobody sends it."""
+        update_id = columns[0]
         name = f"outbox-{update_id.hex()}" if isinstance(update_id, bytes) else f"outbox-row-{row}"
         data = kept if isinstance(kept, bytes) else repr(kept).encode()
         self._database.quarantine.keep(name, data, f"outbox row: {reason}")
         with self._database.transaction() as connection:
             _close(connection, row, "destroyed", reason, 0.0)
+        # The row's own columns may be what is damaged; the order book has them, too.
+        asked = "SELECT order_id, run, round_number FROM orders WHERE update_id = ?"
+        for order_id, run, round_number in self._database.read(asked, (update_id,)):
+            self._destroyed.append(DestroyedUpdate(order_id, run, round_number, reason))
         _log.error("update_destroyed", update=name.removeprefix("outbox-"), reason=reason)
 
 

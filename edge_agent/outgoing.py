@@ -47,6 +47,11 @@ class Outgoing:
             for packet in packets:
                 self._push(_Queued(packet, update_id, survives=False))
 
+    def withdraw(self, update_id: bytes) -> None:
+        """Takes an update out of the queue: it will be said in other bytes."""
+        self._queue = deque(queued for queued in self._queue if queued.upload != update_id)
+        self._uploading.pop(update_id, None)
+
     def pump(self) -> None:
         """Hands over as much as the transport takes now."""
         while self._queue:

@@ -44,7 +44,6 @@ class Parts:
 
     Attributes:
         boot_id: names this life of the process.
-        sealed_to: the key that an update of this life was sealed to, by update id.
         training_paused: why nothing is trained for now (`remedies/pause_training.py`), or empty.
         left_over: what a biased codec left out of an update that is not stored yet, by update id.
     """
@@ -76,7 +75,6 @@ class Parts:
     stopping: bool = False
     training_paused: str = ""
     least_agent: str = ""
-    sealed_to: dict[bytes, bytes] = field(default_factory=dict)
     left_over: dict[bytes, ErrorFeedback] = field(default_factory=dict)
 
 

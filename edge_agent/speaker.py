@@ -116,6 +116,11 @@ class Speaker:
         """The key that updates are sealed to now; empty without one."""
         return self._recipient.key_id if self._recipient is not None else b""
 
+    @property
+    def kem_key_ids(self) -> frozenset[bytes]:
+        """All keys that the cloud lists to be sealed to: it opens what was sealed to any of them."""
+        return frozenset(name for name, _, _ in self.keys.kem)
+
     def trust(self, keys: OnlineKeys) -> None:
         """Takes over the cloud's online keys: those of enrolment, later what TUF vouches for.
 

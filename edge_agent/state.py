@@ -240,6 +240,8 @@ def _installed(state: State, event: on.ReleaseInstalled, now: Moment) -> Outcome
         probation_until=now.elapsed + timing.probation if is_new else state.probation_until,
     )
     state = replace(state, health_at=min(state.health_at, now.elapsed + _look_every(state)))
+    for update_id in event.stale:
+        state = with_upload(state, update_id, send_at=now.elapsed, sends=0)
     state, gathers = _look_again(state, now)
     # What waits for a helper's key may have it now.
     masks = [do.MaskUpdate(task.order.order_id) for task in state.tasks if task.trained and task.order.helped]

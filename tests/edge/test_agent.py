@@ -434,18 +434,6 @@ def test_chunk_with_a_wrong_hash_is_dropped_and_the_right_one_taken(lab: Lab) ->
     assert only_update(lab)
 
 
-def test_update_is_sealed_anew_when_the_cloud_changes_its_key(lab: Lab) -> None:
-    agent = lab.agent()
-    lab.run(2)
-    feed(agent, lab.bundle)
-    run_round(lab)
-    agent.parts.sealed_to = dict.fromkeys(agent.parts.sealed_to, b"an old key")
-    lab.run(30)
-    first, *_, last = lab.cloud.of(Update)
-    assert first.transfer != last.transfer
-    assert first.body == last.body
-
-
 # --- restarts and full disks ---
 
 
