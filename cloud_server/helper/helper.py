@@ -29,7 +29,7 @@ from wire.helper import (
 )
 from wire.messages import MAX_SEALED_SEED_BYTES, decode_body
 from wire.primitives import KemPrivateKey, VerifyKey, sha256
-from wire.ring import RingVector, add_mask, ring_of
+from wire.ring import Ring, RingVector, add_mask, ring_of
 
 _log = get_logger("cloud.helper")
 
@@ -81,20 +81,25 @@ class Helper:
             return self._refuse(question, "foreign")
         if question.terms.helper_key_id != self._key.key_id:
             return self._refuse(question, "key")
+        try:
+            ring = ring_of(question.terms)
+        except MessageError as error:
+            return self._refuse(question, "terms", detail=str(error))
+        if len(question.seeds) > question.terms.members:
+            return self._refuse(question, "terms", detail="more devices than the terms have room for")
         before = self._store.answered(question.run, question.round_number)
         if before not in (b"", digest):
             return self._refuse(question, "already_answered")
         seeds, unusable = self._open_all(question)
-        # One that wants more company than there is must not decide for the others.
-        lonely = [place for place, seed in seeds.items() if seed.min_devices > len(seeds)]
-        if unusable or lonely:
-            return self._refuse(question, "unusable", tuple(sorted(unusable + lonely)))
+        if unusable:
+            return self._refuse(question, "unusable", tuple(unusable))
         if len(seeds) < self._min_devices:
             return self._refuse(question, "too_few", detail=f"{len(seeds)} of {self._min_devices}")
-        try:
-            total = _sum_of(question, list(seeds.values()))
-        except MessageError as error:
-            return self._refuse(question, "terms", detail=str(error))
+        # One that wants more company than there is must not decide for the others.
+        lonely = tuple(place for place, seed in seeds.items() if seed.min_devices > len(seeds))
+        if lonely:
+            return self._refuse(question, "unusable", lonely)
+        total = _sum_of(question, ring, list(seeds.values()))
         noted = self._store.note_answered(
             question.run, question.round_number, digest, devices=len(seeds), now=self._clock.now()
         )
@@ -162,10 +167,7 @@ class Helper:
         return HelperRefusal(reason=reason, unusable=unusable)
 
 
-def _sum_of(question: HelperQuestion, seeds: list[_Seed]) -> RingVector:
-    ring = ring_of(question.terms)
-    if len(seeds) > question.terms.members:
-        raise MessageError("more devices than the terms name", devices=len(seeds))
+def _sum_of(question: HelperQuestion, ring: Ring, seeds: list[_Seed]) -> RingVector:
     named = (question.tenant, question.fleet, question.run, question.round_number)
     context = helped_context(*named, question.terms)
     total = np.zeros(question.params_size, ring.dtype)
