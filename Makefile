@@ -17,6 +17,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 help:           ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
+# Not by hash: which wheel of torch is right is the machine's matter. The images are (deploy/locks/).
 install: $(STAMP)  ## the whole project with its development tools, in .venv
 
 $(STAMP): pyproject.toml constraints.txt

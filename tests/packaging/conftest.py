@@ -50,12 +50,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `bin` folder of an environment with the base install and nothing else."""
+    """The `bin` folder of an environment with the base install and nothing else, as the edge image has it: every file
+    by its hash, and whole by the lock alone."""
     folder = tmp_path_factory.mktemp("bare")
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True, env=clean_environment())
     binaries = folder / "bin"
-    install = [str(binaries / "pip"), "install", "--quiet", "--constraint", str(ROOT / "constraints.txt")]
-    subprocess.run([*install, str(wheel)], check=True, env=clean_environment(), cwd=folder)
+    install = [str(binaries / "pip"), "install", "--quiet", "--no-deps"]
+    lock = ["--require-hashes", "--requirement", str(ROOT / "deploy" / "locks" / "edge.txt")]
+    for what in (lock, [str(wheel)]):
+        subprocess.run([*install, *what], check=True, env=clean_environment(), cwd=folder)
+    subprocess.run([str(binaries / "pip"), "check"], check=True, env=clean_environment(), cwd=folder)
     return binaries
 
 
