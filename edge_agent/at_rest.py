@@ -79,6 +79,7 @@ class Vault:
         ring: the file of wrapped data keys; None keeps them in memory only.
         clock: says when a day is over.
         algorithm: called when a key is made (None: what this machine is faster with).
+        is_owner: False only looks, beside an agent that may be changing its keys.
 
     Raises:
         StorageError: ring or wrapping keys cannot be read now. That is not the same as damaged or gone.
@@ -90,6 +91,8 @@ class Vault:
         ring: Path | None,
         clock: Clock,
         algorithm: Callable[[], ContentAlgorithm] | None = None,
+        *,
+        is_owner: bool = True,
     ) -> None:
         self._keys = keys
         self._ring = ring
@@ -100,6 +103,8 @@ class Vault:
         self.damage = ""
         if ring is not None:
             self._load(ring)
+            if is_owner and self._data and not self.damage:
+                self._tidy()
 
     def seal(self, store: Store, place: bytes, plaintext: bytes | memoryview) -> tuple[str, bytes]:
         """Seals with the store's key of today; returns (key id, sealed bytes).
@@ -199,9 +204,8 @@ class Vault:
 
     def _forget_all(self) -> None:
         """Wrapping keys first: overwriting them needs no room on a disk that is full."""
-        for name in self._keys.names():
-            self._keys.destroy(name)
-        self._data.clear()
+        self._keys.destroy_all()
+        self._data = {}
         if self._ring is not None:
             shred(self._ring)
 
@@ -275,17 +279,21 @@ class Vault:
                 self._data[entry.key] = _DataKey(entry, Aead(entry.algorithm, secret))
             except (msgspec.MsgspecError, UnicodeDecodeError, ValueError, StorageError) as error:
                 self.damage = f"a key of the ring does not open: {error}"
-        if not self.damage:
-            # Of a destruction that was interrupted.
-            for name in self._keys.names() - {data.entry.wrapped_by for data in self._data.values()}:
-                self._keys.destroy(name)
+
+    def _tidy(self) -> None:
+        """Ends the wrapping keys that no entry names: of a destruction that was interrupted."""
+        for name in self._keys.names() - {data.entry.wrapped_by for data in self._data.values()}:
+            self._keys.destroy(name)
 
 
-def open_vault(folder: Path | None, clock: Clock, keys: KeyStore | None = None) -> Vault:
+def open_vault(
+    folder: Path | None, clock: Clock, keys: KeyStore | None = None, *, is_owner: bool = True
+) -> Vault:
     """The vault of a state folder; of a device without a disk (None), one that ends with the process.
 
     Args:
         keys: where wrapping keys live; None takes files in `at_rest/`.
+        is_owner: as in `Vault`.
 
     Raises:
         StorageError: it cannot be read now.
@@ -293,7 +301,7 @@ def open_vault(folder: Path | None, clock: Clock, keys: KeyStore | None = None) 
     if folder is None:
         return Vault(keys or MemoryKeyStore(), None, clock)
     place = folder / FOLDER_NAME
-    return Vault(keys or FileKeyStore(place), place / RING_NAME, clock)
+    return Vault(keys or FileKeyStore(place), place / RING_NAME, clock, is_owner=is_owner)
 
 
 def bound(*parts: bytes) -> bytes:

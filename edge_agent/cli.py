@@ -32,8 +32,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     options = _parser().read(arguments)
-    handler = {"enroll": _enroll, "run": _run, "status": _status, "check": _check}[options.command]
-    return handler(options)
+    handler = {
+        "enroll": _enroll,
+        "run": _run,
+        "status": _status,
+        "check": _check,
+        "quarantine": _quarantine,
+        "forget": _forget,
+    }[options.command]
+    # Whatever a library writes into the state folder is its owner's alone.
+    before = os.umask(0o077)
+    try:
+        return handler(options)
+    finally:
+        os.umask(before)
 
 
 def _parser() -> CommandParser:
@@ -64,6 +76,20 @@ def _parser() -> CommandParser:
     for name, what in (("status", "show what the agent does"), ("check", "look at everything that it needs")):
         command = commands.add_parser(name, parents=[state], help=what)
         command.add_argument("--json", action="store_true", help="print JSON")
+    quarantine = commands.add_parser(
+        "quarantine", parents=[state], help="list what was found damaged, or read it"
+    )
+    shown = quarantine.add_mutually_exclusive_group()
+    shown.add_argument("--read", metavar="NAME", help="write one entry, opened, to standard output")
+    shown.add_argument("--json", action="store_true", help="print JSON")
+    forget = commands.add_parser(
+        "forget", parents=[state], help="destroy what the device keeps, and the keys of every copy of it"
+    )
+    forget.add_argument(
+        "what",
+        choices=("samples", "everything"),
+        help="samples, or everything (what is owed to the cloud, too)",
+    )
     return parser
 
 
@@ -217,6 +243,39 @@ def _check(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([finding.as_dict() for finding in findings], indent=2))
     return exit_code(findings)
+
+
+# --- what is kept -------------------------------------------------------------------------------------------
+
+
+def _quarantine(options: argparse.Namespace) -> int:
+    from edge_agent.at_rest import open_vault
+    from edge_agent.quarantine import FOLDER_NAME, Quarantine
+    from process.clock import SystemClock
+
+    vault = open_vault(options.state, SystemClock(), is_owner=False)
+    quarantine = Quarantine(options.state / FOLDER_NAME, vault=vault)
+    if options.read is not None:
+        sys.stdout.buffer.write(quarantine.read(options.read))
+        return 0
+    found = [
+        {"name": name, "size_bytes": size, "reason": reason} for name, size, reason in quarantine.entries()
+    ]
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for entry in found:
+        print(f"{entry['name']}  {entry['size_bytes']} bytes  {entry['reason']}")
+    return 0
+
+
+def _forget(options: argparse.Namespace) -> int:
+    from edge_agent.forget import forget
+    from process.clock import SystemClock
+
+    forgotten = forget(options.state, options.what, SystemClock())
+    print(f"forgot {forgotten.samples} samples and {forgotten.updates} updates", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":

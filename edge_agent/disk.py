@@ -48,6 +48,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def private_opener(path: str, flags: int) -> int:
+    """For `open(…, opener=private_opener)`: what is made is its owner's alone, whatever the umask."""
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
 def make_private_folder(folder: Path) -> None:
     """Makes a folder that only its owner may enter, and sees to it that one which is there is such.
 

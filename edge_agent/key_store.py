@@ -26,11 +26,10 @@ from wire.primitives import (
 
 SEALED_EXTRA_BYTES: Final = NONCE_BYTES + TAG_BYTES
 _SUFFIX: Final = ".key"
-_MAX_FILE_BYTES: Final = 4096
 
 
 class KeyStore(Protocol):
-    """Where wrapping keys live. They never leave it: a TPM or a token implements exactly these five.
+    """Where wrapping keys live. They never leave it: a TPM or a token implements exactly these six.
 
     A hardware implementation maps `make` to generating an AES-256 key (or an object under a storage root key) that
     cannot be exported, `wrap` and `unwrap` to authenticated encryption with it, with `context` as additional data, and
@@ -77,6 +76,14 @@ class KeyStore(Protocol):
         """
         ...
 
+    def destroy_all(self) -> None:
+        """Ends every wrapping key for ever, also what is left of one that is damaged; needs no room on a disk.
+
+        Raises:
+            StorageError: one may still be there.
+        """
+        ...
+
 
 class MemoryKeyStore:
     """Wrapping keys that end with the process: for a device without a disk."""
@@ -101,6 +108,9 @@ class MemoryKeyStore:
     def destroy(self, name: str) -> None:
         self._keys.pop(name, None)
 
+    def destroy_all(self) -> None:
+        self._keys.clear()
+
     def _hold(self, secret: bytes) -> None:
         self._keys[_name_of(secret)] = Aead("A256GCM", secret)
 
@@ -114,7 +124,7 @@ class MemoryKeyStore:
 class FileKeyStore(MemoryKeyStore):
     """Wrapping keys in files of a private folder (0700): `{name}.key`, 32 bytes, 0600, named by their hash.
 
-    A file that is not what its name says is no key, and is taken away.
+    A file that is not what its name says is no key.
 
     Raises:
         StorageError: the folder cannot be read.
@@ -142,17 +152,19 @@ class FileKeyStore(MemoryKeyStore):
         shred(self._path(name))
         super().destroy(name)
 
-    def _load(self, path: Path) -> None:
-        if path.stat().st_size > _MAX_FILE_BYTES:
+    def destroy_all(self) -> None:
+        for path in self._folder.glob(f"*{_SUFFIX}"):
             shred(path)
+        super().destroy_all()
+
+    def _load(self, path: Path) -> None:
+        if path.stat().st_size != CONTENT_KEY_BYTES:
             return
         # Whoever opened it to others has shown it already; refusing it here would only stop the device.
         os.chmod(path, 0o600)
         secret = read_private(path)
-        if len(secret) == CONTENT_KEY_BYTES and _name_of(secret) == path.name.removesuffix(_SUFFIX):
+        if _name_of(secret) == path.name.removesuffix(_SUFFIX):
             self._hold(secret)
-        else:
-            shred(path)
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}{_SUFFIX}"

@@ -67,7 +67,8 @@ class MetricsBoard:
             self._due = moment + REFRESH_SECONDS
             self._shown = self._registry.values()
             if self._file is not None:
-                replace_file(self._file, self._registry.render())
+                # Another user's node_exporter reads it; it says how much, and never what.
+                replace_file(self._file, self._registry.render(), mode=0o644)
         return self._shown
 
     def close(self) -> None:

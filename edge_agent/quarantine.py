@@ -23,6 +23,7 @@ from edge_agent.key_store import SEALED_EXTRA_BYTES
 from wire.errors import StorageError
 from wire.primitives import random_bytes
 
+FOLDER_NAME: Final = "quarantine"
 MAX_QUARANTINE_BYTES = 16 * 1024 * 1024
 REASON_SUFFIX: Final = ".reason"
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")

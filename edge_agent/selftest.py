@@ -95,7 +95,7 @@ class ChildSelfTest:
     def check(self, contents: SlotContents) -> SelfTestVerdict:
         staged = model_of(contents)
         if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(prefix="selftest-", dir=self._folder) as name:
             lay_down(staged, Path(name))
             return _judge(self._run(name))

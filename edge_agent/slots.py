@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from edge_agent.disk import sync_folder, write_durably
+from edge_agent.disk import make_private_folder, sync_folder, write_durably
 from edge_agent.quarantine import Quarantine
 from edge_agent.release_files import (
     INT8,
@@ -75,10 +75,8 @@ class Slots:
         self._root = folder / FOLDER_NAME
         self._quarantine = quarantine or Quarantine(folder / "quarantine")
         self._lock = threading.RLock()
-        try:
-            (self._root / _GRAPHS).mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
-            raise StorageError(f"cannot make {self._root}: {error.strerror}") from error
+        make_private_folder(self._root)
+        make_private_folder(self._root / _GRAPHS)
         self._standing = self._read_standing()
         # A full or read-only disk must not keep the agent from serving what is here.
         with contextlib.suppress(OSError, StorageError):

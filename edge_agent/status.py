@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from edge_agent.disk import private_opener
 from process.version import VERSION
 from wire.agent_versions import is_new_enough
 
@@ -75,11 +76,13 @@ def write_status(path: Path, status: dict[str, Any]) -> None:
     replace_file(path, json.dumps(status, sort_keys=True))
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str, *, mode: int = 0o600) -> None:
     """Replaces a file that is a convenience: readers see the old one or the new one, a full disk keeps the old."""
     temporary = path.with_name(f".{path.name}.new")
     with contextlib.suppress(OSError):
-        temporary.write_text(text, encoding="utf-8")
+        with open(temporary, "w", encoding="utf-8", opener=private_opener) as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(text)
         os.replace(temporary, path)
 
 

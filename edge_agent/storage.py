@@ -23,7 +23,7 @@ from typing import Any, Final
 from edge_agent.at_rest import KEY_ID_CHARACTERS, Vault, open_vault
 from edge_agent.conversion import seal_plain_database
 from edge_agent.disk import write_durably
-from edge_agent.quarantine import Quarantine
+from edge_agent.quarantine import FOLDER_NAME, Quarantine
 from edge_agent.salvage import lenient_text, salvage
 from edge_agent.schema import FORMAT_VERSION, PAGE_BYTES, create, is_ours, version_of
 from process.clock import Clock, SystemClock
@@ -373,7 +373,7 @@ def open_database(
     vault = vault or open_vault(root, clock)
     if vault.damage:
         _log.error("at_rest_keys_lost", reason=vault.damage)
-    quarantine = Quarantine(root / "quarantine", vault=vault)
+    quarantine = Quarantine(root / FOLDER_NAME, vault=vault)
     path = root / DATABASE_NAME
     seal_plain_database(path, vault)
     quarantine.seal_plain()

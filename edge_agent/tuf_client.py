@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Final, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from edge_agent.disk import make_private_folder, private_opener
 from edge_agent.fetcher import Fetcher
 from edge_agent.online_keys import ONLINE_KEYS, OnlineKeys
 from process.clock import Clock
@@ -151,8 +152,8 @@ class _Session:
 
     def _append(self, place: Path, info: TargetFile) -> bool:
         """Fetches what is missing of a file; returns whether some of it was there."""
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with place.open("ab") as file:
+        place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with open(place, "ab", opener=private_opener) as file:
             there = file.tell()
             if there < info.length:
                 limit = info.length - there
@@ -269,8 +270,9 @@ def seed_staging(folder: Path, known: Mapping[str, bytes]) -> None:
     for name, data in known.items():
         # What cannot be written is downloaded, or fails there with a reason.
         with contextlib.suppress(OSError):
-            place.mkdir(parents=True, exist_ok=True)
-            (place / name).write_bytes(data)
+            place.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with open(place / name, "wb", opener=private_opener) as file:
+                file.write(data)
 
 
 def clear_staging(folder: Path) -> None:
@@ -282,10 +284,8 @@ def _session(folder: Path, root: bytes, fetcher: Fetcher, clock: Clock) -> _Sess
     from tuf.ngclient import Updater, UpdaterConfig
 
     metadata = folder / _METADATA
-    try:
-        metadata.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise StorageError(f"cannot make {metadata}: {error.strerror}") from error
+    make_private_folder(folder)
+    make_private_folder(metadata)
     with _translated("metadata"):
         updater = Updater(
             str(metadata),

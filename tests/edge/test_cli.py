@@ -18,7 +18,6 @@ import pytest
 from edge_agent import Agent
 from edge_agent.cli import main
 from edge_agent.status import read_status
-from edge_agent.storage import open_database
 from tests.edge.aggregator import Aggregator
 from tests.transport.mailbox import Mailbox
 from wire import envelope
@@ -367,11 +366,76 @@ def test_text_that_is_no_token_is_one_error(
     assert "not an enrolment token" in capsys.readouterr().err
 
 
-def test_state_is_its_owners_alone(enrolled: Path) -> None:
-    open_database(enrolled).close()
-    assert enrolled.stat().st_mode & 0o777 == 0o700
-    files = [enrolled / "agent.db", *(enrolled / "identity").iterdir()]
-    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+def modes(folder: Path) -> dict[str, int]:
+    """What of a state folder group or others may touch."""
+    found = [folder, *folder.rglob("*")]
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_mode & 0o777
+        for path in found
+        if path.stat().st_mode & 0o077
+    }
+
+
+@pytest.fixture
+def open_umask() -> Iterator[None]:
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("open_umask")
+def test_state_is_its_owners_alone_whatever_the_umask(aggregator: Aggregator, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    assert main(["enroll", *with_token(tmp_path, aggregator), "--state", str(state)]) == 0
+    (state / "agent.db").write_bytes(b"damaged, and open to others")
+    np.save(tmp_path / "window.npy", np.asarray([WINDOW], np.float32))
+    process = start(state, "--input", str(tmp_path / "window.npy"))
+    wait_until(lambda: bool((read_status(state) or {}).get("release")), process)
+    assert modes(state) == {}
+    end(process)
+    assert modes(state) == {}
+    kept = {path.name for path in state.rglob("*")}
+    assert kept >= {"agent.db", "ring", "status.json", "int8.onnx", "timestamp.json", "update.key"}
+    assert list((state / "quarantine").glob("*agent.db.damaged"))
+
+
+@pytest.mark.usefixtures("open_umask")
+def test_program_of_a_careless_user_leaves_no_data_open_to_others(enrolled: Path) -> None:
+    """Inside of somebody's program the umask is theirs; python-tuf's own folders lie in one of ours."""
+    with Agent.from_folder(enrolled) as agent:
+        assert agent.wait_for_model(DEADLINE_SECONDS)
+        agent.observe(np.asarray(WINDOW, np.float32), 1)
+        agent.parts.database.quarantine.keep("row", b"data", "damaged")
+    inside = {name for name in modes(enrolled) if not name.startswith("tuf/metadata/")}
+    assert inside == set()
+
+
+def test_samples_are_forgotten_by_one_command(enrolled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Agent.from_folder(enrolled) as agent:
+        assert agent.wait_for_model(DEADLINE_SECONDS)
+        agent.observe(np.asarray(WINDOW, np.float32), 1)
+        assert main(["forget", "samples", "--state", str(enrolled)]) == 2
+        assert agent.parts.samples.counts()["samples"] == 1
+    assert main(["forget", "samples", "--state", str(enrolled)]) == 0
+    assert "forgot 1 samples and 0 updates" in capsys.readouterr().err
+    with Agent.from_folder(enrolled) as agent:
+        assert agent.parts.samples.counts()["samples"] == 0
+        assert agent.infer(np.asarray(WINDOW, np.float32)).release_version == 1
+    assert main(["forget", "samples", "--state", str(enrolled.parent)]) == 2
+
+
+def test_quarantine_is_listed_and_read_beside_a_running_agent(
+    enrolled: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    with Agent.from_folder(enrolled) as agent:
+        agent.parts.database.quarantine.keep("outbox row", b"what lay there", "does not match its digest")
+        assert main(["quarantine", "--json", "--state", str(enrolled)]) == 0
+        (entry,) = json.loads(capfdbinary.readouterr().out)
+        assert (entry["name"], entry["reason"]) == ("00000001-outbox_row", "does not match its digest")
+        assert main(["quarantine", "--read", entry["name"], "--state", str(enrolled)]) == 0
+        assert capfdbinary.readouterr().out == b"what lay there"
+        assert main(["quarantine", "--read", "../identity/update.key", "--state", str(enrolled)]) == 8
+        assert capfdbinary.readouterr().out == b""
 
 
 def test_folder_of_an_aggregator_is_not_made_a_devices(
