@@ -146,7 +146,8 @@ class HelpedPerformer(SummedPerformer):
         unusable = [rows[place] for place in refusal.unusable if place < len(rows)]
         left = len(rows) - len(unusable)
         if refusal.reason != "unusable" or not unusable or left < self._plan.policy.quorum:
-            return ev.HelperAnswered(f"the helper tells no masks of {left} devices: {refusal.reason}")
+            said = f"the helper told no masks of {len(rows)} devices ({refusal.reason})"
+            return ev.HelperAnswered(f"{said}; it can sum those of {left}" if unusable else said)
         names = ", ".join(row.device for row in unusable)[:200]
         _log.warning("seeds_unusable", run=self._plan.run, devices=names, left=left)
         with self._database.transaction(fence=self._ports.fence) as connection:
