@@ -12,7 +12,7 @@ export ORT_DISABLE_TELEMETRY := 1
 export FLWR_TELEMETRY_ENABLED := 0
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install demo test test-all fuzz bench images lint clean help
+.PHONY: install demo test test-all fuzz chaos-sim chaos-long bench images lint clean help
 
 help:           ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -48,6 +48,12 @@ test-all: install  ## all tests, the slow ones too
 fuzz: install   ## a million hostile envelopes, every decoder, planted bugs, then a guided search
 	$(BIN)/python -m tests.fuzz --count $(FUZZ_COUNT) --workers $(WORKERS) --planted
 	$(BIN)/python -m tests.fuzz.guided --seconds $(FUZZ_SECONDS)
+
+chaos-sim: install  ## simulated fleets under faults, a minute of them
+	$(BIN)/shoal-fleet chaos --seeds 24 --faults 10 --workers $(WORKERS)
+
+chaos-long: install  ## 100 histories of 100 faults each
+	$(BIN)/shoal-fleet chaos --seeds 100 --faults 100
 
 lint: install   ## ruff and mypy --strict
 	$(BIN)/ruff check .

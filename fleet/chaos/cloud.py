@@ -1,0 +1,252 @@
+"""The aggregator under faults: the real one on a real database, which may die at every point, or be started twice.
+
+Laws of the file: nothing of the aggregator is replaced but its transport, its clock, its folder and its store of
+bytes; what it knows after a crash is what it reads back; a second one that is started by mistake takes over by its
+fencing token, and the first is let run on, so that it can be seen to do nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cloud_server.assembly import Assembled, Base, RunConfig, assemble, make_run_parts, open_base
+from cloud_server.db.engine import open_database
+from cloud_server.keys import CloudKeys
+from cloud_server.release.releaser import Holdout
+from cloud_server.rounds.runner import RoundRunner
+from cloud_server.secure.opening import make_runner
+from fleet.chaos.device import NodeClock
+from fleet.chaos.disk import Disk
+from fleet.chaos.injector import Crash, Injector
+from fleet.chaos.ledger import Ledger
+from fleet.chaos.network import CLOUD, ChaosTransport, kind_of
+from fleet.chaos.sqlite import Change
+from fleet.chaos.store import ChaosArtefacts
+from fleet.simulated_device import FLEET, TENANT
+from fleet.virtual import VirtualTime
+from models.bundle import Bundle
+from wire.errors import StorageError, TransportError
+from wire.transport import Received, TransportEvent
+from wire.transport.memory import MemoryBroker, MemoryTransport
+
+DATABASE_NAME = "cloud.db"
+CLIENT = "aggregator"
+DOWN_SECONDS = 10.0
+ZOMBIE_SECONDS = 60.0
+"""How long an aggregator that lost its database to another goes on trying."""
+
+
+@dataclass(frozen=True, slots=True)
+class CloudSetup:
+    """What an aggregator is started with, in every life."""
+
+    bundle: Bundle
+    config: RunConfig
+    keys: CloudKeys
+    holdout: Holdout
+    seed: int
+    make_runner: Callable[..., RoundRunner] = make_runner
+
+
+@dataclass(slots=True)
+class _Life:
+    """One process."""
+
+    number: int
+    base: Base
+    cloud: Assembled
+    runner: RoundRunner
+    transport: ChaosTransport
+    queue: deque[TransportEvent] = field(default_factory=deque)
+    wake: float = 0.0
+
+
+class CloudNode:
+    """The aggregator, through all of its lives."""
+
+    name = "cloud"
+
+    def __init__(
+        self,
+        setup: CloudSetup,
+        folder: Path,
+        files: dict[str, bytes],
+        *,
+        time: VirtualTime,
+        broker: MemoryBroker,
+        injector: Injector,
+        ledger: Ledger,
+        ready: Callable[[str], None],
+    ) -> None:
+        self.clock = NodeClock(time)
+        self.files = files
+        self._setup = setup
+        self._time = time
+        self._broker = broker
+        self._injector = injector
+        self._ledger = ledger
+        self._ready = ready
+        self._rng = random.Random(f"cloud {setup.seed}")
+        self._life: _Life | None = None
+        self.disk = Disk(
+            self.name,
+            folder,
+            injector,
+            database=DATABASE_NAME,
+            name_commit=name_commit,
+            name_file=lambda operation, path: "",
+            committed=lambda path, changes: ledger.cloud_committed(path, changes),
+        )
+
+    @property
+    def is_up(self) -> bool:
+        return self._life is not None and not self.disk.is_dead
+
+    @property
+    def moved(self) -> int:
+        """Rounds that moved the head, for the trace; the ledger counts its own."""
+        return self._life.runner.view().moved if self._life is not None else 0
+
+    def wake_at(self) -> float:
+        """When it wants its next turn, in unix seconds of virtual time."""
+        if self._life is None or not self.is_up:
+            return float("inf")
+        return self._life.wake - self.clock.jump_seconds
+
+    def read(self, path: str) -> bytes | None:
+        """A file of the signed repository, as devices fetch it.
+
+        Raises:
+            TransportError: the aggregator is away.
+        """
+        if self._life is None or not self.is_up:
+            raise TransportError("the aggregator does not answer")
+        return self._life.base.repository.read(path.lstrip("/"))
+
+    # ---- lives -------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Opens what is on the disk and goes on with the run; a fault may end this at once."""
+        if self.disk.is_dead:
+            self.disk.come_back()
+            self._ledger.cloud_restarted()
+        self._guarded(self._open)
+
+    def kill(self) -> None:
+        """From outside, between two of its steps."""
+        if self.is_up:
+            self.disk.die(self._rng)
+            self._fell()
+
+    def _open(self) -> None:
+        setup, life = self._setup, self.disk.life
+        database = open_database(f"sqlite:///{self.disk.database}", factory=self.disk.connect)
+        artefacts = ChaosArtefacts(
+            self.files, self.disk.pass_by, self.disk.crash, lambda key, data: self._ledger.written(key, data)
+        )
+        base = open_base(database, artefacts, setup.keys, self.clock, tenant=TENANT, fleet=FLEET)
+        self._ledger.claimed(base.fence)
+        transport = ChaosTransport(
+            MemoryTransport(self._broker, CLIENT, queue_packets=100_000),
+            self.disk,
+            self._time.later,
+            CLOUD,
+            lambda packet: self._ledger.cloud_sent(packet),
+        )
+        cloud = assemble(base, transport, tenant=TENANT, fleet=FLEET)
+        plan, ports = make_run_parts(base, cloud, setup.bundle, setup.config, setup.holdout)
+        runner = setup.make_runner(
+            plan, ports, setup.config.masking, registry=base.registry, downlink=cloud.downlink
+        )
+        runner.resume(setup.bundle.checkpoint(), setup.seed)
+        cloud.aggregator.begin(runner)
+        self._life = _Life(life, base, cloud, runner, transport)
+        cloud.aggregator.start(self._enqueue)
+        self._ledger.read_cloud(self.disk.database)
+        self._ledger.check_fold(self.disk.database)
+        self._injector.note(self.name, f"up, life {life}, fence {base.fence}")
+
+    def _guarded(self, call: Callable[[], None]) -> None:
+        if self.disk.is_dead:
+            return
+        try:
+            call()
+        except Crash:
+            self._fell()
+        except StorageError as error:
+            # The service ends with it, and its supervisor starts it again.
+            self._injector.note(self.name, f"ended: {error}")
+            self.disk.die(self._rng)
+            self._fell()
+
+    def _fell(self) -> None:
+        self._injector.note(self.name, "down")
+        if self._life is not None:
+            self._life.transport.drop("the process is gone", for_seconds=float("inf"))
+        self._life = None
+        self._time.later(self._rng.uniform(0.1, DOWN_SECONDS), self.start)
+
+    # ---- work --------------------------------------------------------------------------------------------------
+
+    def _enqueue(self, event: TransportEvent) -> None:
+        if self._life is not None:
+            self._life.queue.append(event)
+            self._ready(self.name)
+
+    def pump(self) -> None:
+        """Handles what waits, and takes its turn."""
+        self._guarded(self._pump)
+
+    def tick(self) -> None:
+        """Takes its turn."""
+        self._guarded(self._tick)
+
+    def _pump(self) -> None:
+        life = self._life
+        while life is not None and life.queue:
+            event = life.queue.popleft()
+            fault = None
+            if isinstance(event, Received):
+                fault = self.disk.pass_by(f"cloud.receive.{kind_of(event.packet)}")
+            if fault is not None and fault.kind == "crash_before":
+                self.disk.crash(fault)
+            life.cloud.aggregator.handle(event)
+            if fault is not None:
+                self.disk.crash(fault)
+        self._tick()
+
+    def _tick(self) -> None:
+        life = self._life
+        if life is None:
+            return
+        fault = self.disk.pass_by("cloud.tick")
+        if fault is not None and fault.kind == "crash_before":
+            self.disk.crash(fault)
+        life.wake = life.cloud.aggregator.tick()
+        if fault is not None:
+            self.disk.crash(fault)
+
+
+def name_commit(changes: frozenset[Change]) -> str:
+    """The point of a commit of the aggregator's database, by the most telling thing that it changes."""
+    for change, point in _COMMITS:
+        if change in changes:
+            return f"cloud.commit.{point}"
+    return ""
+
+
+_COMMITS: tuple[tuple[Change, str], ...] = (
+    (("INSERT", "checkpoints"), "fold"),
+    (("INSERT", "rounds"), "open"),
+    (("INSERT", "updates"), "update"),
+    (("UPDATE", "rounds"), "round"),
+    (("INSERT", "releases"), "release"),
+    (("UPDATE", "releases"), "release"),
+    (("INSERT", "presence"), "device"),
+    (("UPDATE", "presence"), "device"),
+    (("UPDATE", "devices"), "device"),
+)

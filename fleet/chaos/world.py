@@ -1,0 +1,379 @@
+"""One history: a fleet, its aggregator and its broker on virtual time, under the faults of one schedule.
+
+Laws of the file: the same seed and schedule give the same history; time moves only when nothing is left to do; no fault
+strikes after the last update of the schedule, and from then on everything must come to its end within stated bounds.
+Source: docs/architecture.md, "The simulation under faults"; DESIGN.md, law 8.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cloud_server.assembly import RunConfig
+from cloud_server.release.gate import GatePolicy
+from cloud_server.release.releaser import Holdout
+from cloud_server.rounds.runner import RoundRunner
+from cloud_server.rounds.state import RoundPolicy
+from cloud_server.secure.opening import make_runner
+from edge_agent.runtime import Runtime
+from edge_agent.selftest import InlineSelfTest
+from edge_agent.settings import (
+    EdgeSettings,
+    NetworkSettings,
+    ReleaseSettings,
+    ReportSettings,
+    StorageSettings,
+)
+from edge_agent.slots import Slots
+from fleet.chaos.cloud import CLIENT, DATABASE_NAME, CloudNode, CloudSetup
+from fleet.chaos.device import DeviceNode, Surroundings
+from fleet.chaos.disk import mounted
+from fleet.chaos.faults import UPDATES_PER_FAULT, Fault
+from fleet.chaos.fold_check import FoldCheck
+from fleet.chaos.injector import Injector, Line
+from fleet.chaos.ledger import Ledger, Violation, ViolationError
+from fleet.chaos.template import Template, make_split
+from fleet.virtual import VirtualTime
+from wire.messages import TrainConfig
+from wire.transport.memory import MemoryBroker
+
+ROUND_SECONDS = 30.0
+DRAIN_SECONDS = 600.0
+"""Virtual time within which everything must be at rest once no fault strikes any more: the longest back-off of an
+update (300 s and half as much jitter), a round and its failure's rest, and the start of a node that just died."""
+CALM_ROUNDS = 2
+OVERTIME_UPDATES = 60
+"""Updates after the last of the schedule in which faults may still find their points."""
+PARTITION_SECONDS = 60.0
+JUMPS = {"clock_1970": None, "clock_2040": None, "clock_ahead": 3600.0, "clock_behind": -3600.0}
+YEAR_2040 = 2_208_988_800.0
+JUMP_SECONDS = 90.0
+LONGEST_SECONDS = 40_000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of one history."""
+
+    seed: int
+    made: int
+    struck: tuple[Fault, ...]
+    visits: Counter[str]
+    standings: Counter[str]
+    violations: tuple[Violation, ...]
+    virtual_seconds: float
+    rounds: int
+
+    @property
+    def lost(self) -> int:
+        """Updates that no place has any more."""
+        return sum(violation.what.endswith("lost") for violation in self.violations)
+
+    @property
+    def doubled(self) -> int:
+        """Updates that count twice."""
+        return sum(violation.what.endswith("doubled") for violation in self.violations)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a test may put in the place of the product's own, to see that the ledger notices."""
+
+    make_slots: Callable[[Path], Slots] = Slots
+    make_runner: Callable[..., RoundRunner] = make_runner
+
+
+@dataclass(slots=True)
+class _Ready:
+    """Nodes that have something to handle, each once."""
+
+    names: deque[str] = field(default_factory=deque)
+    waiting: set[str] = field(default_factory=set)
+
+    def add(self, name: str) -> None:
+        if name not in self.waiting:
+            self.waiting.add(name)
+            self.names.append(name)
+
+    def take(self) -> str:
+        name = self.names.popleft()
+        self.waiting.discard(name)
+        return name
+
+
+class World:
+    """One history.
+
+    Args:
+        schedule: of the faults; fewer than the seed's own when a failure is shrunk.
+        tell: takes every line of the trace.
+    """
+
+    def __init__(
+        self,
+        template: Template,
+        seed: int,
+        schedule: Sequence[Fault],
+        *,
+        tell: Callable[[Line], None] | None = None,
+        parts: Parts | None = None,
+    ) -> None:
+        self.seed = seed
+        self.time = VirtualTime()
+        self.broker = MemoryBroker(self.time, session_queue_packets=10_000)
+        self._schedule = tuple(schedule)
+        self._target = max((fault.after for fault in schedule), default=0) + UPDATES_PER_FAULT
+        self._folder = tempfile.TemporaryDirectory(prefix="shoal-chaos-", dir=memory_folder())
+        self._ready = _Ready()
+        root, parts = Path(self._folder.name), parts or Parts()
+        files = dict(template.files)
+        self.ledger = Ledger(
+            self.time.monotonic,
+            lambda name: self._device_now(name),
+            FoldCheck(lambda sha256: files[f"blobs/{sha256[:2]}/{sha256}"]),
+        )
+        for key, data in files.items():
+            self.ledger.written(key, data)
+        self.injector = Injector(schedule, self.time.monotonic, lambda: self.ledger.is_in_flight, tell)
+        self.cloud = self._make_cloud(template, root / "cloud", files, parts)
+        self.devices = self._make_devices(template, root, parts)
+
+    # ---- the history -------------------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        """Plays it to its end, or to the first thing that must not be."""
+        nodes = {"cloud": self.cloud.disk, **{name: node.disk for name, node in self.devices.items()}}
+        try:
+            with mounted(nodes):
+                self._play()
+        except ViolationError:
+            pass
+        finally:
+            self.ledger.close()
+            for disk in nodes.values():
+                disk.come_back()
+            self._folder.cleanup()
+        return self._outcome()
+
+    def _play(self) -> None:
+        self.cloud.start()
+        for node in self.devices.values():
+            node.start()
+        while not self._is_stormy_over():
+            self._turn()
+        self._calm_down()
+        self._check_liveness()
+
+    def _is_stormy_over(self) -> bool:
+        made = len(self.ledger.made)
+        if self.time.monotonic() > LONGEST_SECONDS:
+            self.ledger.violated("fleet", f"made {made} updates in {LONGEST_SECONDS:.0f} s: stands still")
+        return made >= self._target and (
+            self.injector.is_done or made >= self._target + OVERTIME_UPDATES or not self._schedule
+        )
+
+    def _turn(self) -> None:
+        self.injector.arm(len(self.ledger.made))
+        self._strike_from_outside()
+        self._settle()
+        self.time.advance_to(self._next_moment())
+
+    def _calm_down(self) -> None:
+        """The last fault has struck: networks and clocks are well again, and what is down comes back by itself."""
+        self.injector.calm()
+        self.cloud.clock.jump_seconds = 0.0
+        for node in self.devices.values():
+            node.clock.jump_seconds = 0.0
+            node.is_slow_until = 0.0
+        self.injector.note("fleet", "calm")
+
+    def _check_liveness(self) -> None:
+        owed, moved = self.ledger.open_ids, self.ledger.moved
+        end = self.time.monotonic() + DRAIN_SECONDS
+        while owed & self.ledger.open_ids or self.ledger.moved < moved + CALM_ROUNDS:
+            if self.time.monotonic() > end:
+                left = owed & self.ledger.open_ids
+                rounds = self.ledger.moved - moved
+                self.ledger.violated(
+                    "fleet",
+                    f"{len(left)} updates are owed and {rounds} rounds ended after {DRAIN_SECONDS:.0f} s",
+                )
+            self._settle()
+            self.time.advance_to(self._next_moment())
+
+    def _settle(self) -> None:
+        """Everything that happens at this moment."""
+        while True:
+            busy = self.broker.pump() + self.time.run_due()
+            while self._ready.names:
+                name = self._ready.take()
+                (self.cloud if name == "cloud" else self.devices[name]).pump()
+                busy += 1
+            if self.cloud.wake_at() <= self.time.now():
+                self.cloud.tick()
+            for node in self.devices.values():
+                if node.wake_at <= self.time.monotonic():
+                    node.tick()
+                    busy += 1
+            if not busy:
+                return
+
+    def _next_moment(self) -> float:
+        offset = self.time.now() - self.time.monotonic()
+        moments = [self.cloud.wake_at()]
+        moments += [node.wake_at + offset for node in self.devices.values()]
+        if (planned := self.time.next_due()) is not None:
+            moments.append(planned)
+        if (due := self.broker.next_due()) is not None:
+            moments.append(due + offset)
+        return max(min(moments), self.time.now() + 1e-3)
+
+    # ---- faults that come from outside of every node -------------------------------------------------------------
+
+    def _strike_from_outside(self) -> None:
+        for point, strike in self._outside.items():
+            fault = self.injector.visit(point, "fleet")
+            if fault is not None:
+                strike(fault, fault.rng())
+
+    @property
+    def _outside(self) -> dict[str, Callable[[Fault, random.Random], None]]:
+        return {
+            "network.device": self._cut_device,
+            "network.cloud": self._cut_cloud,
+            "broker": self._wipe_broker,
+            "device.clock": self._move_device_clock,
+            "cloud.clock": self._move_cloud_clock,
+        }
+
+    def _cut_device(self, _fault: Fault, rng: random.Random) -> None:
+        name = rng.choice(sorted(self.devices))
+        self.broker.cut(name, for_seconds=rng.uniform(1.0, PARTITION_SECONDS), reason="partition")
+
+    def _cut_cloud(self, _fault: Fault, rng: random.Random) -> None:
+        self.broker.cut(CLIENT, for_seconds=rng.uniform(1.0, PARTITION_SECONDS), reason="partition")
+
+    def _wipe_broker(self, _fault: Fault, rng: random.Random) -> None:
+        self.broker.forget_everything(for_seconds=rng.uniform(0.1, 10.0))
+
+    def _move_device_clock(self, fault: Fault, rng: random.Random) -> None:
+        node = self.devices[rng.choice(sorted(self.devices))]
+        self._move(node.clock, fault, rng)
+
+    def _move_cloud_clock(self, fault: Fault, rng: random.Random) -> None:
+        self._move(self.cloud.clock, fault, rng)
+
+    def _move(self, clock: Any, fault: Fault, rng: random.Random) -> None:
+        """A clock jumps, and is set right some time later."""
+        jump = JUMPS[fault.kind]
+        target = YEAR_2040 if fault.kind == "clock_2040" else 0.0
+        clock.jump_seconds = target - self.time.now() if jump is None else jump
+
+        def set_right() -> None:
+            clock.jump_seconds = 0.0
+
+        self.time.later(rng.uniform(1.0, JUMP_SECONDS), set_right)
+
+    # ---- setting up ----------------------------------------------------------------------------------------------
+
+    def _make_cloud(
+        self, template: Template, folder: Path, files: dict[str, bytes], parts: Parts
+    ) -> CloudNode:
+        folder.mkdir()
+        (folder / DATABASE_NAME).write_bytes(template.database)
+        operator = make_split(self.seed, "operator")
+        setup = CloudSetup(
+            bundle=template.bundle,
+            config=run_config(),
+            keys=template.keys,
+            holdout=Holdout(operator.val_x, operator.val_y),
+            seed=self.seed,
+            make_runner=parts.make_runner,
+        )
+        return CloudNode(
+            setup,
+            folder,
+            files,
+            time=self.time,
+            broker=self.broker,
+            injector=self.injector,
+            ledger=self.ledger,
+            ready=self._ready.add,
+        )
+
+    def _make_devices(self, template: Template, root: Path, parts: Parts) -> dict[str, DeviceNode]:
+        engine = Runtime(kept=16)
+        around = Surroundings(
+            time=self.time,
+            broker=self.broker,
+            injector=self.injector,
+            ledger=self.ledger,
+            engine=engine,
+            selftest=InlineSelfTest(engine),
+            settings=agent_settings(),
+            read=self.cloud.read,
+            ready=self._ready.add,
+            make_slots=parts.make_slots,
+        )
+        devices = {}
+        for identity in template.identities:
+            folder = root / identity.device
+            folder.mkdir()
+            split = make_split(self.seed, identity.device)
+            devices[identity.device] = DeviceNode(identity, folder, around, split, self.seed)
+        return devices
+
+    def _device_now(self, name: str) -> float:
+        node = self.devices[name]
+        return node.agent.parts.clock.now() if node.agent is not None else node.clock.now()
+
+    def _outcome(self) -> Outcome:
+        return Outcome(
+            seed=self.seed,
+            made=len(self.ledger.made),
+            struck=tuple(self.injector.struck),
+            visits=self.injector.visits,
+            standings=self.ledger.standings(),
+            violations=tuple(self.ledger.violations),
+            virtual_seconds=self.time.monotonic(),
+            rounds=self.ledger.moved,
+        )
+
+
+def run_config() -> RunConfig:
+    """Short rounds of a run without end; every fifth head is judged and may be released."""
+    return RunConfig(
+        run="chaos",
+        policy=RoundPolicy(
+            quorum=2,
+            round_seconds=ROUND_SECONDS,
+            evaluate_seconds=20.0,
+            resend_seconds=5.0,
+            evaluate_every=5,
+            backoff_max_seconds=30.0,
+        ),
+        train=TrainConfig(epochs=1, batch_size=8, learning_rate=0.05),
+        gate=GatePolicy(max_operator_drop=1.0),
+    )
+
+
+def agent_settings() -> EdgeSettings:
+    """An agent's own, with waits that suit short rounds."""
+    return EdgeSettings(
+        network=NetworkSettings(receipt_seconds=3.0, ask_seconds=1.0, late_seconds=600.0),
+        release=ReleaseSettings(check_seconds=120.0, probation_seconds=20.0),
+        report=ReportSettings(telemetry_seconds=60.0, inference_seconds=3600.0),
+        storage=StorageSettings(database_bytes=2**23, outbox_bytes=2**20, sample_bytes=2**20),
+    )
+
+
+def memory_folder() -> str | None:
+    """Where files cost no disk, if this machine has such a place."""
+    place = Path("/dev/shm")
+    return str(place) if place.is_dir() else None
