@@ -128,6 +128,8 @@ class EndUpdate:
     verdict: Verdict
     transfer: bytes
     reason: str = ""
+    cloud_row: int = 0
+    durable: int = 0
 
 
 @dataclass(frozen=True, slots=True)

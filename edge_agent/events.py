@@ -152,6 +152,15 @@ class ReceiptArrived:
     transfer: bytes
     reason: str = ""
     missing: tuple[int, ...] = ()
+    cloud_row: int = 0
+    durable: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CloudRestored:
+    """The cloud came back from a backup; `offered`: (update_id, deadline) of what it had acknowledged and lost."""
+
+    offered: tuple[tuple[bytes, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +220,7 @@ Event = (
     | JobFailed
     | ReleaseInstalled
     | ReceiptArrived
+    | CloudRestored
     | UpdateLost
     | AnnouncementArrived
     | KeysUnknown

@@ -34,6 +34,9 @@ from wire.messages import (
 
 _log = get_logger("edge_agent")
 
+CLOUD_EPOCH_FACT: Final = "cloud_epoch"
+RESTORED_EPOCHS: Final = 1 << 20
+"""A cloud that starts again goes on with the next epoch; one that comes back from a backup leaves this many out."""
 _UNKNOWN_UPDATE: Final = bytes(16)
 
 
@@ -53,6 +56,23 @@ def event_of(body: DownBody, parts: Parts) -> on.Event | None:
             return on.AnnouncementArrived(body.release_version, body.keys_version)
         case MaskRoster() | MaskInbox() | MaskQuestion():
             return on.MaskingHeard(body)
+
+
+def restored_cloud(parts: Parts) -> on.CloudRestored | None:
+    """Whether what was just heard comes from a cloud that came back from a backup (protocol.md, 9.5)."""
+    epoch = parts.speaker.heard_epoch
+    if epoch == parts.cloud_epoch:
+        return None
+    known = parts.database.fact(CLOUD_EPOCH_FACT)
+    parts.cloud_epoch = epoch
+    if isinstance(known, int) and epoch <= known:
+        return None
+    parts.database.set_fact(CLOUD_EPOCH_FACT, epoch)
+    if not isinstance(known, int) or epoch - known < RESTORED_EPOCHS:
+        return None
+    offered = tuple(parts.outbox.offer_again())
+    _log.warning("cloud_restored", epoch=epoch, offered=len(offered))
+    return on.CloudRestored(offered)
 
 
 def _note_least_agent(body: Announcement, parts: Parts) -> None:
@@ -96,10 +116,14 @@ def _is_news(order: Order, parts: Parts) -> bool:
 
 def _receipt(body: Receipt, parts: Parts) -> on.ReceiptArrived | None:
     """A receipt counts only for the very bytes that were sent."""
+    if body.durable:
+        parts.outbox.note_durable(body.durable)
     update_id = parts.outbox.find_transfer(body.transfer)
     if update_id is None or body.update_id not in (update_id, _UNKNOWN_UPDATE):
         return None
-    return on.ReceiptArrived(update_id, body.verdict, body.transfer, body.reason, body.missing)
+    return on.ReceiptArrived(
+        update_id, body.verdict, body.transfer, body.reason, body.missing, body.row, body.durable
+    )
 
 
 def job_ended(result: JobResult, parts: Parts) -> on.Event:

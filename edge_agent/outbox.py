@@ -33,10 +33,13 @@ ENDED_ROWS_KEPT: Final = 1024
 _OPEN: Final = "open"
 # Whatever is not a terminal state is open: a flipped bit in this column must not make a row invisible.
 _IS_OPEN: Final = f"state NOT IN ({', '.join(repr(state) for state in END_STATES)})"
-_OPEN_BYTES: Final = (
+_IS_COPY: Final = "state = 'stored' AND cloud_row > 0"
+# Ended rows have no body but for the copies that are kept until the cloud has a backup of them.
+_KEPT_BYTES: Final = (
     "SELECT total(length(body) + coalesce(length(sealed), 0)) FROM outbox LEFT JOIN sealings USING (row)"
-    f" WHERE {_IS_OPEN}"
 )
+# When room is needed: evaluations before updates, the oldest first.
+_FIRST_TO_GO: Final = f"SELECT row FROM outbox WHERE {_IS_OPEN} ORDER BY kind = 'up', row LIMIT 1"
 _VERDICTS: Final[dict[str, EndState]] = {
     "stored": "stored",
     "duplicate": "stored",
@@ -89,8 +92,9 @@ class Outbox:
     """The outbox of one device.
 
     Args:
-        max_bytes: cap over bodies and sealed messages of open rows. To make room for a new row, first what is
-            past its deadline goes (`expired`), then the oldest (`evicted`).
+        max_bytes: cap over bodies and sealed messages. To make room for a new row, first what is past its deadline
+            goes (`expired`), then copies of what the cloud has acknowledged, then evaluations, then updates
+            (`evicted`), the oldest first.
     """
 
     def __init__(self, database: Database, *, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
@@ -198,12 +202,18 @@ class Outbox:
         transfer: bytes = b"",
         reason: str = "",
         now: float = 0.0,
+        cloud_row: int = 0,
+        durable: int = 0,
     ) -> bool:
         """Ends a row by a receipt, or by our own deadline.
 
         Args:
             verdict: a receipt's `stored`, `duplicate` (counted as stored) or `refused`; or our own `expired`.
             transfer: the receipt's digest of what the cloud received; `expired` needs none.
+            cloud_row: the receipt's number of the row that the cloud committed; 0 when it promises no more than that.
+            durable: rows of the cloud up to here are in a backup. A row above it is ended, and its body is kept until
+                a later receipt says so, its deadline passes, or room is needed: a cloud that comes back from a backup
+                is given it again (`offer_again`).
 
         Returns:
             False when nothing ended: no such open row, or its sealed bytes have another digest (a forged or
@@ -219,8 +229,38 @@ class Outbox:
             ).fetchone()
             if row is None or (state != "expired" and row[1] != transfer):
                 return False
-            _close(connection, row[0], state, reason, now)
+            _close(connection, row[0], state, reason, now, cloud_row=cloud_row if cloud_row > durable else 0)
+            _drop_copies(connection, "cloud_row <= ?", (durable,))
         return True
+
+    def note_durable(self, durable: int) -> None:
+        """Lets go of the copies of rows that are in a backup now."""
+        with self._database.transaction(durable=False) as connection:
+            _drop_copies(connection, "cloud_row <= ?", (durable,))
+
+    def offer_again(self) -> list[tuple[bytes, float]]:
+        """Opens what was acknowledged and is in no backup: the cloud that has it is gone.
+
+        Returns:
+            (update id, deadline) of each, the oldest first. They are not counted as stored any more.
+        """
+        with self._database.transaction() as connection:
+            rows: list[tuple[int, bytes, float]] = connection.execute(
+                f"SELECT row, update_id, deadline FROM outbox WHERE {_IS_COPY} ORDER BY row"
+            ).fetchall()
+            for row, _, _ in rows:
+                connection.execute(
+                    "UPDATE outbox SET state = ?, reason = '', ended_at = 0, cloud_row = 0 WHERE row = ?",
+                    (_OPEN, row),
+                )
+            connection.execute(
+                "UPDATE outbox_totals SET total = total - ? WHERE state = 'stored'", (len(rows),)
+            )
+        return [(update_id, deadline) for _, update_id, deadline in rows]
+
+    def copies(self) -> int:
+        """How many acknowledged updates are kept until the cloud has a backup of them."""
+        return int(self._database.read(f"SELECT count(*) FROM outbox WHERE {_IS_COPY}")[0][0])
 
     def expire(self, now: float) -> list[bytes]:
         """Ends the rows that are past their deadline; returns their update ids."""
@@ -249,8 +289,8 @@ class Outbox:
         return int(self._database.read(f"SELECT count(*) FROM outbox WHERE {_IS_OPEN}")[0][0])
 
     def open_bytes(self) -> int:
-        """Bytes of the open rows, bodies and sealed messages; `max_bytes` bounds them."""
-        return int(self._database.read(_OPEN_BYTES)[0][0])
+        """Bytes of bodies and sealed messages; `max_bytes` bounds them."""
+        return int(self._database.read(_KEPT_BYTES)[0][0])
 
     def totals(self) -> dict[str, int]:
         """How many updates ended in each state since the database was made; every state is there."""
@@ -265,12 +305,15 @@ class Outbox:
         return (rows[0][0], rows[0][1]) if rows else None
 
     def _make_room(self, connection: sqlite3.Connection, needed_bytes: int, now: float) -> None:
-        if _open_bytes(connection) + needed_bytes <= self._max_bytes:
+        if _kept_bytes(connection) + needed_bytes <= self._max_bytes:
             return
         self._expire(connection, now)
-        while (used_bytes := _open_bytes(connection)) + needed_bytes > self._max_bytes and used_bytes:
-            oldest = connection.execute(f"SELECT min(row) FROM outbox WHERE {_IS_OPEN}").fetchone()[0]
-            _close(connection, oldest, "evicted", "the outbox was full", now)
+        while (used_bytes := _kept_bytes(connection)) + needed_bytes > self._max_bytes and used_bytes:
+            oldest = f"row = (SELECT min(row) FROM outbox WHERE {_IS_COPY})"
+            if _drop_copies(connection, oldest, ()):
+                continue
+            (row,) = connection.execute(_FIRST_TO_GO).fetchone()
+            _close(connection, row, "evicted", "the outbox was full", now)
 
     @staticmethod
     def _expire(connection: sqlite3.Connection, now: float) -> list[bytes]:
@@ -279,6 +322,8 @@ class Outbox:
         ).fetchall()
         for row, _ in late:
             _close(connection, row, "expired", "past its deadline", now)
+        # Its round is over for a cloud that comes back, too.
+        _drop_copies(connection, "deadline < ?", (now,))
         return [update_id for _, update_id in late]
 
     def _checked(self, values: tuple[Any, ...]) -> OutboxRow | None:
@@ -326,12 +371,19 @@ class Outbox:
         _log.error("update_destroyed", update=name.removeprefix("outbox-"), reason=reason)
 
 
-def _close(connection: sqlite3.Connection, row: int, state: EndState, reason: str, now: float) -> None:
-    """The only place where a row leaves the open state; the condition makes it happen once."""
+def _close(
+    connection: sqlite3.Connection, row: int, state: EndState, reason: str, now: float, *, cloud_row: int = 0
+) -> None:
+    """The only place where a row leaves the open state; the condition makes it happen once.
+
+    Args:
+        cloud_row: above 0: the body is kept as a copy of that row of the cloud.
+    """
+    # One statement: each writes the whole row again.
+    kept = "" if cloud_row else ", at_rest_key_id = '', body = x''"
     changed = connection.execute(
-        "UPDATE outbox SET state = ?, reason = ?, ended_at = ?, at_rest_key_id = '', body = x''"
-        f" WHERE row = ? AND {_IS_OPEN}",
-        (state, reason[:512], now, row),
+        f"UPDATE outbox SET state = ?, reason = ?, ended_at = ?, cloud_row = ?{kept} WHERE row = ? AND {_IS_OPEN}",
+        (state, reason[:512], now, cloud_row, row),
     ).rowcount
     if not changed:
         return
@@ -340,8 +392,18 @@ def _close(connection: sqlite3.Connection, row: int, state: EndState, reason: st
         "INSERT INTO outbox_totals VALUES (?, 1) ON CONFLICT (state) DO UPDATE SET total = total + 1",
         (state,),
     )
-    connection.execute(f"DELETE FROM outbox WHERE NOT ({_IS_OPEN}) AND row <= ?", (row - ENDED_ROWS_KEPT,))
+    connection.execute(
+        f"DELETE FROM outbox WHERE NOT ({_IS_OPEN}) AND cloud_row = 0 AND row <= ?", (row - ENDED_ROWS_KEPT,)
+    )
 
 
-def _open_bytes(connection: sqlite3.Connection) -> int:
-    return int(connection.execute(_OPEN_BYTES).fetchone()[0])
+def _drop_copies(connection: sqlite3.Connection, condition: str, parameters: tuple[float, ...]) -> int:
+    """Lets go of copies of acknowledged rows; the rows are ended already, and stay so."""
+    return connection.execute(
+        f"UPDATE outbox SET cloud_row = 0, at_rest_key_id = '', body = x'' WHERE {_IS_COPY} AND {condition}",
+        parameters,
+    ).rowcount
+
+
+def _kept_bytes(connection: sqlite3.Connection) -> int:
+    return int(connection.execute(_KEPT_BYTES).fetchone()[0])

@@ -44,6 +44,7 @@ class Parts:
 
     Attributes:
         boot_id: names this life of the process.
+        cloud_epoch: of the cloud's message that was heard last.
         training_paused: why nothing is trained for now (`remedies/pause_training.py`), or empty.
         left_over: what a biased codec left out of an update that is not stored yet, by update id.
     """
@@ -73,6 +74,7 @@ class Parts:
     started_at: float = 0.0
     tally: Tally = field(default_factory=Tally)
     stopping: bool = False
+    cloud_epoch: int = 0
     training_paused: str = ""
     least_agent: str = ""
     left_over: dict[bytes, ErrorFeedback] = field(default_factory=dict)

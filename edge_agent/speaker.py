@@ -76,6 +76,7 @@ class Speaker:
     """One device's voice and ears.
 
     Attributes:
+        heard_epoch: of the cloud's message that was heard last; 0 before the first.
         acknowledged_until: when the newest receipt that was heard ends (unix seconds); 0 before the first.
 
     Args:
@@ -102,6 +103,7 @@ class Speaker:
         self._recipient: KemPublicKey | None = None
         self._signers: dict[bytes, envelope.Signer] = {}
         self.acknowledged_until = 0.0
+        self.heard_epoch = 0
         self.keys = OnlineKeys.of_enrolment(identity)
         self.trust(self.keys)
 
@@ -277,6 +279,7 @@ class Speaker:
         kind = opened.header.type
         body = decode_body(opened.body, _DOWN[kind], limit_bytes=MAX_DOWN_BYTES)
         self._move_window(kind, opened.header)
+        self.heard_epoch = opened.header.epoch
         if topic.kind == Receipt.TYPE:
             self.acknowledged_until = float(opened.header.expiry)
         return body

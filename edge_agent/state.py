@@ -260,13 +260,24 @@ def _look_again(state: State, now: Moment) -> Outcome:
 def _receipt(state: State, event: on.ReceiptArrived, now: Moment) -> Outcome:
     if event.verdict != "missing":
         state = without_upload(state, event.update_id)
-        return state, [do.EndUpdate(event.update_id, event.verdict, event.transfer, event.reason)]
+        end = do.EndUpdate(
+            event.update_id, event.verdict, event.transfer, event.reason, event.cloud_row, event.durable
+        )
+        return state, [end]
     if all(upload.update_id != event.update_id for upload in state.uploads):
         return state, []
     send_at = after(state, now, state.timing.receipt_timeout, state.timing.receipt_timeout / 2)
     return with_upload(state, event.update_id, send_at=send_at), [
         do.SendUpdate(event.update_id, event.missing)
     ]
+
+
+def _cloud_restored(state: State, event: on.CloudRestored, now: Moment) -> Outcome:
+    """What it has lost is owed again."""
+    again = tuple(Upload(key, on_elapsed(deadline, now), now.elapsed) for key, deadline in event.offered)
+    known = {upload.update_id for upload in again}
+    others = tuple(upload for upload in state.uploads if upload.update_id not in known)
+    return _send_due(replace(state, uploads=(*others, *again)), now)
 
 
 def _update_lost(state: State, event: on.UpdateLost, now: Moment) -> Outcome:
@@ -320,6 +331,7 @@ _TABLE: dict[type, Callable[[State, Any, Moment], Outcome]] = {
     on.MaskingFailed:       _masking_failed,
     on.JobFailed:           _job_failed,
     on.ReceiptArrived:      _receipt,
+    on.CloudRestored:       _cloud_restored,
     on.UpdateLost:          _update_lost,
     on.AnnouncementArrived: _announced,
     on.KeysUnknown:         _keys_unknown,

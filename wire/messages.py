@@ -237,7 +237,10 @@ class Receipt(Body, frozen=True, kw_only=True):
         update_id: the update that the verdict ends (zeros while chunks are still missing and it is unknown).
         transfer: SHA-256 of the whole sealed message, as the device sent it.
         verdict: `stored` and `duplicate` and `refused` end the outbox row; `missing` asks for `missing`
-        chunks. durable: every update of this device with a row number up to here is in a backup.
+        chunks.
+        row: the number under which the cloud committed the update; 0: it keeps no backups, and promises no more than
+            the commit.
+        durable: every update that the cloud committed under a number up to here is in a backup.
     """
 
     TYPE: ClassVar[str] = "ak"
@@ -247,6 +250,7 @@ class Receipt(Body, frozen=True, kw_only=True):
     reason: Text = ""
     missing: Annotated[tuple[Count, ...], Meta(max_length=MAX_CHUNKS)] = ()
     durable: Count = 0
+    row: Count = 0
 
 
 class Announcement(Body, frozen=True, kw_only=True):

@@ -111,6 +111,7 @@ class Cloud:
         self.bundle = bundle
         self.keys = CloudKeys.from_seed(b"edge lab")
         self.time = time
+        self.epoch = 1
         self.topics = Topics(TENANT, FLEET)
         self.heard: list[Heard] = []
         self.refused: list[str] = []
@@ -142,7 +143,7 @@ class Cloud:
             tenant=TENANT,
             fleet=FLEET,
             device=device,
-            epoch=1,
+            epoch=self.epoch,
             seq=next(self._seq),
             expiry=expiry,
         )

@@ -161,6 +161,91 @@ def test_full_outbox_drops_the_expired_then_the_oldest(database: Database) -> No
     assert outbox.ended(named(1)) == ("evicted", "the outbox was full")
 
 
+def test_evaluations_make_room_before_updates(database: Database) -> None:
+    outbox = Outbox(database, max_bytes=1000)
+    put(outbox, 1, bytes(300))
+    outbox.put(named(2), named(1002), "run", 3, "ev", bytes(300), 0.0, LATER)
+    put(outbox, 3, bytes(300))
+    put(outbox, 4, bytes(300))
+    assert [row.update_id for row in outbox.pending()] == [named(1), named(3), named(4)]
+    assert outbox.ended(named(2)) == ("evicted", "the outbox was full")
+
+
+# --- what the cloud has acknowledged, and has no backup of
+# ---------------------------------------------------------------------------------------------
+
+
+def acknowledge(outbox: Outbox, number: int, *, cloud_row: int, durable: int = 0) -> None:
+    transfer = seal(outbox, number)
+    assert outbox.end(named(number), "stored", transfer=transfer, cloud_row=cloud_row, durable=durable)
+
+
+def test_acknowledged_update_is_kept_until_it_is_durable(
+    tmp_path: Path, database: Database, outbox: Outbox
+) -> None:
+    for number in (1, 2, 3):
+        put(outbox, number, b"body %d" % number)
+    acknowledge(outbox, 1, cloud_row=11)
+    acknowledge(outbox, 2, cloud_row=12)
+    assert (outbox.depth(), outbox.copies(), outbox.totals()["stored"]) == (1, 2, 2)
+    database.close()
+    outbox = Outbox(open_database(tmp_path))
+    assert outbox.copies() == 2
+    assert [row.update_id for row in outbox.pending()] == [named(3)]
+    acknowledge(outbox, 3, cloud_row=13, durable=11)
+    assert outbox.copies() == 2
+    put(outbox, 4)
+    acknowledge(outbox, 4, cloud_row=14, durable=14)
+    assert outbox.copies() == 0
+    assert outbox.open_bytes() == 0
+    assert outbox.totals()["stored"] == 4
+
+
+@pytest.mark.parametrize("verdict", ["stored", "duplicate"])
+def test_receipt_of_a_durable_row_or_without_the_promise_keeps_no_copy(outbox: Outbox, verdict: str) -> None:
+    for number, (cloud_row, durable) in enumerate(((0, 0), (5, 5), (5, 9)), 1):
+        put(outbox, number)
+        transfer = seal(outbox, number)
+        assert outbox.end(named(number), verdict, transfer=transfer, cloud_row=cloud_row, durable=durable)
+        assert (outbox.copies(), outbox.open_bytes()) == (0, 0)
+
+
+def test_refused_update_is_not_kept_whatever_is_durable(outbox: Outbox) -> None:
+    put(outbox, 1)
+    assert outbox.end(named(1), "refused", transfer=seal(outbox, 1), cloud_row=7)
+    assert outbox.copies() == 0
+
+
+def test_cloud_that_lost_what_it_acknowledged_is_offered_it_again_and_it_counts_once(outbox: Outbox) -> None:
+    for number in (1, 2):
+        put(outbox, number, b"body %d" % number)
+    acknowledge(outbox, 1, cloud_row=11)
+    acknowledge(outbox, 2, cloud_row=12, durable=11)
+    assert outbox.offer_again() == [(named(2), LATER)]
+    assert outbox.offer_again() == []
+    (row,) = outbox.pending()
+    assert (row.update_id, row.body, row.sealed) == (named(2), b"body 2", None)
+    assert outbox.totals()["stored"] == 1
+    assert outbox.ended(named(2)) is None
+    assert outbox.end(named(2), "refused", transfer=seal(outbox, 2), reason="round_closed")
+    assert (outbox.totals()["stored"], outbox.totals()["refused"]) == (1, 1)
+
+
+def test_copy_goes_with_its_deadline_and_before_anything_that_is_owed(database: Database) -> None:
+    outbox = Outbox(database, max_bytes=1000)
+    put(outbox, 1, bytes(400))
+    put(outbox, 2, bytes(400))
+    acknowledge(outbox, 2, cloud_row=5)
+    put(outbox, 3, bytes(400))
+    assert outbox.copies() == 0
+    assert [row.update_id for row in outbox.pending()] == [named(1), named(3)]
+    assert outbox.totals() == {"stored": 1, "refused": 0, "expired": 0, "evicted": 0, "destroyed": 0}
+    outbox.end(named(1), "stored", transfer=seal(outbox, 1), cloud_row=6)
+    assert outbox.expire(LATER + 1) == [named(3)]
+    assert outbox.copies() == 0
+    assert outbox.ended(named(1)) == ("stored", "")
+
+
 def test_update_larger_than_the_outbox_is_an_error_and_drops_nothing(database: Database) -> None:
     outbox = Outbox(database, max_bytes=1000)
     put(outbox, 1, bytes(900))
