@@ -247,6 +247,11 @@ class Deployment:
         )
 
     @property
+    def full_name(self) -> str:
+        """Tenant and fleet, for people."""
+        return f"{self.settings.tenant}/{self.settings.fleet}"
+
+    @property
     def authority_name(self) -> str:
         """What the authority's certificate is called."""
         return f"Shoal CA of {self.settings.tenant} {self.settings.fleet}"[:64]

@@ -364,6 +364,21 @@ def read_signing_key(path: Path) -> SigningKey:
     return _read_signing(path)[0]
 
 
+def read_offline_keys(folder: Path) -> list[SigningKey]:
+    """Every offline key in a folder, such as a stick: shares of the root, the targets key, and their predecessors.
+
+    Raises:
+        StorageError: (operator, disk) there is none, or one cannot be read.
+        ConfigurationError: (operator) one is open to others, or is not such a key.
+    """
+    files = [path for paths in _generations(folder, OFFLINE_KEYS).values() for path in paths]
+    if not files:
+        raise StorageError(
+            f"there are no offline keys in {folder}", hint="root-1.key … and targets.key lie there"
+        )
+    return [read_signing_key(path) for path in files]
+
+
 def note_signer(folder: Path, key_id: str, uri: str) -> None:
     """Remembers where a key is that is no file here.
 

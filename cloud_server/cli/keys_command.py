@@ -10,6 +10,7 @@ from typing import Any
 
 from cloud_server.cli import add_json, add_state
 from cloud_server.cli.output import print_json, print_table, say
+from cloud_server.cli.signing import add_request, read_signed, write_request
 from cloud_server.db.audit import append_audit
 from cloud_server.deployment import Deployment
 from cloud_server.enrolment.authorities import Authorities
@@ -65,6 +66,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     ended.set_defaults(handler=_retire)
     sign = actions.add_parser("sign", help="sign an offline role for another life")
     sign.add_argument("role", choices=("root", "targets"), metavar="ROLE", help="root or targets")
+    add_request(sign)
     sign.set_defaults(handler=_sign)
     for command in (rotate, sign, show):
         command.add_argument(
@@ -193,13 +195,18 @@ def _retire(options: argparse.Namespace) -> int:
 
 
 def _sign(options: argparse.Namespace) -> int:
+    signed = read_signed(options)
     with _open(options) as deployment:
-        deployment.repository.sign_again(options.role)
+        if options.request is not None:
+            request = deployment.repository.request_again(options.role, fleet=deployment.full_name)
+            return write_request(options, request)
+        deployment.repository.sign_again(options.role, signed=signed)
         expires = deployment.repository.expiries()[options.role]
         _note(deployment, "role.signed", {"role": options.role})
     if options.json:
         print_json({"role": options.role, "expires": expires})
-    say(f"signed {options.role} again; put the offline keys back into their safe")
+    where = "as the request says" if signed is not None else "put the offline keys back into their safe"
+    say(f"signed {options.role} again; {where}")
     return 0
 
 

@@ -15,6 +15,7 @@ import msgspec
 from cloud_server.audit.lineage import trace_lineage
 from cloud_server.cli import add_json, add_state, ring_name
 from cloud_server.cli.output import print_facts, print_json, print_table, say
+from cloud_server.cli.signing import add_request, read_signed, write_request
 from cloud_server.db.releases import ModelRow, load_models
 from cloud_server.deployment import Deployment
 from cloud_server.release.publish import DEFAULT_RING
@@ -23,6 +24,7 @@ from wire.errors import ConfigurationError, ShoalError
 from wire.manifest import Manifest
 
 if TYPE_CHECKING:  # a list of models must not load the tools that make them
+    from cloud_server.release.signing_request import SigningRequest
     from models.bundle import Bundle
     from models.train_step import SamplePrivacy
 
@@ -40,6 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--ring", type=ring_name, default=DEFAULT_RING, help=f"ring of its first release ({DEFAULT_RING})"
     )
     bring.add_argument("--no-release", action="store_true", help="sign the graphs only")
+    add_request(bring)
     bring.set_defaults(handler=_import)
     lineage = actions.add_parser("lineage", help="which rounds, devices and data shaped a release")
     lineage.add_argument("version", type=whole_number(1), help="the release")
@@ -195,10 +198,15 @@ def _import(options: argparse.Namespace) -> int:
     from models.build import check_bundle
     from models.bundle import Bundle
 
+    signed = read_signed(options)
     with Deployment.open(options.state, os.environ) as deployment:
         bundle = Bundle.open(options.bundle)
         check_bundle(bundle)  # what cannot answer here would stop the service and every device later
-        version = _take_in(deployment, bundle, "" if options.no_release else options.ring)
+        if options.request is not None:
+            return write_request(
+                options, deployment.publisher.request_model(bundle, fleet=deployment.full_name)
+            )
+        version = _take_in(deployment, bundle, "" if options.no_release else options.ring, signed)
     name, graphs = bundle.manifest.model, bundle.manifest.graphs_sha256
     if options.json:
         print_json({"name": name, "graphs_sha256": graphs, "release_version": version})
@@ -206,7 +214,7 @@ def _import(options: argparse.Namespace) -> int:
     return 0
 
 
-def _take_in(deployment: Deployment, bundle: Bundle, ring: str) -> int:
+def _take_in(deployment: Deployment, bundle: Bundle, ring: str, signed: SigningRequest | None = None) -> int:
     """Imports a bundle and releases it to a ring (none, if empty), or leaves no trace that the service would follow.
 
     Returns:
@@ -217,7 +225,7 @@ def _take_in(deployment: Deployment, bundle: Bundle, ring: str) -> int:
     version = 0
     try:
         deployment.keep_bundle(bundle)
-        publisher.import_model(bundle)
+        publisher.import_model(bundle, signed=signed)
         if ring:
             version = publisher.propose_bundle(bundle).version
             publisher.publish(version, ring)

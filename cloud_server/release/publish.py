@@ -16,6 +16,7 @@ from cloud_server.db import releases as table
 from cloud_server.db.audit import append_audit
 from cloud_server.db.engine import Connection, Database
 from cloud_server.db.releases import CANDIDATE, HELD, RELEASED, ROLLED_BACK, ModelRow, ReleaseRow, RolloutRow
+from cloud_server.release.signing_request import SigningRequest
 from cloud_server.release.tuf_repository import TufRepository
 from process.clock import Clock
 from wire.checkpoint import Checkpoint
@@ -60,17 +61,30 @@ class Publisher:
 
     # ---- models ----
 
-    def import_model(self, bundle: Bundle) -> ModelRow:
+    def request_model(self, bundle: Bundle, *, fleet: str) -> SigningRequest:
+        """What the offline targets key has to sign for `import_model`.
+
+        Args:
+            fleet: tenant and fleet, for the person who signs.
+        """
+        return self._repository.request_graphs(
+            bundle.manifest.graphs_sha256, _graph_files(bundle), fleet=fleet
+        )
+
+    def import_model(self, bundle: Bundle, *, signed: SigningRequest | None = None) -> ModelRow:
         """Signs a model's graphs and registers it; its own parameters become a candidate release. Idempotent.
+
+        Args:
+            signed: what `request_model` gave, signed elsewhere; None signs here.
 
         Raises:
             ConfigurationError: (operator) the offline targets key is away.
+            ReleaseError: (operator) `signed` does not fit.
         """
         manifest = bundle.manifest
         with self._database.read() as connection:
             known = table.load_model(connection, manifest.graphs_sha256)
-        files = {name: bundle.read(name) for name in GRAPH_FILES} | {MANIFEST: manifest.to_bytes()}
-        self._repository.add_graphs(manifest.graphs_sha256, files)
+        self._repository.add_graphs(manifest.graphs_sha256, _graph_files(bundle), signed=signed)
         if known is not None:
             return known
         self._artefacts.put_blob(bundle.checkpoint().to_bytes())
@@ -288,3 +302,7 @@ class Publisher:
         table.insert_rollout(connection, row)
         body = {"ring": ring, "serial": serial, "version": version, "reason": reason}
         append_audit(connection, "ring.rolled_back" if rollback else "ring.set", now, body)
+
+
+def _graph_files(bundle: Bundle) -> dict[str, bytes]:
+    return {name: bundle.read(name) for name in GRAPH_FILES} | {MANIFEST: bundle.manifest.to_bytes()}

@@ -20,10 +20,12 @@ from contextlib import AbstractContextManager
 from typing import Any, Final, TypeVar
 
 from securesystemslib.signer import Key
-from tuf.api.metadata import MetaFile, Root, Signed, Snapshot, TargetFile, Targets, Timestamp
+from tuf.api.exceptions import UnsignedMetadataError
+from tuf.api.metadata import Metadata, MetaFile, Root, Signed, Snapshot, TargetFile, Targets, Timestamp
 
 from cloud_server.artefacts import Artefacts, is_key
 from cloud_server.keys import CloudKeys
+from cloud_server.release.signing_request import SigningRequest
 from cloud_server.release.tuf_set import SignedSet
 from cloud_server.release.tuf_signing import DELEGATED, TOP_LEVEL, RoleSigning, TufExpiry
 from process.clock import Clock
@@ -154,25 +156,53 @@ class TufRepository:
             self._add_files(fresh, "keys", {ONLINE_JSON: online_keys})
             self._publish(fresh, set(empty))
 
-    def add_graphs(self, graphs_sha256: str, files: Mapping[str, bytes]) -> None:
+    def add_graphs(
+        self, graphs_sha256: str, files: Mapping[str, bytes], *, signed: SigningRequest | None = None
+    ) -> None:
         """Lists the graph files of a model, signed by the offline targets key. The same graphs again change
         nothing.
 
         Args:
             graphs_sha256: SHA-256 (hex) of `manifest.json`.
             files: name to bytes: what a device needs, `manifest.json` included.
+            signed: what `request_graphs` gave, signed elsewhere; None signs here.
 
         Raises:
             ConfigurationError: (operator) the targets key is away.
-            ReleaseError: (us) other bytes were published under these names.
+            ReleaseError: (us) other bytes were published under these names; (operator) `signed` does not fit.
         """
+        self._change(lambda current: self._list_graphs(current, graphs_sha256, files), signed)
 
-        def change(current: SignedSet) -> set[str]:
-            return self._add_files(
-                current, "targets", {f"graphs/{graphs_sha256}/{n}": d for n, d in files.items()}
-            )
+    def request_graphs(self, graphs_sha256: str, files: Mapping[str, bytes], *, fleet: str) -> SigningRequest:
+        """What the targets key has to sign for `add_graphs`, which is then called with the same files.
 
-        self._change(change)
+        Args:
+            fleet: tenant and fleet, for the person who signs.
+        """
+        with self._lock:
+            current = self._load()
+            before = copy.deepcopy(current.files["targets"])
+            self._list_graphs(current, graphs_sha256, files)
+            return self._request("targets", current, before, fleet)
+
+    def request_again(self, role: str, *, fleet: str) -> SigningRequest:
+        """What the keys of `root` or `targets` have to sign for `sign_again`."""
+        with self._lock:
+            current = self._load()
+            before = Metadata[Any].from_bytes(self._newest_root()) if role == "root" else current.files[role]
+            return self._request(role, current, copy.deepcopy(before), fleet)
+
+    def _list_graphs(self, current: SignedSet, graphs_sha256: str, files: Mapping[str, bytes]) -> set[str]:
+        listed = {f"graphs/{graphs_sha256}/{name}": data for name, data in files.items()}
+        return self._add_files(current, "targets", listed)
+
+    def _request(self, role: str, current: SignedSet, before: Metadata[Any], fleet: str) -> SigningRequest:
+        payload: Root | Targets = current.root if role == "root" else current.targets[role]
+        payload.version = self._next_version(role, payload.version)
+        payload.expires = self._signing.until(role)
+        keys = tuple(key.keyid for key in current.keys_of(role))
+        threshold = current.root.roles[role].threshold
+        return SigningRequest(role, fleet, keys, threshold, Metadata(payload), before)
 
     def add_release(self, release: Release, files: Mapping[str, bytes]) -> None:
         """Lists the parameters of a release; no ring points at it yet.
@@ -317,17 +347,25 @@ class TufRepository:
         self._change(change)
         return is_signed
 
-    def sign_again(self, role: str) -> None:
+    def sign_again(self, role: str, *, signed: SigningRequest | None = None) -> None:
         """Signs `root` or `targets` for another life; the online roles are signed by `refresh`.
+
+        Args:
+            signed: what `request_again` gave, signed elsewhere; None signs here.
 
         Raises:
             ConfigurationError: (operator) the offline keys are away, or too few of them are here.
+            ReleaseError: (operator) `signed` does not fit.
         """
         with self._lock:
             current = self._load()
-            if role == "root":
+            if signed is not None and signed.role != role:
+                raise ReleaseError(f"the request is for {signed.role}", hint=f"sign {signed.role} with it")
+            if role == "root" and signed is not None:
+                self._write_signed("root", self._copy_of_root(current), signed, current.root)
+            elif role == "root":
                 self._write_root(self._copy_of_root(current), current.root)
-            self._publish(current, {"timestamp"} if role == "root" else {role})
+            self._publish(current, {"timestamp"} if role == "root" else {role}, signed)
 
     def rotate(self, role: str, key: Key, *, replaced: str = "") -> None:
         """Lists another key for a role, and signs the role with it where it is online.
@@ -359,21 +397,24 @@ class TufRepository:
 
     # ---- one publication ----
 
-    def _change(self, change: Callable[[SignedSet], set[str]]) -> None:
+    def _change(self, change: Callable[[SignedSet], set[str]], signed: SigningRequest | None = None) -> None:
         """Applies a change to the newest set and publishes the roles that it names (nothing, when none)."""
         with self._lock:
             current = self._load()
             roles = change(current)
             if roles:
-                self._publish(current, roles)
+                self._publish(current, roles, signed)
 
-    def _publish(self, current: SignedSet, roles: set[str]) -> None:
-        if "targets" in roles:
+    def _publish(self, current: SignedSet, roles: set[str], signed: SigningRequest | None = None) -> None:
+        if "targets" in roles and signed is None:
             self._signing.require("targets", current.keys_of("targets"))
         for name in sorted(roles & set(current.targets)):
             role = current.targets[name]
-            role.version = self._next_version(name, role.version)
-            self._write_versioned(name, role, current)
+            if signed is not None and signed.role == name:
+                self._write_signed(name, role, signed, current.root)
+            else:
+                role.version = self._next_version(name, role.version)
+                self._write_versioned(name, role, current)
             current.snapshot.meta[f"{name}.json"] = MetaFile(version=role.version)
         if roles != {"timestamp"}:
             current.snapshot.version = self._next_version("snapshot", current.snapshot.version)
@@ -393,6 +434,30 @@ class TufRepository:
     def _write_versioned(self, role: str, payload: _Versioned, current: SignedSet) -> None:
         data = self._signing.signed(role, payload, current.keys_of(role))
         self._store.write_new(f"{_PREFIX}metadata/{payload.version}.{role}.json", data)
+
+    def _write_signed(self, role: str, payload: Root | Targets, signed: SigningRequest, judge: Root) -> None:
+        """Publishes a role as it was signed elsewhere, once it says just what we would have signed.
+
+        Args:
+            payload: the role as it is to be; takes the version and the end that were signed.
+            judge: lists the keys.
+        """
+        ready = signed.metadata.signed
+        version = self._next_version(role, payload.version)
+        payload.version, payload.expires = version, ready.expires
+        if ready.to_dict() != payload.to_dict():
+            raise ReleaseError(
+                "the signed request is not for what is here now",
+                hint="make it anew (--request), and sign that",
+            )
+        try:
+            judge.verify_delegate(role, signed.metadata.signed_bytes, signed.metadata.signatures)
+        except UnsignedMetadataError as error:
+            raise ReleaseError(
+                f"the request has not the {signed.threshold} signatures that {role} needs",
+                hint="sign it: shoal-cloud sign FILE --keys DIR --out SIGNED",
+            ) from error
+        self._store.write_new(f"{_PREFIX}metadata/{version}.{role}.json", signed.file())
 
     def _add_files(
         self, current: SignedSet, role: str, files: Mapping[str, bytes], *, is_replacing: bool = False

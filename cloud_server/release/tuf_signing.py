@@ -83,7 +83,7 @@ class RoleSigning:
         keys = self._keys()
         if len(keys.root) < ROOT_THRESHOLD:
             raise _offline("root shares")
-        root = Root(version=1, expires=self._until("root"), consistent_snapshot=True)
+        root = Root(version=1, expires=self.until("root"), consistent_snapshot=True)
         for share in keys.root:
             root.add_key(public_key(share), "root")
         root.roles["root"].threshold = ROOT_THRESHOLD
@@ -121,7 +121,7 @@ class RoleSigning:
             ConfigurationError: (operator) the role's key is away, or what holds it does not sign.
         """
         signers = self._signers(role, listed)
-        payload.expires = self._until(role)
+        payload.expires = self.until(role)
         if isinstance(payload, Timestamp):
             payload.unrecognized_fields[SIGNED_AT] = int(self._clock.now())
         return _serialized(payload, signers)
@@ -171,7 +171,8 @@ class RoleSigning:
             raise _offline("root shares" if role == "root" else f"{role} key")
         return signers
 
-    def _until(self, role: str) -> datetime:
+    def until(self, role: str) -> datetime:
+        """When a signature of now ends."""
         now = datetime.fromtimestamp(self._clock.now(), tz=UTC)
         return (now + timedelta(days=getattr(self.expiry, role))).replace(microsecond=0)
 

@@ -115,3 +115,21 @@ def test_bare_environment_has_no_framework(bare: Path) -> None:
     installed = {package["name"].lower() for package in json.loads(listed.stdout)}
     assert "shoal" in installed
     assert not installed & {"torch", "flwr", "onnx", "onnxscript", "ray", "sqlalchemy", "fastapi"}
+
+
+@pytest.mark.slow
+def test_offline_machine_signs_with_the_base_install_alone(bare: Path, tmp_path: Path) -> None:
+    """Two folders: the aggregator's without offline keys, and the keys' without anything else."""
+    from cloud_server.cli import main
+
+    state, safe = tmp_path / "state", tmp_path / "safe"
+    assert main(["init", "--state", str(state)]) == 0
+    (state / "keys" / "offline").rename(safe)
+    again = ["keys", "sign", "targets", "--state", str(state)]
+    assert main([*again, "--request", str(tmp_path / "request")]) == 0
+    signed = run(
+        bare / "shoal-cloud", "sign", tmp_path / "request", "--keys", safe, "--out", tmp_path / "signed"
+    )
+    assert signed.returncode == 0, signed.stderr
+    assert "targets of" in signed.stderr
+    assert main([*again, "--signed", str(tmp_path / "signed")]) == 0
