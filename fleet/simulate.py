@@ -17,6 +17,7 @@ import numpy as np
 from cloud_server.assembly import RunConfig
 from cloud_server.db.privacy import load_charges
 from cloud_server.privacy.budget import PrivateRun
+from cloud_server.privacy.keys import LedgerKeys
 from cloud_server.refine.reference import reference_config
 from cloud_server.refine.refinement import Refinery
 from cloud_server.release.gate import GatePolicy
@@ -142,7 +143,8 @@ def private_run(scenario: Scenario, seed: int) -> PrivateRun | None:
     def draw(what: str) -> bytes:
         return hashlib.sha256(f"simulated privacy {seed} {what}".encode()).digest()
 
-    return PrivateRun(plan, SigningKey.from_bytes(draw("key")), lambda number: draw(f"round {number}"))
+    keys = LedgerKeys((SigningKey.from_bytes(draw("key")),))
+    return PrivateRun(plan, lambda: keys, lambda number: draw(f"round {number}"))
 
 
 def privacy_facts(simulation: Simulation) -> dict[str, str]:

@@ -22,6 +22,8 @@ from cloud_server.audit.check import ListedKey, head_to_plain, sign_head
 from cloud_server.db import audit as chain
 from cloud_server.db.audit import HeadRow
 from cloud_server.db.engine import Database
+from cloud_server.db.privacy import last_charge
+from cloud_server.privacy.ledger import CHARGED, anchor_of
 from process.clock import Clock
 from process.logs import get_logger
 from wire.errors import ReleaseError, ShoalError, TrustError
@@ -34,7 +36,7 @@ LOOK_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NotaryPolicy:
-    """When a head is due: so many unsigned entries, or the oldest of them so old."""
+    """When a head is due: so many unsigned entries, or the oldest of them so old; and after each charge of privacy."""
 
     entries: int = 256
     seconds: float = 600.0
@@ -97,9 +99,15 @@ class Notary:
         return made
 
     def anchor(self) -> Mapping[str, Any] | None:
-        """A fresh head, as release metadata carries it beside a statement: text, since TUF's JSON has no fractions."""
+        """A fresh head, as release metadata carries it beside a statement: text, since TUF's JSON has no fractions; and
+        how long the privacy ledger is, for a database that comes from a backup."""
         head = self.sign()
-        return None if head is None else {"audit": json.dumps(head_to_plain(head), sort_keys=True)}
+        if head is None:
+            return None
+        found = {"audit": json.dumps(head_to_plain(head), sort_keys=True)}
+        with self._database.read() as connection:
+            charge = last_charge(connection)
+        return found if charge is None else {**found, **anchor_of(*charge)}
 
     def tick(self) -> None:
         """Signs if it is due, and tells the witness what it does not know yet."""
@@ -120,10 +128,13 @@ class Notary:
             signed = 0 if head is None else head.seq
             last = chain.newest_entry(connection)
             oldest = next(chain.load_audit(connection, after=signed, limit=1), None)
+            charged = next(chain.load_audit(connection, after=signed, kind=CHARGED, limit=1), None)
         if last is None or oldest is None:
             return False
         age = self._clock.now() - oldest.at
-        return last.seq - signed >= self._policy.entries or age >= self._policy.seconds
+        # A charge that nobody has signed for could be cut off unseen.
+        is_many = last.seq - signed >= self._policy.entries
+        return is_many or charged is not None or age >= self._policy.seconds
 
     @contextmanager
     def running(self) -> Iterator[None]:

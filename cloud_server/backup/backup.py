@@ -17,11 +17,17 @@ from typing import Final
 from cloud_server.artefacts import blob_key
 from cloud_server.backup.archive import FORMAT, ArchiveWriter, Listing, files_below, unpack
 from cloud_server.db.audit import append_audit, newest_entry
+from cloud_server.db.durability import newest_number, note_backup
 from cloud_server.db.engine import open_database
 from cloud_server.db.incarnation import Incarnation, load_blob_keys, reincarnate
 from cloud_server.db.overview import load_incarnation
+from cloud_server.db.privacy import last_charge
 from cloud_server.deployment import Deployment
 from cloud_server.layout import StateFolder
+from cloud_server.privacy.keys import open_ledger_keys
+from cloud_server.privacy.ledger import anchored_charges
+from cloud_server.privacy.plan import PrivacyPlan
+from cloud_server.privacy.restore import charge_lost_rounds, check_charges
 from cloud_server.settings import load_cloud_settings
 from process.clock import Clock
 from wire.errors import ConfigurationError, StorageError
@@ -62,7 +68,7 @@ def _copy(deployment: Deployment, path: Path) -> Listing:
         # The signed repository must not change between the database and its own files.
         with folder.lock("tuf"):
             deployment.database.snapshot(copy)
-            needed, incarnation, entries = _facts(copy)
+            needed, incarnation, entries, stored = _facts(copy)
             is_inside = not settings.storage.artefacts
             if is_inside:
                 _add_below(archive, folder.artefacts / "tuf", "artefacts/tuf")
@@ -88,6 +94,9 @@ def _copy(deployment: Deployment, path: Path) -> Listing:
             files={},
         )
         archive.finish(listing)
+    # Devices may let go of what is in it; what was stored meanwhile is not.
+    with deployment.database.transaction() as connection:
+        note_backup(connection, stored)
     return listing
 
 
@@ -103,36 +112,44 @@ def _add_below(archive: ArchiveWriter, folder: Path, prefix: str) -> None:
             # Dropped since the folder was listed; whether it is missed, the database knows.
 
 
-def _facts(copy: Path) -> tuple[set[str], int, int]:
-    """What a copy of the database needs, and which it is: (blobs, incarnation, audit entries)."""
+def _facts(copy: Path) -> tuple[set[str], int, int, int]:
+    """What a copy of the database needs, and which it is: (blobs, incarnation, audit entries, stored updates)."""
     database = open_database(f"sqlite:///{copy}")
     try:
         with database.read() as connection:
             last = newest_entry(connection)
-            return load_blob_keys(connection), load_incarnation(connection), 0 if last is None else last.seq
+            found = load_blob_keys(connection), load_incarnation(connection)
+            return *found, 0 if last is None else last.seq, newest_number(connection)
     finally:
         database.close()
 
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What came back."""
+    """What came back. `lost_charges`: private rounds that were charged after the backup, and are charged now."""
 
     listing: Listing
     incarnation: Incarnation
     graphs_outrun: bool
+    lost_charges: int = 0
 
 
 def restore_backup(
-    path: Path, root: Path, *, offline: Path | None = None, clock: Clock | None = None
+    path: Path,
+    root: Path,
+    *,
+    offline: Path | None = None,
+    clock: Clock | None = None,
+    charges: int | None = None,
 ) -> Restored:
     """Makes a state folder of a backup, as another life of the deployment.
 
     Args:
         offline: where the offline keys are; needed when a model may have been imported after the backup.
+        charges: how many rounds were charged to the privacy budget in all; needed by a private fleet.
 
     Raises:
-        ConfigurationError: (operator) something lies at `root`.
+        ConfigurationError: (operator) something lies at `root`, or a private fleet's charges are not told.
         StorageError: (disk, or whoever kept it) the backup is damaged.
     """
     folder = StateFolder(root)
@@ -147,7 +164,7 @@ def restore_backup(
             raise ConfigurationError(
                 "settings.toml names a database of its own", hint="restore it with its own tools"
             )
-        restored = _begin_anew(deployment, listing)
+        restored = _begin_anew(deployment, listing, charges)
         deployment.close()
         (root / ".FORMAT").rename(folder.format)
     except BaseException:  # an interrupt too: half a folder would be in the way of the next try
@@ -158,12 +175,39 @@ def restore_backup(
     return restored
 
 
-def _begin_anew(deployment: Deployment, listing: Listing) -> Restored:
+def _begin_anew(deployment: Deployment, listing: Listing, charges: int | None) -> Restored:
     now = deployment.clock.now()
+    lost = _lost_charges(deployment, charges)
     with deployment.database.transaction() as connection:
         life = reincarnate(connection, now)
+        if lost is not None:
+            keys = open_ledger_keys(deployment.folder.keys, is_new=last_charge(connection) is None)
+            plan = _stated_plan(deployment)
+            charge_lost_rounds(connection, keys, plan, lost, incarnation=life.number, now=now)
         body = {"incarnation": life.number, "entries": listing.audit_entries, "made": listing.created}
         append_audit(connection, "cloud.restored", now, body)
     deployment.repository.outrun(int(now))
     deployment.notary.sign()
-    return Restored(listing, life, deployment.keys.targets is not None)
+    return Restored(listing, life, deployment.keys.targets is not None, lost or 0)
+
+
+def _stated_plan(deployment: Deployment) -> PrivacyPlan:
+    """The plan that the settings state, whether or not it is switched on now."""
+    settings = deployment.settings.privacy
+    return settings.plan() or PrivacyPlan(
+        clipping_norm=settings.clipping_norm,
+        noise_multiplier=settings.noise_multiplier,
+        sampling_rate=settings.sampling_rate,
+        epsilon=settings.epsilon,
+        delta=settings.delta,
+    )
+
+
+def _lost_charges(deployment: Deployment, charges: int | None) -> int | None:
+    """Rounds that were charged after the backup; None for a fleet that never had a privacy budget."""
+    with deployment.database.read() as connection:
+        last = last_charge(connection)
+    anchored = max((anchored_charges(each) for each in deployment.repository.anchors().values()), default=0)
+    if last is None and not anchored and deployment.settings.privacy.plan() is None and not charges:
+        return None
+    return check_charges(0 if last is None else last[0], charges, anchored)

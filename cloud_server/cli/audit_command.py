@@ -8,16 +8,19 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cloud_server.audit.check import Anchor, Checked, ListedKey, check_chain, head_from_plain
+from cloud_server.audit.check import Anchor, Checked, Finding, ListedKey, check_chain, head_from_plain
 from cloud_server.audit.export import check_export, write_export
 from cloud_server.audit.notary import list_key, listed_keys
 from cloud_server.audit.witness import read_witness
 from cloud_server.cli import add_json, add_state
 from cloud_server.cli.output import print_facts, print_json, print_table, say
 from cloud_server.db.audit import append_audit, load_audit, load_heads, newest_head
+from cloud_server.db.privacy import load_charges
 from cloud_server.deployment import Deployment
 from cloud_server.keys import replace_audit_key
 from cloud_server.operators.views import audit_entries
+from cloud_server.privacy.keys import open_ledger_keys
+from cloud_server.privacy.ledger import CHARGED, find_faults
 from process.arguments import path, whole_number
 from wire.errors import ConfigurationError, StorageError, TrustError
 from wire.primitives import VerifyKey
@@ -95,7 +98,19 @@ def verify_books(
     anchors += [] if witness is None else read_witness(witness)
     trusted = listed_keys(repository.audit_keys()) if keys is None else keys
     with deployment.database.read() as connection:
-        return check_chain(load_audit(connection), load_heads(connection), trusted, anchors)
+        checked = check_chain(load_audit(connection), load_heads(connection), trusted, anchors)
+    checked.findings += _ledger_findings(deployment)
+    return checked
+
+
+def _ledger_findings(deployment: Deployment) -> list[Finding]:
+    """Where the privacy ledger is not what the chain says of it."""
+    with deployment.database.read() as connection:
+        charges, told = load_charges(connection), list(load_audit(connection, kind=CHARGED))
+    if not charges and not told:
+        return []
+    keys = open_ledger_keys(deployment.folder.keys, is_new=False).verify_keys
+    return [Finding(fault.entry, fault.what) for fault in find_faults(charges, keys, told)]
 
 
 def facts_of(checked: Checked) -> dict[str, Any]:

@@ -9,11 +9,14 @@ from typing import Any
 
 from cloud_server.cli import add_json, add_state
 from cloud_server.cli.output import print_facts, print_json, print_table, say
+from cloud_server.db.audit import append_audit
 from cloud_server.db.engine import Connection
 from cloud_server.db.privacy import ChargeRow, count_mechanisms, count_uncharged, load_charges
 from cloud_server.deployment import Deployment
 from cloud_server.privacy.accountant import Mechanism, epsilon_of, rounds_left
-from cloud_server.privacy.ledger import open_ledger_key, verify_ledger
+from cloud_server.privacy.budget import mechanism_of
+from cloud_server.privacy.keys import add_ledger_key, open_ledger_keys
+from cloud_server.privacy.ledger import verify_ledger
 from process.arguments import whole_number
 
 _COLUMNS = ("seq", "run", "round", "noise", "clip", "rate", "population", "cohort", "epsilon", "charged_at")
@@ -31,9 +34,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=f"only the newest so many charges ({DEFAULT_LAST})",
     )
     show.set_defaults(handler=_show)
-    verify = actions.add_parser("verify", help="check every charge's place in the chain and its signature")
+    verify = actions.add_parser("verify", help="check every charge's place, signature and audit entry")
     verify.set_defaults(handler=_verify)
-    for command in (show, verify):
+    rotate = actions.add_parser(
+        "rotate", help="replace the key that signs charges; older ones stay to verify"
+    )
+    rotate.set_defaults(handler=_rotate)
+    for command in (show, verify, rotate):
         add_state(command)
         add_json(command)
 
@@ -74,7 +81,7 @@ def _facts(deployment: Deployment) -> dict[str, Any]:
 
 
 def _spent(connection: Connection) -> list[tuple[Mechanism, int]]:
-    return [(Mechanism(noise, rate), count) for noise, rate, count in count_mechanisms(connection)]
+    return [(mechanism_of(*row[:3]), row[3]) for row in count_mechanisms(connection)]
 
 
 def _row(charge: ChargeRow) -> dict[str, Any]:
@@ -100,12 +107,28 @@ def _verify(options: argparse.Namespace) -> int:
             is_new = not load_charges(connection, last=1)
         count, key_id = 0, ""
         if not is_new:
-            key = open_ledger_key(deployment.folder.keys, is_new=False)
-            key_id = key.key_id.hex()
+            keys = open_ledger_keys(deployment.folder.keys, is_new=False)
+            key_id = keys.signer.key_id.hex()
             with deployment.database.read() as connection:
-                count = len(verify_ledger(connection, key.verify_key))
+                count = len(verify_ledger(connection, keys.verify_keys))
     if options.json:
         print_json({"charges": count, "key_id": key_id, "is_whole": True})
         return 0
     print(f"the privacy ledger is whole: {count} charges", file=sys.stderr)
+    return 0
+
+
+def _rotate(options: argparse.Namespace) -> int:
+    with Deployment.open(options.state, os.environ) as deployment:
+        with deployment.database.read() as connection:
+            newest = load_charges(connection, last=1)
+        signer = add_ledger_key(deployment.folder.keys).signer
+        charges = newest[-1].seq if newest else 0
+        facts = {"key": signer.key_id.hex(), "charges": charges}
+        with deployment.database.transaction() as connection:
+            append_audit(connection, "privacy.key_rotated", deployment.clock.now(), facts)
+        deployment.notary.sign()
+    if options.json:
+        print_json({"key_id": signer.key_id.hex(), "public": signer.public_bytes.hex()})
+    say(f"charges are signed by {signer.key_id.hex()} from number {charges + 1} on")
     return 0

@@ -21,7 +21,7 @@ class ChargeRow:
 
     Attributes:
         seq: counts from 1 over all runs of the fleet.
-        mode: how the noise is made: `central`.
+        mode: how the noise is made: `central`, `distributed`; or `restored`, for a round that a backup does not know.
         population: the devices that the cohort was drawn from; `cohort` how many were.
         epsilon: what all rounds up to this one have spent at `delta`.
         secret_sha256: SHA-256 (hex) of the secret that cohort and noise come from.
@@ -79,12 +79,12 @@ def load_charge(connection: Connection, run: str, round_number: int) -> ChargeRo
     return None if row is None else ChargeRow(**row._mapping)
 
 
-def count_mechanisms(connection: Connection) -> list[tuple[float, float, int]]:
-    """(noise multiplier, sampling rate, how many rounds) of all charges."""
+def count_mechanisms(connection: Connection) -> list[tuple[float, float, str, int]]:
+    """(noise multiplier, sampling rate, mode, how many rounds) of all charges."""
     table = privacy_ledger
-    columns = (table.c.noise_multiplier, table.c.sampling_rate)
+    columns = (table.c.noise_multiplier, table.c.sampling_rate, table.c.mode)
     query = sa.select(*columns, sa.func.count()).group_by(*columns).order_by(*columns)
-    return [(row[0], row[1], int(row[2])) for row in connection.execute(query)]
+    return [(row[0], row[1], row[2], int(row[3])) for row in connection.execute(query)]
 
 
 # ---- secrets -----------------------------------------------------------------------------------------------
@@ -108,6 +108,11 @@ def delete_secret(connection: Connection, run: str, round_number: int) -> None:
     """Ends it: from here on nobody can take the round's noise off again."""
     table = privacy_secrets
     connection.execute(sa.delete(table).where((table.c.run == run) & (table.c.round == round_number)))
+
+
+def delete_secrets(connection: Connection) -> None:
+    """Ends them all: noise that another life of the cloud may have drawn and shown is drawn for nothing else."""
+    connection.execute(sa.delete(privacy_secrets))
 
 
 # ---- what the ledger must agree with -----------------------------------------------------------------------

@@ -28,10 +28,16 @@ _COARSEST, _FINEST = 1e-3, 1e-5
 
 @dataclass(frozen=True, slots=True)
 class Mechanism:
-    """One round: noise of so many clipping norms on the sum of a cohort drawn with this rate."""
+    """One round: noise of so many clipping norms on the sum of a cohort drawn with this rate.
+
+    Attributes:
+        is_coarse: the noise is on a lattice too coarse to pass for a continuous one. Rényi's bound is the same for both
+            (Canonne et al. 2020, theorem 4), and is the only one that is used then.
+    """
 
     noise_multiplier: float
     sampling_rate: float
+    is_coarse: bool = False
 
 
 def epsilon_of(rounds: Iterable[tuple[Mechanism, int]], delta: float) -> float:
@@ -58,7 +64,7 @@ def epsilon_of(rounds: Iterable[tuple[Mechanism, int]], delta: float) -> float:
 def _epsilon(listed: tuple[tuple[Mechanism, int], ...], delta: float) -> float:
     library = _library()
     bound = _composed(library, library.rdp.RdpAccountant(orders=_ORDERS), listed, delta)
-    if not bound <= _LARGE_EPSILON:
+    if not bound <= _LARGE_EPSILON or any(mechanism.is_coarse for mechanism, _ in listed):
         return bound
     interval = min(_COARSEST, max(_FINEST, bound / 1000))
     losses = library.pld.PLDAccountant(value_discretization_interval=interval)

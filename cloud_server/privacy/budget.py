@@ -24,12 +24,13 @@ from cloud_server.db.privacy import (
     load_secret,
 )
 from cloud_server.privacy.accountant import Mechanism, epsilon_of
-from cloud_server.privacy.ledger import FIRST_PREV, signed, verify_ledger
+from cloud_server.privacy.keys import LedgerKeys
+from cloud_server.privacy.ledger import FIRST_PREV, anchor_charge, signed, verify_ledger
 from cloud_server.privacy.plan import PrivacyPlan
 from process.logs import get_logger
 from wire.discrete_gaussian import SEED_BYTES
 from wire.errors import BudgetError, RoundError
-from wire.primitives import SigningKey, random_bytes
+from wire.primitives import random_bytes
 
 MODE = "central"
 EXHAUSTED = "exhausted"
@@ -46,13 +47,13 @@ class PrivateRun:
     """What a private run is given.
 
     Attributes:
-        signer: signs the ledger.
+        keys: gives the keys that sign the ledger, as they are now: a command may replace them while the service runs.
         draw_secret: 32 bytes for a round, from a good source; another one than the default only where nobody's
             privacy is at stake (a simulation that must repeat itself).
     """
 
     plan: PrivacyPlan
-    signer: SigningKey
+    keys: Callable[[], LedgerKeys]
     draw_secret: Callable[[int], bytes] = _drawn
 
 
@@ -88,7 +89,7 @@ class Budget:
         self._private = private
         self._opening: Opening | None = None
         with database.read() as connection:
-            charges = verify_ledger(connection, private.signer.verify_key)
+            charges = verify_ledger(connection, private.keys().verify_keys)
             spent = self._epsilon(connection)
         plan = private.plan
         _log.info("privacy_ledger_verified", charges=len(charges), epsilon=spent, budget=plan.epsilon)
@@ -156,7 +157,9 @@ class Budget:
             key_id="",
             signature="",
         )
-        insert_charge(connection, signed(row, self._private.signer))
+        row = signed(row, self._private.keys().signer)
+        insert_charge(connection, row)
+        anchor_charge(connection, row, now)
         insert_secret(connection, self._run, opening.round_number, opening.secret)
 
     def charged(self, round_number: int) -> Charged:
@@ -177,8 +180,13 @@ class Budget:
         delete_secret(connection, self._run, round_number)
 
     def _epsilon(self, connection: Connection, further: Mechanism | None = None) -> float:
-        spent = [(Mechanism(noise, rate), count) for noise, rate, count in count_mechanisms(connection)]
+        spent = [(mechanism_of(*row[:3]), row[3]) for row in count_mechanisms(connection)]
         return epsilon_of(spent if further is None else _with(spent, further), self.plan.delta)
+
+
+def mechanism_of(noise_multiplier: float, sampling_rate: float, mode: str) -> Mechanism:
+    """What a charge is composed as."""
+    return Mechanism(noise_multiplier, sampling_rate, is_coarse=mode != MODE)
 
 
 def _with(spent: list[tuple[Mechanism, int]], further: Mechanism) -> list[tuple[Mechanism, int]]:

@@ -1,26 +1,41 @@
-"""The ledger's chain and signatures: what was charged cannot be changed, dropped or forged without the key.
+"""The ledger's chain, signatures and anchors: what was charged cannot be changed, dropped or forged unseen.
 
-Laws of the file: pure but for the rows that it reads; every charge is bound to the one before it and signed on its own;
-verification names the first charge that is wrong. Source: docs/architecture.md (Differential privacy).
+Laws of the file: pure but for the rows that it reads; every charge is bound to the one before it and signed on its own,
+and stands in the audit chain, whose heads are signed, told to a witness and kept in release metadata, so that charges
+that are cut off the end are missed there; a key that has a successor in the ledger signs nothing more; verification
+names the first charge that is wrong. Source: docs/architecture.md (Differential privacy).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
+from cloud_server.db.audit import AuditEntry, append_audit, load_audit
 from cloud_server.db.engine import Connection
 from cloud_server.db.privacy import ChargeRow, load_charges, load_private_rounds
-from wire.errors import ConfigurationError, EnvelopeError, StorageError, TrustError
-from wire.primitives import SigningKey, VerifyKey, read_private, write_private
+from wire.errors import EnvelopeError, TrustError
+from wire.primitives import SigningKey, VerifyKey
 
-FIRST_PREV = "0" * 64
-KEY_FILE = "online/privacy-ledger.key"
+FIRST_PREV: Final = "0" * 64
+CHARGED: Final = "privacy.charged"
+"""Kind of the audit entry of a charge."""
 _CONTEXT = b"shoal privacy ledger\0"
 _UNHASHED = frozenset({"hash", "key_id", "signature"})
+_ANCHORED = ("seq", "hash", "run", "round", "mode", "noise_multiplier", "sampling_rate", "epsilon", "delta")
+_HINT = "restore the database from its backup"
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerFault:
+    """What is wrong with a charge. `entry`: the audit entry that says so; 0 where the ledger alone does."""
+
+    seq: int
+    entry: int
+    what: str
 
 
 def signed(row: ChargeRow, key: SigningKey) -> ChargeRow:
@@ -37,27 +52,83 @@ def charge_hash(row: ChargeRow) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def verify_charges(charges: Sequence[ChargeRow], key: VerifyKey) -> None:
+def anchor_charge(connection: Connection, row: ChargeRow, now: float) -> None:
+    """Puts a charge into the audit chain, in the transaction that appends it to the ledger."""
+    append_audit(connection, CHARGED, now, {name: getattr(row, name) for name in _ANCHORED})
+
+
+def anchor_of(seq: int, hash: str) -> dict[str, str]:
+    """The newest charge, as release metadata carries it."""
+    return {"privacy": json.dumps({"charges": seq, "hash": hash}, sort_keys=True)}
+
+
+def anchored_charges(custom: Mapping[str, Any]) -> int:
+    """How many charges there were when metadata was signed; 0 where it does not say."""
+    return int(json.loads(custom["privacy"])["charges"]) if "privacy" in custom else 0
+
+
+def verify_charges(charges: Sequence[ChargeRow], keys: Sequence[VerifyKey]) -> None:
     """Walks the whole chain.
+
+    Args:
+        keys: every generation that may have signed, oldest first.
 
     Raises:
         TrustError: (disk or an intruder) names the first charge that is missing, changed or not signed (`seq`).
     """
-    prev = FIRST_PREV
+    prev, oldest = FIRST_PREV, 0
+    generations = {key.key_id.hex(): number for number, key in enumerate(keys)}
     for seq, row in enumerate(charges, start=1):
         if row.seq != seq:
             raise _wrong(seq, "is missing")
         if row.prev != prev or row.hash != charge_hash(row):
             raise _wrong(seq, "was changed")
+        generation = generations.get(row.key_id, -1)
+        if 0 <= generation < oldest:
+            raise _wrong(seq, "is signed by a key that had been replaced")
         try:
-            key.verify(bytes.fromhex(row.signature), _CONTEXT + bytes.fromhex(row.hash))
+            if generation < 0:
+                raise EnvelopeError("message does not open", reason="signature")
+            keys[generation].verify(bytes.fromhex(row.signature), _CONTEXT + bytes.fromhex(row.hash))
         except (EnvelopeError, ValueError) as error:
             raise _wrong(seq, "is not signed by the ledger's key") from error
-        prev = row.hash
+        prev, oldest = row.hash, generation
 
 
-def verify_ledger(connection: Connection, key: VerifyKey) -> list[ChargeRow]:
-    """Reads and verifies the ledger, and that every private round of the books has its charge.
+def find_faults(
+    charges: Sequence[ChargeRow], keys: Sequence[VerifyKey], entries: Iterable[AuditEntry]
+) -> list[LedgerFault]:
+    """What is wrong with the ledger, by itself and beside the audit chain; empty where nothing is.
+
+    Args:
+        entries: of the kind `CHARGED`, in their order.
+    """
+    faults = []
+    try:
+        verify_charges(charges, keys)
+    except TrustError as error:
+        faults.append(LedgerFault(int(error.facts["seq"]), 0, str(error)))
+    hashes = {row.seq: row.hash for row in charges}
+    first, told = 0, set()
+    for entry in entries:
+        seq, wanted = int(entry.facts["seq"]), str(entry.facts["hash"])
+        first = first or seq
+        told.add(seq)
+        if hashes.get(seq) != wanted:
+            what = "is missing" if seq not in hashes else "is another one"
+            said = f"charge {seq} of the privacy ledger {what} (audit entry {entry.seq})"
+            faults.append(LedgerFault(seq, entry.seq, said))
+    # Charges from before they were told to the audit chain stand at the beginning only.
+    faults += [
+        LedgerFault(seq, 0, f"charge {seq} of the privacy ledger is not in the audit chain")
+        for seq in hashes
+        if first and seq > first and seq not in told
+    ]
+    return sorted(faults, key=lambda fault: fault.seq)
+
+
+def verify_ledger(connection: Connection, keys: Sequence[VerifyKey]) -> list[ChargeRow]:
+    """Reads and verifies the ledger, that the audit chain has the same, and that every private round has its charge.
 
     Returns:
         The charges, oldest first.
@@ -66,59 +137,20 @@ def verify_ledger(connection: Connection, key: VerifyKey) -> list[ChargeRow]:
         TrustError: (disk or an intruder) a charge is wrong, or the newest ones were cut off.
     """
     charges = load_charges(connection)
-    verify_charges(charges, key)
+    faults = find_faults(charges, keys, load_audit(connection, kind=CHARGED))
+    if faults:
+        raise TrustError(faults[0].what, hint=_HINT, seq=faults[0].seq, entry=faults[0].entry)
     charged = {(row.run, row.round) for row in charges}
     for run, number, _mode in load_private_rounds(connection):
         if (run, number) not in charged:
             raise TrustError(
                 f"the charge of round {number} of run {run} is missing from the privacy ledger",
-                hint="restore the database from its backup",
+                hint=_HINT,
                 run=run,
                 round_number=number,
             )
     return charges
 
 
-def open_ledger_key(keys: Path, *, is_new: bool) -> SigningKey:
-    """The key that signs the ledger, made with the first private run.
-
-    Args:
-        keys: the folder of private keys.
-        is_new: whether the ledger is empty, so that a missing key may be made.
-
-    Raises:
-        StorageError: (operator, disk) it is missing or cannot be read.
-        ConfigurationError: (operator) its file is open to others, or is not a key.
-    """
-    path = keys / KEY_FILE
-    if path.exists():
-        return _read_key(path)
-    if not is_new:
-        raise StorageError(
-            f"the key of the privacy ledger {path} is missing",
-            hint="restore keys/ from its backup",
-            path=str(path),
-        )
-    key = SigningKey.generate()
-    write_private(path, f"ed25519 {key.private_bytes().hex()}\n".encode())
-    return key
-
-
-def _read_key(path: Path) -> SigningKey:
-    try:
-        algorithm, seed = read_private(path).decode("ascii").split()
-        if algorithm == "ed25519":
-            return SigningKey.from_bytes(bytes.fromhex(seed))
-    except (ValueError, TrustError) as error:
-        raise _no_key(path) from error
-    raise _no_key(path)
-
-
-def _no_key(path: Path) -> ConfigurationError:
-    return ConfigurationError(f"{path} is not a key file", hint="restore it from its backup", path=str(path))
-
-
 def _wrong(seq: int, what: str) -> TrustError:
-    return TrustError(
-        f"charge {seq} of the privacy ledger {what}", hint="restore the database from its backup", seq=seq
-    )
+    return TrustError(f"charge {seq} of the privacy ledger {what}", hint=_HINT, seq=seq)

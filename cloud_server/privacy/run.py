@@ -15,7 +15,7 @@ from cloud_server.db.privacy import load_charges
 from cloud_server.privacy.accountant import Mechanism, epsilon_of
 from cloud_server.privacy.budget import Budget, PrivateRun
 from cloud_server.privacy.central import CentralPrivacy
-from cloud_server.privacy.ledger import open_ledger_key
+from cloud_server.privacy.keys import open_ledger_keys
 from cloud_server.privacy.plan import PrivacyPlan
 from cloud_server.rounds.plan import RunPlan, RunPorts
 from cloud_server.rounds.state import RoundPolicy
@@ -35,7 +35,8 @@ def private_run(plan: PrivacyPlan, database: Database, keys: Path) -> PrivateRun
     epsilon_of([(Mechanism(plan.noise_multiplier, plan.sampling_rate), 1)], plan.delta)
     with database.read() as connection:
         is_new = not load_charges(connection, last=1)
-    return PrivateRun(plan, open_ledger_key(keys, is_new=is_new))
+    open_ledger_keys(keys, is_new=is_new)
+    return PrivateRun(plan, lambda: open_ledger_keys(keys, is_new=False))
 
 
 def check_private(

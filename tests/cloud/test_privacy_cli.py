@@ -14,7 +14,7 @@ from cloud_server.db.privacy import load_charges
 from cloud_server.db.schema import privacy_ledger
 from cloud_server.deployment import Deployment
 from cloud_server.privacy.budget import Budget, PrivateRun
-from cloud_server.privacy.ledger import KEY_FILE, open_ledger_key
+from cloud_server.privacy.keys import KEY_FILE, open_ledger_keys
 from cloud_server.privacy.plan import PrivacyPlan
 from cloud_server.privacy.run import private_run
 from cloud_server.run_setup import run_config
@@ -96,7 +96,10 @@ def test_lost_key_of_the_ledger_is_not_made_anew(state: Path) -> None:
     with Deployment.open(state, {}) as deployment:
         path = deployment.folder.keys / KEY_FILE
         assert path.stat().st_mode & 0o777 == 0o600
-        assert open_ledger_key(deployment.folder.keys, is_new=False).key_id == private.signer.key_id
+        assert (
+            open_ledger_keys(deployment.folder.keys, is_new=False).signer.key_id
+            == private.keys().signer.key_id
+        )
         path.unlink()
         with pytest.raises(StorageError, match="missing"):
             private_run(PLAN, deployment.database, deployment.folder.keys)
@@ -111,7 +114,7 @@ def test_damaged_key_of_the_ledger_is_named(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     path.chmod(0o600)
     with pytest.raises(ConfigurationError, match="not a key file"):
-        open_ledger_key(tmp_path, is_new=True)
+        open_ledger_keys(tmp_path, is_new=True)
 
 
 def test_settings_make_a_plan_only_where_privacy_is_on() -> None:
@@ -125,6 +128,9 @@ def test_settings_reach_the_run_of_the_service(state: Path) -> None:
         private = run_config(deployment).privacy
         assert private is not None
         assert private.plan == PrivacyPlan(epsilon=4.0)
-        assert private.signer.key_id == open_ledger_key(deployment.folder.keys, is_new=False).key_id
+        assert (
+            private.keys().signer.key_id
+            == open_ledger_keys(deployment.folder.keys, is_new=False).signer.key_id
+        )
         # Nobody can tell one secret from the one before.
         assert private.draw_secret(1) != private.draw_secret(1)

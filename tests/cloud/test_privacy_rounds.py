@@ -17,6 +17,7 @@ from cloud_server.db.privacy import count_uncharged, load_charges
 from cloud_server.privacy.accountant import Mechanism, epsilon_of
 from cloud_server.privacy.budget import EXHAUSTED, PrivateRun
 from cloud_server.privacy.central import SIGMA, Lattice, sample_cohort
+from cloud_server.privacy.keys import LedgerKeys
 from cloud_server.privacy.ledger import verify_ledger
 from cloud_server.privacy.plan import PrivacyPlan
 from cloud_server.privacy.run import check_private, make_private
@@ -33,6 +34,10 @@ PLAN = PrivacyPlan(clipping_norm=1.0, noise_multiplier=1.0, sampling_rate=0.5, e
 KEY = SigningKey.from_bytes(bytes(range(32)))
 
 
+def ledger_keys() -> LedgerKeys:
+    return LedgerKeys((KEY,))
+
+
 def secret_of(number: int) -> bytes:
     return hashlib.sha256(f"round {number}".encode()).digest()
 
@@ -44,7 +49,9 @@ def private_lab(
     draw_secret: Callable[[int], bytes] | None = secret_of,
     **options: Any,
 ) -> Lab:
-    private = PrivateRun(plan, KEY) if draw_secret is None else PrivateRun(plan, KEY, draw_secret)
+    private = (
+        PrivateRun(plan, ledger_keys) if draw_secret is None else PrivateRun(plan, ledger_keys, draw_secret)
+    )
     return Lab(
         devices,
         make_runner=lambda run_plan, ports: RoundRunner(*make_private(run_plan, ports, private)),
@@ -232,7 +239,7 @@ def test_budget_stays_spent_after_a_restart() -> None:
 def test_raised_budget_lets_the_run_go_on() -> None:
     lab = private_lab(plan=budget_for(2), rounds=4)
     lab.run()
-    private = PrivateRun(budget_for(4), KEY, secret_of)
+    private = PrivateRun(budget_for(4), ledger_keys, secret_of)
     lab._make_runner = lambda plan, ports: RoundRunner(*make_private(plan, ports, private))
     lab.restart()
     lab.run()
@@ -323,7 +330,7 @@ def test_crash_at_any_step_neither_refunds_nor_redraws() -> None:
         charges = lab.rows(schema.privacy_ledger)
         assert [row.round for row in charges] == [1, 2], at
         with lab.database.read() as connection:
-            verify_ledger(connection, KEY.verify_key)
+            verify_ledger(connection, [KEY.verify_key])
         # A head that was made before the crash and is not the one that was kept would be a second draw.
         assert watch.put <= set(heads_of(lab)), at
         assert lab.rows(schema.privacy_secrets) == []
@@ -359,6 +366,10 @@ def test_charge_cut_off_the_end_is_found() -> None:
     lab = private_lab(rounds=3)
     lab.run()
     forge(lab, sa.delete(LEDGER).where(LEDGER.c.seq == 3))
+    with pytest.raises(TrustError, match="charge 3 of the privacy ledger is missing"):
+        lab.restart()
+    # Without its audit entries the round itself still says that it was charged.
+    forge(lab, sa.delete(schema.audit).where(schema.audit.c.kind == "privacy.charged"))
     with pytest.raises(TrustError, match="round 3 of run spring"):
         lab.restart()
 
@@ -368,7 +379,7 @@ def test_ledger_signed_by_another_key_is_refused() -> None:
     lab.run()
     other = SigningKey.generate().verify_key
     with lab.database.read() as connection, pytest.raises(TrustError, match="not signed"):
-        verify_ledger(connection, other)
+        verify_ledger(connection, [other])
 
 
 def test_rounds_without_noise_are_counted() -> None:
@@ -393,7 +404,7 @@ def test_private_round_is_not_folded_once_privacy_is_switched_off() -> None:
 def test_plain_round_is_not_folded_as_a_private_one() -> None:
     lab = Lab(4, rounds=1)
     lab.runner.tick()
-    private = PrivateRun(PLAN, KEY, secret_of)
+    private = PrivateRun(PLAN, ledger_keys, secret_of)
     lab._make_runner = lambda plan, ports: RoundRunner(*make_private(plan, ports, private))
     lab.restart()
     while lab.rows(schema.rounds)[0].state not in ("failed", "done"):
