@@ -13,9 +13,9 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from edge_agent import tuf_client
-from edge_agent.fetcher import Fetcher
 from edge_agent.identity import Identity
 from edge_agent.online_keys import OnlineKeys
 from edge_agent.ports import Engine, SelfTest, Variant
@@ -28,6 +28,9 @@ from process.clock import Clock
 from process.logs import get_logger
 from wire.errors import BundleError
 from wire.manifest import GOLDEN_INPUTS, GRAPH_FILES, MANIFEST
+
+if TYPE_CHECKING:
+    from edge_agent.fetcher import Fetcher
 
 _log = get_logger("edge_agent.install")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 from msgspec import Meta, Struct, structs
@@ -19,8 +19,6 @@ from msgspec import Meta, Struct, structs
 from edge_agent import identity as identity_files
 from edge_agent import tuf_client
 from edge_agent.child import ChildTimeoutError, run_child
-from edge_agent.fetcher import HttpsFetcher
-from edge_agent.https import unverified_context
 from edge_agent.identity import Identity
 from edge_agent.online_keys import OnlineKeys
 from edge_agent.release_source import Held, Known, Offer
@@ -28,6 +26,9 @@ from process.clock import Clock, SystemClock
 from process.logs import get_logger
 from wire import errors
 from wire.errors import EnrolmentError, ReleaseError, ShoalError, TransportError, TrustError
+
+if TYPE_CHECKING:
+    from edge_agent.fetcher import Fetcher
 
 _log = get_logger("edge_agent.releases")
 
@@ -170,6 +171,8 @@ class _FixedClock:
 
 def check(folder: Path, now: float, request: Request, identity: Identity) -> Found:
     """The child's work; raises as `tuf_client.check` and `tuf_client.download`."""
+    from edge_agent.fetcher import HttpsFetcher
+
     fetcher = HttpsFetcher(identity)
     try:
         return _check_by(fetcher, folder, now, request, identity)
@@ -177,7 +180,7 @@ def check(folder: Path, now: float, request: Request, identity: Identity) -> Fou
         fetcher.close()
 
 
-def _check_by(fetcher: HttpsFetcher, folder: Path, now: float, request: Request, identity: Identity) -> Found:
+def _check_by(fetcher: Fetcher, folder: Path, now: float, request: Request, identity: Identity) -> Found:
     info = tuf_client.check(
         folder / STAGING_NAME, identity.tuf_root, fetcher, identity.ring, _FixedClock(now)
     )
@@ -255,6 +258,9 @@ def _check_with_trust(folder: Path, now: float, request: Request, identity: Iden
 def _ask_for_authorities(folder: Path, now: float, identity: Identity) -> Identity | None:
     """The device with the authorities of now; None when it knows them. Over a connection that proves nothing: the
     answer is believed because TUF verifies it, which is what outlives a stolen authority."""
+    from edge_agent.fetcher import HttpsFetcher
+    from edge_agent.https import unverified_context
+
     fetcher = HttpsFetcher(identity, url=identity.url_enrol, context=unverified_context())
     try:
         authorities = tuf_client.find_authorities(

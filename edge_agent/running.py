@@ -25,6 +25,7 @@ from edge_agent.inputs.lines import LineInput
 from edge_agent.inputs.topic import TopicInput, parse_topic_url
 from edge_agent.settings import EdgeSettings
 from edge_agent.storage import Database
+from edge_agent.unloaded import leave_unloaded
 from process.logs import get_logger
 from process.service_manager import ServiceManager
 from wire.errors import ConfigurationError, DataError
@@ -136,6 +137,8 @@ def run_agent(folder: Path, settings: EdgeSettings, sources: Sequence[str], *, o
         OSError: standard output cannot be written any more.
     """
     share_one_arena()
+    # The MQTT client imports it for proxies, which it would need another package to use: 1.5 MiB.
+    leave_unloaded("urllib.request")
     agent = Agent.from_folder(folder, settings, service_manager=ServiceManager.of(os.environ))
     ended = threading.Event()
     interrupts: list[int] = []

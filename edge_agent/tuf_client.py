@@ -23,7 +23,6 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edge_agent.disk import make_private_folder, private_opener
-from edge_agent.fetcher import Fetcher
 from edge_agent.online_keys import ONLINE_KEYS, OnlineKeys
 from process.clock import Clock
 from wire.enrolment import DeviceId
@@ -44,6 +43,8 @@ if TYPE_CHECKING:
     from tuf.api.metadata import TargetFile
     from tuf.ngclient import Updater
     from tuf.ngclient.fetcher import FetcherInterface
+
+    from edge_agent.fetcher import Fetcher
 
 METADATA_PATH: Final = "/metadata"
 TARGETS_PATH: Final = "/targets"
