@@ -55,6 +55,8 @@ def reincarnate(connection: Connection, now: float) -> Incarnation:
             incarnation=found.number,
             release_floor=found.release_floor,
             devices_version=meta.c.devices_version + 1,
+            # What is here came out of a backup.
+            durable_number=meta.c.update_number,
         )
     )
     connection.execute(sa.update(fencing).values(token=found.fence))

@@ -30,7 +30,7 @@ from sqlalchemy import (
 )
 
 FORMAT = 1
-HEAD = "0006"
+HEAD = "0007"
 """The newest migration, which these tables are."""
 
 metadata = MetaData(
@@ -76,6 +76,9 @@ meta = Table(
     ),  # goes up with every change of devices or their keys
     # Releases are numbered above this: a restored cloud must not give a number a second time.
     Column("release_floor", BigInteger, nullable=False, server_default="0"),
+    # Updates that were stored, in all; and up to which of them a backup holds every one.
+    Column("update_number", BigInteger, nullable=False, server_default="0"),
+    Column("durable_number", BigInteger, nullable=False, server_default="0"),
 )
 
 # One row; the process that last raised `token` is the only one whose round transactions commit.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from cloud_server.db import rounds as books
 from cloud_server.db.devices import QUARANTINED, load_status
+from cloud_server.db.durability import Promise, newest_promise, number_update
 from cloud_server.db.engine import Connection, Database
 from cloud_server.rounds.events import Event, ReplyRefused, ReplyStored
 from cloud_server.rounds.kept import KeptUpdates
@@ -119,7 +120,7 @@ class Intake:
         with self._database.transaction(fence=self._fence) as connection:
             known = books.load_update(connection, reply.update_id)
             if known is not None:
-                return _receipt_again(known, arrival), None
+                return _receipt_again(known, arrival, newest_promise(connection)), None
             try:
                 is_fresh = self._move_window(connection, arrival)
             except ReplayError:
@@ -129,6 +130,7 @@ class Intake:
             elif outcome is Refusal.UNKNOWN_ORDER:
                 outcome = self._past_order(connection, reply, arrival.device)
             is_booked = self._is_booked(connection, reply, arrival.device, outcome)
+            promise = Promise() if isinstance(outcome, Refusal) else number_update(connection)
             if is_booked:
                 self._insert(connection, reply, arrival, outcome, blob, _norm_of(screened))
             if isinstance(outcome, Refusal) and reply.order_id in self._expected and (is_booked or is_fresh):
@@ -139,7 +141,7 @@ class Intake:
             self.kept.put(reply.update_id, screened)
         if not is_booked:
             self.unbooked_total[str(outcome)] += 1
-        return self._concluded(reply, arrival, outcome)
+        return self._concluded(reply, arrival, outcome, promise)
 
     def _take_malformed(self, arrival: Arrival) -> tuple[Receipt, Event | None]:
         """Signed bytes that are no reply: refused without a row, since they name no id.
@@ -288,11 +290,11 @@ class Intake:
         return expected is None or expected.keeps_metrics
 
     def _concluded(
-        self, reply: Update | Evaluation, arrival: Arrival, outcome: int | Refusal
+        self, reply: Update | Evaluation, arrival: Arrival, outcome: int | Refusal, promise: Promise
     ) -> tuple[Receipt, Event | None]:
         if not isinstance(outcome, Refusal):
             self._answered.add(reply.order_id)
-            return _receipt(reply.update_id, arrival, None), ReplyStored(arrival.device)
+            return _receipt(reply.update_id, arrival, None, promise), ReplyStored(arrival.device)
         expected = self._expected.get(reply.order_id)
         is_of_member = expected is not None and expected.device == arrival.device
         event = ReplyRefused(arrival.device) if is_of_member else None
@@ -313,19 +315,30 @@ def _norm_of(screened: Screened | int | Refusal) -> float:
     return screened.norm if isinstance(screened, Screened) else 0.0
 
 
-def _receipt(update_id: bytes, arrival: Arrival, refusal: Refusal | None) -> Receipt:
+def _receipt(
+    update_id: bytes, arrival: Arrival, refusal: Refusal | None, promise: Promise | None = None
+) -> Receipt:
+    promise = promise or Promise()
     return Receipt(
         update_id=update_id,
         transfer=arrival.transfer_sha256,
         verdict="stored" if refusal is None else "refused",
         reason=str(refusal or ""),
+        row=promise.row,
+        durable=promise.durable,
     )
 
 
-def _receipt_again(known: books.UpdateRow, arrival: Arrival) -> Receipt:
+def _receipt_again(known: books.UpdateRow, arrival: Arrival, promise: Promise) -> Receipt:
     """The answer of record. Another device's id is refused: ids are random, so nobody has it by chance."""
     if known.device != arrival.device:
         return _receipt(known.update_id, arrival, Refusal.FOREIGN_UPDATE)
     if known.state in ("refused", "late"):
         return _receipt(known.update_id, arrival, Refusal(known.reason))
-    return Receipt(update_id=known.update_id, transfer=arrival.transfer_sha256, verdict="duplicate")
+    return Receipt(
+        update_id=known.update_id,
+        transfer=arrival.transfer_sha256,
+        verdict="duplicate",
+        row=promise.row,
+        durable=promise.durable,
+    )

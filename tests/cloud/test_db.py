@@ -49,7 +49,7 @@ def test_schema_equals_what_the_migrations_make(database: Database) -> None:
 def test_migrate_twice_changes_nothing(database: Database) -> None:
     database.migrate()
     with database.read() as connection:
-        assert connection.execute(sa.select(schema.meta)).all() == [(1, schema.FORMAT, 1, 1, 0)]
+        assert connection.execute(sa.select(schema.meta)).all() == [(1, schema.FORMAT, 1, 1, 0, 0, 0)]
 
 
 def test_head_is_the_newest_migration(database: Database) -> None:
