@@ -8,9 +8,11 @@ aggregator. Source: docs/architecture.md, "The aggregator".
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from cloud_server.db.devices import APPROVED, REVOKED
 from cloud_server.downlink import Downlink
+from cloud_server.fleet_health import FleetHealth
 from cloud_server.inbox import Inbox
 from cloud_server.influence import ReportBounds
 from cloud_server.metrics import CloudMetrics
@@ -43,6 +45,30 @@ SWEEP_SECONDS = 10.0
 SILENT_SECONDS = 360.0
 """A device that said nothing for this long is not asked before it speaks again. An agent's first heartbeat comes one to
 two minutes after its birth, the others 60 to 72 s apart, and we note one a minute: two of them in a row may be lost."""
+
+
+@dataclass(slots=True)
+class Link:
+    """The connection to the broker as it was reported, in monotonic seconds.
+
+    Attributes:
+        away_since: of a connection that is lost, or was never there; None while it stands.
+        heard_at: when it came, or brought something last.
+    """
+
+    heard_at: float
+    away_since: float | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.away_since = self.heard_at
+
+    def came(self, now: float) -> None:
+        self.heard_at, self.away_since = now, None
+
+    def went(self, now: float) -> None:
+        """An attempt that fails is reported, too."""
+        if self.away_since is None:
+            self.away_since = now
 
 
 class Aggregator:
@@ -86,6 +112,8 @@ class Aggregator:
         self._reports = ReportBounds(clock.monotonic())
         self._present: frozenset[str] = frozenset()
         self._is_presence_news = False
+        self.link = Link(clock.monotonic())
+        self.fleet_health = FleetHealth()
         self.telemetry: dict[str, Telemetry] = {}
         self.inference: dict[str, InferenceReport] = {}
         self.inbox = Inbox(
@@ -114,16 +142,19 @@ class Aggregator:
         """Takes one event of the transport."""
         match event:
             case Received(packet):
+                self.link.heard_at = self._clock.monotonic()
                 self._metrics.note_received(packet)
                 self.inbox.receive(packet)
             case Published():
                 self._sender.pump()
             case Connected():
                 self._metrics.note_connected(True)
+                self.link.came(self._clock.monotonic())
                 _log.info("broker_connected", max_packet_bytes=event.max_packet_bytes)
                 self._sender.pump()
             case Disconnected(reason):
                 self._metrics.note_connected(False)
+                self.link.went(self._clock.monotonic())
                 _log.warning("broker_lost", reason=reason)
 
     def tick(self) -> float:
@@ -156,6 +187,7 @@ class Aggregator:
 
     def on_telemetry(self, device: str, telemetry: Telemetry) -> None:
         self.telemetry[device] = telemetry
+        self.fleet_health.note(device, telemetry, self._clock.monotonic())
         self._seen(device, telemetry.release_version)
 
     def on_inference_report(self, device: str, report: InferenceReport) -> None:

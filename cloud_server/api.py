@@ -1,7 +1,7 @@
 """The aggregator's HTTP interface as two applications: one for everybody, one for enrolled devices.
 
-Laws of the file: nothing but `/healthz`, the CA, enrolment, late renewal and what leads to the CA in the signed
-metadata answers without a certificate;
+Laws of the file: nothing but `/healthz` and `/readyz` (one word), the CA, enrolment, late renewal and what leads to the
+CA in the signed metadata answers without a certificate;
 every request of a device asks the register again, whatever TLS has verified; strangers are let through only so
 often; a body is counted while it is read, and must come soon; a refusal is a `Refusal` and says nothing of
 others. Only what TUF published and checkpoints are served: raw updates lie in the same store and have no
@@ -27,6 +27,7 @@ from cloud_server.enrolment.limits import RateLimit
 from cloud_server.enrolment.service import EnrolmentService
 from cloud_server.registry import Registry
 from cloud_server.release.tuf_repository import served_key
+from process.pulse import ALIVE, READY, Pulse
 from wire.enrolment import (
     MAX_BODY_BYTES,
     EnrolRequest,
@@ -71,18 +72,23 @@ class _TooOftenError(EnrolmentError):
     """A stranger came too often; `wait_seconds` says when to come again."""
 
 
-def public_app(enrolment: EnrolmentService, limit: RateLimit, artefacts: Artefacts) -> FastAPI:
+def public_app(
+    enrolment: EnrolmentService, limit: RateLimit, artefacts: Artefacts, pulse: Pulse | None = None
+) -> FastAPI:
     """The port without client certificates: enrolment, late renewal, the CA, liveness; and of the signed metadata
     what leads to the authorities, for a device that knows none of them any more.
 
     Args:
         limit: of requests that cost us anything.
+        pulse: what `/healthz` and `/readyz` tell in one word; without one there is nothing that could hang.
     """
     app = _app()
 
-    @app.get("/healthz")
-    def healthz() -> dict[str, str]:
-        return {"status": "ok"}
+    @app.get(ALIVE)
+    @app.get(READY)
+    async def probe(request: Request) -> Response:
+        status, word = probed(pulse, request.url.path)
+        return JSONResponse({"status": word}, status)
 
     @app.get("/v1/ca")
     def ca() -> PlainTextResponse:
@@ -122,6 +128,12 @@ def public_app(enrolment: EnrolmentService, limit: RateLimit, artefacts: Artefac
         return Response(encode_json(answer), media_type="application/json")
 
     return app
+
+
+def probed(pulse: Pulse | None, path: str) -> tuple[int, str]:
+    """HTTP status and word of a probe."""
+    answer = pulse.answer(path) if pulse is not None else None
+    return answer or (200, "ok" if path == ALIVE else "ready")
 
 
 def _let_through(request: Request, limit: RateLimit) -> str:

@@ -23,6 +23,7 @@ from cloud_server.api import PEER, Peer, device_app, public_app
 from cloud_server.db.releases import is_checkpoint
 from cloud_server.deployment import Deployment
 from cloud_server.enrolment.limits import RateLimit
+from process.pulse import Pulse
 from wire.errors import ConfigurationError, ShoalError, TransportError
 
 _START_SECONDS: Final = 30.0
@@ -109,10 +110,15 @@ class HttpsServer:
         if not server.is_up.wait(_START_SECONDS):
             raise TransportError(f"HTTPS on port {self.port} did not start")
 
+    def begin_stop(self) -> None:
+        """Takes no further connection; several servers that shall end together wait for their requests at once."""
+        if self._server is not None:
+            self._server.should_exit = True
+
     def stop(self) -> None:
         """Ends the requests under way (some seconds at most), the thread and the port. Safe to call twice."""
-        if self._server is not None and self._thread is not None:
-            self._server.should_exit = True
+        self.begin_stop()
+        if self._thread is not None:
             self._thread.join()
             self._server = self._thread = None
         self._listener.close()
@@ -123,6 +129,7 @@ class HttpsFront:
 
     Args:
         broker_url: what enrolled devices are told.
+        pulse: whether the service lives, for `/healthz` and `/readyz`.
 
     Attributes:
         enrolment: what answers on both.
@@ -131,7 +138,7 @@ class HttpsFront:
         TransportError: (operator) a port cannot be listened on.
     """
 
-    def __init__(self, deployment: Deployment, *, broker_url: str) -> None:
+    def __init__(self, deployment: Deployment, *, broker_url: str, pulse: Pulse | None = None) -> None:
         self._deployment = deployment
         self._authorities = deployment.authorities
         public, device = _contexts(deployment)
@@ -156,7 +163,7 @@ class HttpsFront:
         self._device.start(
             device_app(enrolment, deployment.registry, deployment.artefacts, is_served_blob=is_served_blob)
         )
-        self._public.start(public_app(enrolment, limit, deployment.artefacts))
+        self._public.start(public_app(enrolment, limit, deployment.artefacts, pulse))
 
     def follow(self) -> None:
         """Shows and trusts the authorities of now; cheap when nothing changed.
@@ -165,16 +172,25 @@ class HttpsFront:
             ConfigurationError: (operator) the authority's files cannot be used.
             StorageError: (disk) nor read.
         """
+        if self._deployment.authorities is not self._authorities:
+            self.show_anew()
+
+    def show_anew(self) -> None:
+        """Shows a certificate of today (made anew near its end) from the next connection on; raises as `follow`."""
         present = self._deployment.authorities
-        if present is self._authorities:
-            return
         public, device = _contexts(self._deployment)
         self._public.use(public)
         self._device.use(device)
         self._authorities = present
 
+    def begin_stop(self) -> None:
+        """See `HttpsServer.begin_stop`."""
+        self._public.begin_stop()
+        self._device.begin_stop()
+
     def stop(self) -> None:
         """Stops both ports. Safe to call twice."""
+        self.begin_stop()
         self._public.stop()
         self._device.stop()
 

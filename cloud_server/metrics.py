@@ -7,15 +7,17 @@ trouble): labels are the closed sets that stand here; what must survive a restar
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, get_args
 
+from cloud_server.checks import CHECKS
 from cloud_server.db.devices import APPROVED, QUARANTINED, REVOKED
 from cloud_server.enrolment.service import OUTCOMES
 from cloud_server.release.gate import HoldReason
+from cloud_server.remedies import RATIONED, pause_training
 from cloud_server.screening import Refusal
 from cloud_server.strikes import STRIKING
 from process.metrics import OTHER, Counter, Gauge, Histogram, Registry
-from wire.messages import InferenceReport
+from wire.messages import CheckName, InferenceReport, RemedyName
 from wire.transport import Packet
 
 UP_TYPES: Final = ("st", "tm", "ir", "jn", "up", "nd", "rs", "es")
@@ -27,6 +29,8 @@ TUF_ROLES: Final = ("root", "targets", "parameters", "keys", "rings", "snapshot"
 ROUND_SECONDS: Final = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 86_400.0)
 STEPS: Final = ("fold", "calibrate", "decide")
 RELEASED: Final = "released"
+
+REMEDY_NAMES: Final = tuple(sorted(remedy.NAME for remedy in (pause_training, *RATIONED)))
 
 REFUSED: Final[dict[str, str]] = {
     "topic": "topic",
@@ -67,6 +71,35 @@ class CloudMetrics:
             "shoal_database_commit_seconds",
             "Commits to the database.",
             "Find a slow disk or database: every receipt waits for one commit.",
+        )
+        self._declare_health(self.registry)
+
+    # ---- health ------------------------------------------------------------------------------------------------
+
+    def _declare_health(self, registry: Registry) -> None:
+        self.health: Gauge = registry.gauge(
+            "shoal_health",
+            "What each check of the aggregator found last: 0 ok, 1 a warning, 2 a failure.",
+            "Alarm at 2; `shoal-cloud check` says what to do.",
+            {"check": tuple(check.NAME for check in CHECKS)},
+        )
+        self.remedies: Counter = registry.counter(
+            "shoal_remedies_total",
+            "What the aggregator did about findings by itself.",
+            "Growing: something comes back that it cannot mend for good; the log and the books say why.",
+            {"remedy": REMEDY_NAMES},
+        )
+        self.fleet_unwell: Gauge = registry.gauge(
+            "shoal_fleet_unwell",
+            "Devices whose newest heartbeat says that a check fails.",
+            "Alarm on many of one kind: they share a cause; the log (device_health) names them.",
+            {"check": get_args(CheckName)},
+        )
+        self.fleet_remedies: Counter = registry.counter(
+            "shoal_fleet_remedies_total",
+            "What devices did about findings by themselves, as far as their heartbeats told.",
+            "Rollbacks after a release: hold the rollout and look at the devices that went back.",
+            {"remedy": get_args(RemedyName)},
         )
 
     # ---- messages ----------------------------------------------------------------------------------------------

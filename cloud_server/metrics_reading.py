@@ -18,6 +18,8 @@ from cloud_server.assembly import Assembled, Base
 from cloud_server.db.devices import APPROVED
 from cloud_server.db.overview import Totals, load_totals
 from cloud_server.enrolment.ca import certificate_ends
+from cloud_server.fleet_health import FleetHealth
+from cloud_server.health import CloudHealth
 from cloud_server.metrics import END_STATES, RELEASED, CloudMetrics, refusal_reason
 from cloud_server.rounds.runner import RoundRunner
 from process.clock import Clock
@@ -88,6 +90,16 @@ def read_metrics(
     metrics.certificate_expiry.read_from(lambda: certificate_ends(authority))
     metrics.announcements.read_from(lambda: assembled.announcer.announced_total)
     base.database.on_commit = metrics.commit_seconds.observe
+
+
+def read_health(metrics: CloudMetrics, health: CloudHealth, fleet: FleetHealth) -> None:
+    """Lets the metrics be read that tell of the service's own health and of what devices say of theirs."""
+    metrics.health.read_from(health.levels)
+    metrics.remedies.read_from(
+        lambda: {name: float(count) for name, count in dict(health.remedies_total).items()}
+    )
+    metrics.fleet_unwell.read_from(fleet.unwell)
+    metrics.fleet_remedies.read_from(fleet.remedies)
 
 
 def _read_queues(metrics: CloudMetrics, assembled: Assembled, events: EventQueue) -> None:

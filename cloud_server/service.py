@@ -26,17 +26,21 @@ from cloud_server.db.rounds import load_run
 from cloud_server.deployment import Deployment
 from cloud_server.enrolment.ca import ensure_client_files
 from cloud_server.https import HttpsFront
-from cloud_server.metrics_reading import EventQueue, read_metrics
+from cloud_server.listening import check_ports
+from cloud_server.metrics_reading import EventQueue, read_health, read_metrics
 from cloud_server.operators.front import OperatorsFront
 from cloud_server.registry import AGGREGATOR_NAME
 from cloud_server.release.key_watch import KeyWatch
 from cloud_server.rounds.runner import RoundRunner
 from cloud_server.run_setup import PreparedRun, open_run, prepare_run
+from cloud_server.service_health import Surroundings, look_after
 from process.logs import get_logger
 from process.metrics_port import MetricsPort
+from process.pulse import Pulse
+from process.service_manager import ServiceManager
 from process.vitals import register_vitals
 from wire.errors import ConfigurationError, ModelError, StorageError
-from wire.transport import Transport, TransportEvent
+from wire.transport import TransportEvent
 from wire.transport.mqtt import MqttTransport
 
 _log = get_logger("cloud.service")
@@ -45,6 +49,8 @@ QUEUED_EVENTS = 100_000
 EVENTS_PER_TICK = 256
 LONGEST_WAIT_SECONDS = 1.0
 POLL_SECONDS = 1.0
+STALE_SECONDS = 900.0
+"""A loop that is away for longer hangs: a fold of a large model, or refinement, takes minutes."""
 RETRY_SECONDS = 60.0
 """How long a model that cannot be used is left alone before it is looked at again."""
 
@@ -74,12 +80,14 @@ def run(
     *,
     serverapp: str = "",
     stop: StopSignal | None = None,
+    service_manager: ServiceManager | None = None,
     on_ready: Callable[[Running], None] = lambda running: None,
 ) -> int:
     """Serves until `stop` is set, or until SIGTERM or SIGINT when this is the main thread.
 
     Args:
         serverapp: `module:app` of a stock Flower ServerApp that drives the rounds; over the settings' own.
+        service_manager: is told that the loop lives.
         on_ready: called once, when every port is open.
 
     Raises:
@@ -94,29 +102,41 @@ def run(
         stack.callback(deployment.close)
         # Before anything is started: what cannot be loaded is one error, and no device saw half a service.
         prepared = prepare_run(deployment, serverapp)
+        check_ports(deployment.settings)
         base = _open_base(deployment)
         broker_host, broker_port = stack.enter_context(open_broker(deployment))
         transport = _transport(deployment, broker_host, broker_port)
-        loop = _Loop(deployment, base, transport, stop, serverapp)
+        pulse = Pulse(deployment.clock, stale_seconds=STALE_SECONDS, manager=service_manager)
+        loop = _Loop(deployment, base, transport, stop, serverapp, pulse)
         stack.callback(loop.close)
         if prepared is not None:
             loop.begin(prepared)
         metrics_port = loop.open_metrics(stack)
         broker_url = deployment.broker_url(broker_host, broker_port)
-        front = stack.enter_context(HttpsFront(deployment, broker_url=broker_url))
+        front = stack.enter_context(HttpsFront(deployment, broker_url=broker_url, pulse=pulse))
         loop.count_enrolments(front)
-        loop.follow_authorities(front.follow, _FollowingTransport(deployment, transport).follow)
+        following = _FollowingTransport(deployment, transport)
+        loop.follow_authorities(front.follow, following.follow)
+        loop.renewers += [front.show_anew, following.show_anew]
         operators_port = 0
         if deployment.settings.operators.listen:
-            operators = OperatorsFront(deployment, deployment.settings.operators.listen)
+            operators = OperatorsFront(
+                deployment,
+                deployment.settings.operators.listen,
+                pulse=pulse,
+                findings=lambda: loop.health.findings,
+            )
             operators_port = stack.enter_context(operators).port
             loop.follow_authorities(operators.follow)
+            loop.renewers.append(operators.show_anew)
+            stack.callback(operators.begin_stop)
         ready = Running(
             front.public_port, front.device_port, broker_host, broker_port, metrics_port, operators_port
         )
         ports = {"public_port": ready.public_port, "device_port": ready.device_port, "broker": broker_port}
         _log.info("service_ready", **ports, metrics=metrics_port, operators=operators_port)
         on_ready(ready)
+        stack.callback(front.begin_stop)
         with deployment.notary.running():
             loop.run()
     if isinstance(stop, _Signalled) and stop.is_interrupt:
@@ -128,7 +148,13 @@ class _Loop:
     """The event loop: events from the transport's queue, ticks in between, and a model that may come later."""
 
     def __init__(
-        self, deployment: Deployment, base: Base, transport: Transport, stop: StopSignal, serverapp: str
+        self,
+        deployment: Deployment,
+        base: Base,
+        transport: MqttTransport,
+        stop: StopSignal,
+        serverapp: str,
+        pulse: Pulse,
     ) -> None:
         self._deployment = deployment
         self._base = base
@@ -163,6 +189,15 @@ class _Loop:
         self._is_paused = False
         self._serverapp = serverapp
         self._stop_app: Callable[[], None] = lambda: None
+        self._pulse = pulse
+        self.renewers: list[Callable[[], None]] = []
+        self._queue = EventQueue(self._events.qsize, lambda: self._dropped)
+        self.health = look_after(
+            deployment,
+            Surroundings(
+                self._cloud, self._queue, QUEUED_EVENTS, transport.rejoin, self.renewers, lambda: self._runner
+            ),
+        )
 
     def open_metrics(self, stack: ExitStack) -> int:
         """Lets metrics be read where the settings want that; returns the port, 0 for nowhere."""
@@ -176,11 +211,12 @@ class _Loop:
             ring=settings.enrolment.ring,
             authority=self._deployment.folder.authority,
             runner=lambda: self._runner,
-            events=EventQueue(self._events.qsize, lambda: self._dropped),
+            events=self._queue,
         )
+        read_health(metrics, self.health, self._cloud.aggregator.fleet_health)
         if not settings.metrics.listen:
             return 0
-        return stack.enter_context(MetricsPort(metrics.registry, settings.metrics.listen)).port
+        return stack.enter_context(MetricsPort(metrics.registry, settings.metrics.listen, self._pulse)).port
 
     def count_enrolments(self, front: HttpsFront) -> None:
         """Lets metrics say what came of requests at the HTTPS ports."""
@@ -197,14 +233,26 @@ class _Loop:
         try:
             wake = self._base.clock.now()
             while not self._stop.is_set():
+                self._beat()
                 self._poll()
                 wait = min(max(wake - self._base.clock.now(), 0.0), LONGEST_WAIT_SECONDS)
                 self._take(aggregator, wait)
                 wake = aggregator.tick()
         finally:
+            self._pulse.stop()
             self.close()
             aggregator.stop()
             _log.info("service_stopped", dropped_events=self._dropped)
+
+    def _beat(self) -> None:
+        """Once round. Ready is a service that hears devices and can commit what they say."""
+        is_connected = self._cloud.aggregator.link.away_since is None
+        view = self._runner.view() if self._runner is not None else None
+        doing = f"round {view.round_number}, {view.phase}" if view is not None else "no run"
+        self._pulse.beat(
+            is_ready=is_connected and self.health.is_database_well,
+            status=f"{'connected' if is_connected else 'no broker'}, {doing}",
+        )
 
     def close(self) -> None:
         """Ends a ServerApp's thread, if there is one. Safe to call twice."""
@@ -236,6 +284,7 @@ class _Loop:
         self._next_poll = now + POLL_SECONDS
         self._key_watch.tick()
         self._follow()
+        self.health.tick()
         if self._runner is None:
             self._look_for_model(now)
             return
@@ -331,11 +380,14 @@ class _FollowingTransport:
         self._used = deployment.authorities
 
     def follow(self) -> None:
-        present = self._deployment.authorities
-        if present is not self._used:
-            if self._deployment.settings.broker.tls:
-                self._transport.use_tls(_broker_context(self._deployment))
-            self._used = present
+        if self._deployment.authorities is not self._used:
+            self.show_anew()
+
+    def show_anew(self) -> None:
+        """With a certificate of today, from the next connection on."""
+        self._used = self._deployment.authorities
+        if self._deployment.settings.broker.tls:
+            self._transport.use_tls(_broker_context(self._deployment))
 
 
 def _transport(deployment: Deployment, host: str, port: int) -> MqttTransport:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct, field, structs
 
 from cloud_server.privacy.plan import PrivacyPlan
+from process.health import Mode
 from process.settings import load_settings
 from wire.messages import CodecName, TrainConfig
 
@@ -384,6 +385,36 @@ class ComputeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = "auto"
 
 
+class HealthSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[health]`: when something is wrong, and what the service does about it by itself."""
+
+    check_seconds: Annotated[float, _option("Seconds between two looks.", ge=1.0, le=86_400.0)] = 60.0
+    remedies: Annotated[
+        Mode,
+        _option(
+            "What is done about a finding: on (reconnect, trim, pause training, renew), dry_run (a line in the log says"
+            " what would be done), off."
+        ),
+    ] = "on"
+    remedy_seconds: Annotated[
+        float,
+        _option(
+            "Least seconds between two of a remedy; it doubles while it does not help.", ge=1.0, le=86_400.0
+        ),
+    ] = 600.0
+    min_free_bytes: Annotated[
+        int,
+        _option(
+            "Free disk space below which it warns; below an eighth no further round is opened.",
+            ge=0,
+            le=2**50,
+        ),
+    ] = 512 * 2**20
+    away_seconds: Annotated[
+        float, _option("Seconds without the broker that are a failure.", ge=1.0, le=31_622_400.0)
+    ] = 300.0
+
+
 class MetricsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[metrics]`: for Prometheus. Off until it is asked for: a port is one more thing to guard, and two aggregators
     on one machine would want the same."""
@@ -391,8 +422,8 @@ class MetricsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     listen: Annotated[
         str,
         _option(
-            'Where GET /metrics answers, such as "127.0.0.1:9464": plain HTTP without a password, whoever reaches it'
-            " may read it; empty for nowhere.",
+            'Where GET /metrics, /healthz and /readyz answer, such as "127.0.0.1:9464": plain HTTP without a password,'
+            " whoever reaches it may read it; empty for nowhere.",
             max_length=260,
         ),
     ] = ""
@@ -457,6 +488,7 @@ class CloudSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
     refine: RefineSettings = field(default_factory=RefineSettings)
     compute: ComputeSettings = field(default_factory=ComputeSettings)
+    health: HealthSettings = field(default_factory=HealthSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     audit: AuditSettings = field(default_factory=AuditSettings)
     operators: OperatorSettings = field(default_factory=OperatorSettings)

@@ -23,6 +23,7 @@ COMMANDS = {
     "init": "make the state folder of a new aggregator",
     "run": "run the aggregator",
     "status": "the aggregator at a glance",
+    "check": "look at everything that the aggregator needs",
     "device": "let devices in, look at them, shut them out",
     "model": "the models that devices may run",
     "round": "federated rounds",
@@ -34,6 +35,7 @@ COMMANDS = {
     "user": "people and scripts that may use the operators' interface",
     "backup": "keep a copy of everything",
     "restore": "bring an aggregator back from a copy",
+    "sign": "sign a request where the offline keys are: needs no state folder, no network and no extra",
     "keys": "make, show, rotate and sign with the keys that devices trust",
 }
 

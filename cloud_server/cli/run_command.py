@@ -23,6 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     from cloud_server.deployment import Deployment
     from process.logs import configure_logs
+    from process.service_manager import ServiceManager
 
     with Deployment.open(options.state, os.environ) as deployment:
         log = deployment.settings.log
@@ -31,5 +32,6 @@ def _run(options: argparse.Namespace) -> int:
         with deployment.folder.lock("service").at_once(refusal):
             # Named, not imported: the service brings torch and flwr, which no other command waits for.
             service = import_module("cloud_server.service")
-            code: int = service.run(deployment, serverapp=options.serverapp)
+            manager = ServiceManager.of(os.environ)
+            code: int = service.run(deployment, serverapp=options.serverapp, service_manager=manager)
             return code

@@ -192,6 +192,16 @@ class Database:
             token = connection.execute(sa.select(schema.fencing.c.token)).scalar_one()
         return int(token)
 
+    def current_fence(self) -> int:
+        """The fencing token of whoever claimed last."""
+        with self.read() as connection:
+            return int(connection.execute(sa.select(schema.fencing.c.token)).scalar_one())
+
+    def shorten_log(self) -> None:
+        """Empties SQLite's write-ahead log into the database, if nobody reads; PostgreSQL looks after its own."""
+        if self._is_sqlite:
+            self.peek("PRAGMA wal_checkpoint(TRUNCATE)")
+
     def close(self) -> None:
         """Closes every connection. Safe to call twice."""
         self._engine.dispose()

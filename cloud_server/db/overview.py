@@ -126,6 +126,12 @@ def _durations(connection: Connection, bounds: Sequence[float]) -> tuple[list[in
     return counts, float(sum(total for _, _, total in found))
 
 
+def count_stored(connection: Connection) -> int:
+    """Replies that wait to be folded."""
+    query = sa.select(sa.func.count()).select_from(updates).where(updates.c.state == "stored")
+    return int(connection.execute(query).scalar_one())
+
+
 def load_incarnation(connection: Connection) -> int:
     """How often this cloud was restored from a backup, counted from 1."""
     return int(connection.execute(sa.select(meta.c.incarnation)).scalar_one())

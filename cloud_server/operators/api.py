@@ -7,7 +7,7 @@ names the mistake and the way out (`hint`), since nobody else is here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
@@ -16,6 +16,7 @@ from msgspec import Meta, Struct
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
+from cloud_server.api import probed
 from cloud_server.audit.lineage import trace_lineage
 from cloud_server.db.audit import append_audit
 from cloud_server.db.operators import OperatorRow, load_operators
@@ -26,6 +27,8 @@ from cloud_server.operators.accounts import Doorkeeper, Role, add_operator, remo
 from cloud_server.operators.gate import OPERATOR, Gate, refusal
 from cloud_server.operators.throttle import FailureLimit
 from cloud_server.status import collect_status
+from process.health import Finding
+from process.pulse import ALIVE, READY, Pulse
 from wire.errors import ConfigurationError, MessageError, PeerError, ShoalError, StorageError, TrustError
 from wire.messages import ID_PATTERN
 from wire.topics import ID
@@ -63,11 +66,20 @@ class _NewOperator(Struct, frozen=True, forbid_unknown_fields=True):
     role: Role
 
 
-def operator_app(deployment: Deployment, hosts: set[str], *, limit: FailureLimit | None = None) -> FastAPI:
+def operator_app(
+    deployment: Deployment,
+    hosts: set[str],
+    *,
+    limit: FailureLimit | None = None,
+    pulse: Pulse | None = None,
+    findings: Callable[[], Sequence[Finding]] = tuple,
+) -> FastAPI:
     """The application behind its gate.
 
     Args:
         hosts: what a `Host` header may name, without port.
+        pulse: whether the service lives: one word at `/healthz`, for anybody.
+        findings: what its checks found: at `/readyz`, for operators.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -76,9 +88,15 @@ def operator_app(deployment: Deployment, hosts: set[str], *, limit: FailureLimit
 
     app.add_exception_handler(ShoalError, refused)
 
-    @app.get("/healthz")
-    def healthz() -> dict[str, str]:
-        return {"status": "ok"}
+    @app.get(ALIVE)
+    def healthz() -> Response:
+        status, word = probed(pulse, ALIVE)
+        return JSONResponse({"status": word}, status)
+
+    @app.get(READY)
+    def readyz() -> Response:
+        status, word = probed(pulse, READY)
+        return JSONResponse({"status": word, "findings": [each.as_dict() for each in findings()]}, status)
 
     _add_views(app, deployment)
     _add_device_actions(app, deployment)

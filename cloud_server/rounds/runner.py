@@ -49,6 +49,7 @@ class RoundRunner:
         self._desk = make_desk(plan, ports, self._intake)
         self._state = RoundState()
         self._queue: deque[ev.Event] = deque()
+        self._is_paused = self._is_held = False
         self._next_tick = NEVER
 
     # ---- what the service asks ----
@@ -117,6 +118,7 @@ class RoundRunner:
                 run=known.run,
             )
         self._state = self._desk.restore(known)
+        self._is_paused = self._state.is_paused
         self._queue.append(ev.Resumed())
         self.on_nodes_changed()
 
@@ -181,7 +183,13 @@ class RoundRunner:
         with self._ports.database.transaction(fence=self._ports.fence) as connection:
             books.set_run_status(connection, self._plan.run, "paused" if is_paused else "active")
         # Before anything that waits: no round opens after this returned.
-        self._queue.appendleft(ev.RunPaused(is_paused))
+        self._is_paused = is_paused
+        self._queue.appendleft(ev.RunPaused(self._is_paused or self._is_held))
+
+    def hold(self, is_held: bool) -> None:
+        """As `set_paused`, for as long as this process lives and beside what an operator wants: nothing is written."""
+        self._is_held = is_held
+        self._queue.appendleft(ev.RunPaused(self._is_paused or self._is_held))
 
     def tick(self) -> float:
         """Does all that is due now; returns `next_tick`."""

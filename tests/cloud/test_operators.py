@@ -108,10 +108,15 @@ def tokens(deployment: Deployment) -> dict[str, str]:
 
 def test_only_healthz_answers_without_a_token(client: Client) -> None:
     assert client.ask("GET", "/healthz").status == 200
-    paths = ["/", "/v1/operator/status", "/v1/operator/nonsense", "/docs", "/openapi.json"]
+    paths = ["/", "/readyz", "/v1/operator/status", "/v1/operator/nonsense", "/docs", "/openapi.json"]
     answers = [client.ask("GET", path) for path in paths]
     assert {answer.status for answer in answers} == {401}
     assert len({json.dumps(answer.body) for answer in answers}) == 1, "whether a path exists is not told"
+
+
+def test_readyz_tells_operators_what_the_checks_found(client: Client, tokens: dict[str, str]) -> None:
+    answer = client.ask("GET", "/readyz", tokens["viewer"])
+    assert (answer.status, answer.body) == (200, {"status": "ready", "findings": []})
 
 
 @pytest.mark.parametrize(
