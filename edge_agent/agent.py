@@ -20,7 +20,7 @@ from edge_agent.answers import Answers, Split
 from edge_agent.complaints import Complaints
 from edge_agent.device_state import State, wake_at
 from edge_agent.health import Health
-from edge_agent.hearing import event_of, job_ended
+from edge_agent.hearing import event_of, job_ended, restored_cloud
 from edge_agent.identity import Identity
 from edge_agent.machine import Machine, NoMachine
 from edge_agent.metrics import EdgeMetrics
@@ -119,9 +119,9 @@ class Agent:
             served_badly=lambda version, reason: self._post(on.ServedBadly(version, reason)),
         )
         self.state = State(timing=settings.timing(), salt=rng.getrandbits(32))
-        self.health = Health(self.parts, machine or NoMachine(), self._post)
+        self.health = Health(self.parts, machine or NoMachine(), self._post, lambda: self.state)
         self.pulse = Pulse(clock, stale_seconds=_STALE_SECONDS, manager=service_manager)
-        self._shell = Shell(self.parts, self._post, lambda: self.health.look(self.state))
+        self._shell = Shell(self.parts, self._post, self.health)
         self._answers = Answers(self.parts)
         self._board = self._make_board()
 
@@ -389,9 +389,10 @@ class Agent:
                 self._take_chunk(chunk)
                 return
             with self.parts.database.transaction():
-                event = event_of(self.parts.speaker.hear(packet), self.parts)
-                if event is not None:
-                    self._step(event)
+                body = self.parts.speaker.hear(packet)
+                for event in (restored_cloud(self.parts), event_of(body, self.parts)):
+                    if event is not None:
+                        self._step(event)
             self.parts.clock.note_acknowledgement(self.parts.speaker.acknowledged_until)
         except EnvelopeError as error:
             reason = str(error.facts.get("reason", ""))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from edge_agent import events as on
 from edge_agent.checks import judge_all
@@ -21,6 +21,7 @@ from edge_agent.remedies import RATIONED, pause_training, prescribe, reconnect, 
 from process.health import Finding, Level, Prescription, Ration
 from process.logs import get_logger
 from wire.errors import ShoalError
+from wire.messages import CheckName, RemedyName
 
 _log = get_logger("edge_agent.health")
 
@@ -31,15 +32,22 @@ class Health:
     """Looks after one agent.
 
     Args:
-        post: queues an event for the state machine.
+        post: queues an event for the state machine, whose state `state` gives.
 
     Attributes:
         findings: of the newest look.
         remedies_total: remedies that were carried out, by name.
     """
 
-    def __init__(self, parts: Parts, machine: Machine, post: Callable[[on.Event], None]) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        machine: Machine,
+        post: Callable[[on.Event], None],
+        state: Callable[[], State],
+    ) -> None:
         self._parts = parts
+        self._state = state
         self._machine = machine
         self._post = post
         self._limits = parts.settings.health
@@ -48,19 +56,19 @@ class Health:
         self._counted = (0, 0, 0)
         self._would: frozenset[str] = frozenset()
         self.findings: tuple[Finding, ...] = ()
-        self.remedies_total: Counter[str] = Counter()
-        self._remedies: dict[str, Callable[[State, str], None]] = {
+        self.remedies_total: Counter[RemedyName] = Counter()
+        self._remedies: dict[str, Callable[[str], None]] = {
             trim.NAME: self._trim,
-            renew.NAME: lambda state, reason: self._post(on.CheckWanted()),
-            reconnect.NAME: lambda state, reason: self._machine.rejoin(reason),
+            renew.NAME: lambda reason: self._post(on.CheckWanted()),
+            reconnect.NAME: self._machine.rejoin,
             roll_back.NAME: self._roll_back,
             pause_training.NAME: self._pause,
         }
 
-    def look(self, state: State) -> None:
+    def look(self) -> None:
         """One look, and what follows from it."""
         try:
-            facts = self.facts(state)
+            facts = self.facts()
         except ShoalError as error:
             _log.warning("health_not_known", reason=str(error))
             return
@@ -73,15 +81,16 @@ class Health:
         if not any(each.remedy == pause_training.NAME for each in wanted):
             self._resume()
         for prescription in self._allowed(wanted, facts):
-            self._carry_out(prescription, state)
+            self._carry_out(prescription)
 
-    def facts(self, state: State) -> Facts:
+    def facts(self) -> Facts:
         """What is known now.
 
         Raises:
             StorageError: the database cannot be read.
         """
-        parts, machine, now = self._parts, self._machine, self._parts.clock.monotonic()
+        parts, machine, state = self._parts, self._machine, self._state()
+        now = parts.clock.monotonic()
         requests, errors = self._since_last()
         model = parts.serving.current
         validity = machine.certificate()
@@ -118,9 +127,9 @@ class Health:
 
     # --- telling ------------------------------------------------------------------------------------------
 
-    def unwell(self) -> tuple[str, ...]:
+    def unwell(self) -> tuple[CheckName, ...]:
         """Names of the checks whose newest finding is a failure."""
-        return tuple(finding.name for finding in self.findings if finding.level == "fail")
+        return tuple(cast(CheckName, each.name) for each in self.findings if each.level == "fail")
 
     def levels(self) -> dict[str, float]:
         """By check: 0 ok, 1 warn, 2 fail."""
@@ -162,25 +171,25 @@ class Health:
         begun = frozenset((pause_training.NAME,)) if facts.is_training_paused else frozenset()
         return [each for each in wanted if each.remedy not in _RATIONED | begun] + list(allowed)
 
-    def _carry_out(self, prescription: Prescription, state: State) -> None:
+    def _carry_out(self, prescription: Prescription) -> None:
         name, reason = prescription.remedy, prescription.reason
-        self.remedies_total[name] += 1
+        self.remedies_total[cast(RemedyName, name)] += 1
         _log.warning("remedy", remedy=name, check=prescription.check, reason=reason)
         try:
-            self._remedies[name](state, reason)
+            self._remedies[name](reason)
         except (ShoalError, OSError) as error:
             _log.warning("remedy_failed", remedy=name, reason=str(error))
 
-    def _trim(self, state: State, reason: str) -> None:
+    def _trim(self, reason: str) -> None:
         # A job of the worker may be using what lies there.
-        if state.phase != "updating":
+        if self._state().phase != "updating":
             self._machine.clear_leavings()
         self._parts.database.erase_leftovers()
 
-    def _roll_back(self, state: State, reason: str) -> None:
-        self._post(on.ServedBadly(state.release_version, reason))
+    def _roll_back(self, reason: str) -> None:
+        self._post(on.ServedBadly(self._state().release_version, reason))
 
-    def _pause(self, state: State, reason: str) -> None:
+    def _pause(self, reason: str) -> None:
         self._paused_at = self._parts.clock.monotonic()
         self._parts.training_paused = reason
 

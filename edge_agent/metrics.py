@@ -167,7 +167,9 @@ class EdgeMetrics:
     def read_health(self, health: Health) -> None:
         """Lets what is known of the device's health be read; from any thread."""
         self.health.read_from(health.levels)
-        self.remedies.read_from(lambda: {name: float(n) for name, n in dict(health.remedies_total).items()})
+        self.remedies.read_from(
+            lambda: {str(name): float(count) for name, count in dict(health.remedies_total).items()}
+        )
 
     def read_from(
         self, parts: Parts, state: Callable[[], State], refused: Callable[[], int], folder: Path

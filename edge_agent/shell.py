@@ -13,7 +13,9 @@ from typing import Any
 
 from edge_agent import actions as do
 from edge_agent import events as on
+from edge_agent.health import Health
 from edge_agent.jobs import Assignment, Samples, do_evaluate, do_train
+from edge_agent.outbox import OutboxRow
 from edge_agent.parts import PROBATION_STARTS_FACT, Parts
 from edge_agent.ports import JobResult
 from edge_agent.release_files import SlotContents
@@ -51,13 +53,12 @@ class Shell:
 
     Args:
         post: queues an event for the state machine; from any thread.
-        check_health: looks at the device's health.
+        health: looks after the device.
     """
 
-    def __init__(
-        self, parts: Parts, post: Callable[[on.Event | JobResult], None], check_health: Callable[[], None]
-    ) -> None:
+    def __init__(self, parts: Parts, post: Callable[[on.Event | JobResult], None], health: Health) -> None:
         self._parts = parts
+        self._health = health
         self._post = post
         self._perform: dict[type, Callable[[Any], None]] = {
             do.PublishBirth:     lambda _: self._say_birth(),
@@ -77,7 +78,7 @@ class Shell:
             do.SendUpdate:       self._send,
             do.EndUpdate:        self._end,
             do.Sweep:            lambda _: self._sweep(),
-            do.CheckHealth:      lambda _: check_health(),
+            do.CheckHealth:      lambda _: health.look(),
             do.ConfirmRelease:   lambda _: self._confirm(),
             do.RollBack:         self._roll_back,
         }  # fmt: skip
@@ -179,6 +180,8 @@ class Shell:
             rss_bytes=resident_bytes(),
             sent_bytes_total=parts.outgoing.sent_bytes_total,
             received_bytes_total=parts.received_bytes_total,
+            unwell=self._health.unwell(),
+            remedies=dict(self._health.remedies_total),
         )
         parts.outgoing.say(parts.speaker.quick(body))
 
@@ -260,8 +263,8 @@ class Shell:
         return Samples(*store.labelled(split, shape=shape))
 
     def _stored_feedback(self, run: str, params_size: int) -> ErrorFeedback | None:
-        stored = self._parts.database.fact(FEEDBACK_FACT)
-        if not isinstance(stored, bytes):
+        stored = self._parts.database.secret_fact(FEEDBACK_FACT)
+        if stored is None:
             return None
         name, _, residual = stored.partition(b"\0")
         if name.decode() != run or len(residual) != 4 * params_size:
@@ -287,7 +290,7 @@ class Shell:
                 )
                 if left_over is not None:
                     named = body.run.encode() + b"\0" + left_over.to_bytes()
-                    parts.database.set_fact(FEEDBACK_FACT, named)
+                    parts.database.set_secret_fact(FEEDBACK_FACT, named)
         except StorageError as error:
             _log.error("update_not_stored", run=body.run, round=body.round_number, reason=str(error))
             self._post(on.UpdateLost(body.update_id))
@@ -298,32 +301,44 @@ class Shell:
         parts = self._parts
         row = parts.outbox.find(action.update_id)
         if row is None:
-            parts.sealed_to.pop(action.update_id, None)
+            self._decline_destroyed()
             self._post(on.UpdateLost(action.update_id))
             return
-        sealed = row.sealed
-        # A change of the cloud's key since this process sealed it: seal it anew, to the key of today.
-        if sealed is None or parts.sealed_to.get(row.update_id, b"") not in (b"", parts.speaker.kem_key_id):
-            base = decode_body(row.body, Update).base_sha256 if row.kind == "up" else b""
-            sealed = parts.speaker.seal_update(
-                row.kind, row.body, run=row.run, round_number=row.round_number, base=base
-            )
-            parts.outbox.sealed(row.update_id, sealed, sha256(sealed))
-            parts.sealed_to[row.update_id] = parts.speaker.kem_key_id
+        sealed, wanted = row.sealed, action.parts
+        # To a key that the cloud no longer lists, somebody else may hold it: nothing more is said to that key.
+        if sealed is None or row.kem_key_id not in parts.speaker.kem_key_ids:
+            sealed, wanted = self._seal(row), ()
         packets = parts.speaker.uploads(
-            sealed, row.round_number, max_packet_bytes=parts.max_packet_bytes, parts=action.parts
+            sealed, row.round_number, max_packet_bytes=parts.max_packet_bytes, parts=wanted
         )
         parts.outgoing.upload(row.update_id, packets)
 
+    def _seal(self, row: OutboxRow) -> bytes:
+        """The same plaintext under a number of its own, to the cloud's key of today; on disk before it is sent."""
+        parts = self._parts
+        base = decode_body(row.body, Update).base_sha256 if row.kind == "up" else b""
+        sealed = parts.speaker.seal_update(
+            row.kind, row.body, run=row.run, round_number=row.round_number, base=base
+        )
+        parts.outbox.sealed(row.update_id, sealed, sha256(sealed), parts.speaker.kem_key_id)
+        return sealed
+
+    def _decline_destroyed(self) -> None:
+        """Tells the cloud, which waits for them, what the disk destroyed."""
+        for lost in self._parts.outbox.take_destroyed():
+            reason = f"the update was destroyed: {lost.reason}"[:512]
+            self._say_join(do.PublishJoin(lost.order_id, lost.run, lost.round_number, False, reason))
+
     def _end(self, action: do.EndUpdate) -> None:
         parts = self._parts
-        parts.sealed_to.pop(action.update_id, None)
         parts.outbox.end(
             action.update_id,
             action.verdict,
             transfer=action.transfer,
             reason=action.reason,
             now=parts.clock.now(),
+            cloud_row=action.cloud_row,
+            durable=action.durable,
         )
         if action.verdict == "refused":
             _log.warning("update_refused", update=action.update_id.hex(), reason=action.reason)
@@ -333,6 +348,9 @@ class Shell:
         for update_id in self._parts.outbox.expire(now):
             self._post(on.UpdateLost(update_id))
         self._parts.samples.expire(now)
+        self._decline_destroyed()
+        self._parts.outbox.retire_keys()
+        self._parts.samples.retire_keys()
 
     # --- releases ---------------------------------------------------------------------------------------
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from edge_agent.checks import CHECKS, judge_all
 from edge_agent.checks.facts import Facts
+from edge_agent.metrics import REMEDY_NAMES
 from edge_agent.remedies import prescribe
 from edge_agent.settings import HealthSettings
+from wire.messages import CheckName, RemedyName
 
 LIMITS = HealthSettings()
 MIB = 2**20
@@ -37,6 +39,11 @@ def found(**changes: Any) -> dict[str, str]:
 def wanted(**changes: Any) -> list[str]:
     """The remedies of a device."""
     return [each.remedy for each in prescribe(Facts(**{**WELL, **changes}), LIMITS)]
+
+
+def test_names_are_those_of_the_wire() -> None:
+    assert tuple(check.NAME for check in CHECKS) == get_args(CheckName)
+    assert set(REMEDY_NAMES) == set(get_args(RemedyName))
 
 
 def test_device_that_is_well_has_no_finding_and_needs_nothing() -> None:

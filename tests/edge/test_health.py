@@ -15,7 +15,7 @@ from edge_agent.machine import RealMachine, free_bytes, hottest
 from edge_agent.ports import TrainInputs, TrainOutputs, TrainSession
 from edge_agent.settings import EdgeSettings, HealthSettings
 from tests.edge.lab import Lab, feed, windows
-from wire.messages import TrainConfig, Update
+from wire.messages import Telemetry, TrainConfig, Update
 
 MIB = 2**20
 
@@ -138,8 +138,17 @@ def test_certificate_that_was_not_renewed_is_asked_for_at_once(lab: Lab) -> None
 def test_database_that_cannot_be_read_does_not_stop_the_looks(lab: Lab) -> None:
     agent = lab.agent(machine=Sensors(heat=99.0), settings=settings())
     agent.parts.database.close()
-    agent.health.look(agent.state)
+    agent.health.look()
     assert agent.health.findings == ()
+
+
+def test_aggregator_is_told_with_the_next_heartbeat(lab: Lab) -> None:
+    lab.agent(machine=Sensors(heat=99.0, free=20 * MIB), settings=settings())
+    lab.run(200)
+    told = lab.cloud.of(Telemetry)[-1].body
+    assert isinstance(told, Telemetry)
+    assert told.unwell == ("heat",)
+    assert told.remedies == {"pause_training": 1, "trim": 2}
 
 
 def test_status_file_tells_findings_and_remedies(lab: Lab, tmp_path: Path) -> None:
@@ -185,7 +194,7 @@ def test_training_that_runs_is_stopped_by_heat_and_its_order_declined(
 
     def warm() -> None:
         sensors.heat = 95.0
-        agent.health.look(agent.state)
+        agent.health.look()
 
     def load_train(model: bytes) -> TrainSession:
         sessions.append(WarmingSession(load(model), warm))
