@@ -177,6 +177,13 @@ class MaskBook:
         threshold = self.group.terms.threshold
         return all(self._told[device] >= threshold for device in self.delivered | self.lost)
 
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether of some secret that is needed fewer shares are with devices that delivered than give it back."""
+        group, threshold = self.group, self.group.terms.threshold
+        needed = self.delivered | self.lost
+        return any(len(self.delivered.intersection(group.neighbours_of(d))) < threshold for d in needed)
+
     # ---- on disk -----------------------------------------------------------------------------------------------
 
     def to_bytes(self) -> bytes:

@@ -7,20 +7,22 @@ Source: docs/protocol.md, clause 13; docs/architecture.md (Secure aggregation).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
 import msgspec
+import numpy as np
 
 from cloud_server.db import rounds as books
 from cloud_server.rounds import events as ev
+from cloud_server.rounds.draws import draw_bytes
 from cloud_server.rounds.intake import Intake
 from cloud_server.rounds.orders import order_message
 from cloud_server.rounds.plan import RunPlan, RunPorts
 from cloud_server.rounds.state import MASK_STEPS, Collection, Phase, RoundState, Standing
 from cloud_server.secure.book import MaskBook
-from cloud_server.secure.layout import choose_layout
+from cloud_server.secure.groups import MAX_MESSAGE_BYTES, Group, GroupBooks, split_cohort
 from cloud_server.secure.summed import ENVELOPE_BYTES, SummedPerformer, SummedReplies
 from cloud_server.secure.unmask import unmask
 from process.logs import get_logger
@@ -37,13 +39,14 @@ from wire.messages import (
     MaskRoster,
     MaskShares,
 )
-from wire.ring import RingVector, choose_ring, decode_mean, ring_of, ring_vector
+from wire.ring import Ring, RingVector, choose_ring, decode_mean, ring_of, ring_vector
 
 _log = get_logger("cloud.secure")
 
-_TERMS: Final = "masking"
-_MEMBERS: Final = "members"
+_TERMS: Final = "mask_groups"
 _BOOK: Final = "book"
+NOT_UNMASKED: Final = "not_unmasked"
+_PHASE_OF: Final[dict[type, str]] = {MaskKeys: "keys", MaskShares: "shares", MaskOpened: "unmasking"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +59,7 @@ class MaskingPorts:
         colluding: share of a cohort that may tell the cloud all they know.
         update_key: a device's update key, 32 bytes.
         send: sends a message of a phase to a device, good until a deadline.
+        message_bytes: the largest message that the broker carries; more devices than that allows mask in groups.
     """
 
     tenant: str
@@ -64,6 +68,7 @@ class MaskingPorts:
     colluding: float
     update_key: Callable[[str], bytes]
     send: Callable[[str, MaskRoster | MaskInbox | MaskQuestion, float], None]
+    message_bytes: int = MAX_MESSAGE_BYTES
 
 
 class MaskedPerformer(SummedPerformer):
@@ -82,8 +87,9 @@ class MaskedPerformer(SummedPerformer):
     def __init__(self, plan: RunPlan, ports: RunPorts, intake: Intake, *, masking: MaskingPorts) -> None:
         super().__init__(plan, ports, intake)
         self._masking = masking
-        self._book: MaskBook | None = None
+        self._book: GroupBooks | None = None
         self._members: dict[str, books.OrderRow] = {}
+        self._asked_for_masks: frozenset[str] = frozenset()
         self._performers |= {
             ev.CloseKeys: self._close_keys,
             ev.CloseShares: self._close_shares,
@@ -94,42 +100,57 @@ class MaskedPerformer(SummedPerformer):
 
     def _committed_terms(self, number: int, devices: Sequence[str]) -> dict[str, Any]:
         masking, plan = self._masking, self._plan
+        seed = draw_bytes(self._seed, "mask groups", number)
+        groups = split_cohort(
+            devices,
+            seed,
+            dropout=masking.dropout,
+            colluding=masking.colluding,
+            message_bytes=masking.message_bytes,
+        )
+        largest = max(len(group.devices) for group in groups)
+        ring = choose_ring(largest, plan.manifest.params_size, plan.train.clipping_norm)
+        if len(groups) > 1:
+            _log.info("masked_in_groups", run=plan.run, round=number, groups=len(groups), largest=largest)
+        return {_TERMS: [self._kept_group(group, ring) for group in groups]}
+
+    def _kept_group(self, group: Group, ring: Ring) -> dict[str, Any]:
         try:
-            roster = Roster.of([(device, masking.update_key(device)) for device in devices])
+            roster = Roster.of([(device, self._masking.update_key(device)) for device in group.devices])
         except MessageError as error:
-            raise QuorumError(str(error), present=len(devices)) from error
-        layout = choose_layout(len(devices), masking.dropout, masking.colluding)
-        ring = choose_ring(len(devices), plan.manifest.params_size, plan.train.clipping_norm)
+            raise QuorumError(str(error), present=len(group.devices)) from error
         terms = MaskTerms(
             roster_sha256=roster.sha256,
-            members=len(devices),
-            degree=layout.degree,
-            threshold=layout.threshold,
+            members=len(roster.members),
+            degree=group.layout.degree,
+            threshold=group.layout.threshold,
             ring=ring.name,
             value_bits=ring.value_bits,
             bound=ring.bound,
         )
         plain = msgspec.to_builtins(terms) | {"roster_sha256": roster.sha256.hex()}
-        return {_TERMS: plain, _MEMBERS: [[device, key.hex()] for device, key in roster.members]}
+        return {"terms": plain, "members": [[device, key.hex()] for device, key in roster.members]}
 
     def _open_round(self, action: ev.OpenRound) -> ev.Event:
         event = super()._open_round(action)
         if isinstance(event, ev.RoundOpened):
-            self._book = MaskBook(self._group(self._open_row()))
+            self._book = GroupBooks(self._groups(self._open_row()))
             self._wait_for_shares()
         return event
 
-    def _group(self, row: books.RoundRow) -> MaskGroup:
-        """The group that was committed with a round."""
+    def _groups(self, row: books.RoundRow) -> list[MaskGroup]:
+        """The groups that were committed with a round."""
         try:
-            kept = dict(row.config[_TERMS])
-            kept["roster_sha256"] = bytes.fromhex(kept["roster_sha256"])
-            terms = msgspec.convert(kept, MaskTerms, builtin_types=(bytes,))
-            roster = Roster.of([(device, bytes.fromhex(key)) for device, key in row.config[_MEMBERS]])
+            return [self._group(row.number, kept) for kept in row.config[_TERMS]]
         except (KeyError, ValueError, TypeError, MessageError, msgspec.ValidationError) as error:
             raise StorageError(f"round {row.number} has no usable terms of masking") from error
+
+    def _group(self, number: int, kept: Mapping[str, Any]) -> MaskGroup:
+        plain = {**kept["terms"], "roster_sha256": bytes.fromhex(kept["terms"]["roster_sha256"])}
+        terms = msgspec.convert(plain, MaskTerms, builtin_types=(bytes,))
+        roster = Roster.of([(device, bytes.fromhex(key)) for device, key in kept["members"]])
         masking = self._masking
-        return MaskGroup(masking.tenant, masking.fleet, self._plan.run, row.number, terms, roster)
+        return MaskGroup(masking.tenant, masking.fleet, self._plan.run, number, terms, roster)
 
     def _wait_for_shares(self) -> None:
         """Until it is decided who masks with whom, no update can be one of the round."""
@@ -143,17 +164,11 @@ class MaskedPerformer(SummedPerformer):
         book, state = self._book, self._round.state if self._round is not None else ""
         if book is None:
             return None
-        if isinstance(body, MaskKeys) and state == "keys":
-            book.add_keys(device, body)
-        elif isinstance(body, MaskShares) and state == "shares":
-            book.add_shares(device, body)
-        elif isinstance(body, MaskOpened) and state == "unmasking":
-            book.add_opened(device, body)
-            if book.is_enough:
-                return ev.MasksKnown()
-        else:
+        if not isinstance(body, MaskKeys | MaskShares | MaskOpened) or state != _PHASE_OF[type(body)]:
             return None
-        return ev.MaskAnswered(device)
+        book.add(device, body)
+        is_known = isinstance(body, MaskOpened) and book.is_enough
+        return ev.MasksKnown() if is_known else ev.MaskAnswered(device)
 
     # ---- what devices are sent ---------------------------------------------------------------------------------
 
@@ -170,7 +185,7 @@ class MaskedPerformer(SummedPerformer):
         if order.kind != "train" or book is None:
             super()._send(order)
         elif state == "keys":
-            self._ports.outbox.send_order(device, self._masked_order(order, book.group.terms))
+            self._ports.outbox.send_order(device, self._masked_order(order, book.book_of(device).group.terms))
         elif state == "shares":
             self._masking.send(device, book.roster_for(device, order.order_id), order.deadline)
         elif state == "training":
@@ -201,7 +216,7 @@ class MaskedPerformer(SummedPerformer):
 
     def _ask_for_masks(self, _action: ev.AskForMasks) -> ev.Event:
         """`CloseCollection` has committed whose updates count."""
-        return ev.MaskPhaseOpened(tuple(sorted(self._known_book().delivered)), self._until())
+        return ev.MaskPhaseOpened(tuple(sorted(self._asked_for_masks)), self._until())
 
     def _until(self) -> float:
         return self._ports.clock.now() + self._plan.policy.mask_seconds
@@ -221,9 +236,9 @@ class MaskedPerformer(SummedPerformer):
         return ev.MaskPhaseOpened(tuple(sorted(devices)), deadline)
 
     def _closed_with(self, stored: Sequence[books.UpdateRow]) -> None:
-        self._known_book().close_updates(each.device for each in stored)
+        self._asked_for_masks = self._known_book().close_updates(each.device for each in stored)
 
-    def _known_book(self) -> MaskBook:
+    def _known_book(self) -> GroupBooks:
         if self._book is None:
             raise RoundError("the round is not a masked one")
         return self._book
@@ -238,27 +253,53 @@ class MaskedPerformer(SummedPerformer):
     # ---- the fold ----------------------------------------------------------------------------------------------
 
     def _stored_replies(self, row: books.RoundRow) -> SummedReplies:  # type: ignore[override]
-        """One reply: the mean of all masked updates."""
-        book = self._known_book()
-        ring, size = ring_of(book.group.terms), self._plan.manifest.params_size
-        total = unmask(book, self._masked_updates(row, size), ring, size)
-        count = len(book.delivered)
-        return SummedReplies(decode_mean(total, ring, count), count)
+        """One reply: the mean of all masked updates, of which each group's sum is known.
 
-    def _masked_updates(self, row: books.RoundRow, size: int) -> Iterator[tuple[str, RingVector]]:
-        ring = ring_of(self._known_book().group.terms)
-        for each, update in self._stored_updates(row.number):
-            yield each.device, ring_vector(update.payload, ring, size)
+        Raises:
+            RoundError: of too few devices; a group that cannot be unmasked leaves the others as they are.
+        """
+        means: list[tuple[Any, int]] = []
+        failures: list[tuple[MaskBook, RoundError]] = []
+        for book in self._known_book().books:
+            if not book.delivered:
+                continue
+            ring = ring_of(book.group.terms)
+            try:
+                total = unmask(
+                    book, self._masked_updates(row, book, ring), ring, self._plan.manifest.params_size
+                )
+            except RoundError as error:
+                failures.append((book, error))
+                continue
+            means.append((decode_mean(total, ring, len(book.delivered)), len(book.delivered)))
+        count = sum(devices for _, devices in means)
+        if failures and count < self._plan.policy.quorum:
+            raise failures[0][1]
+        if failures:
+            self._leave_out(row, [book for book, _ in failures])
+        return SummedReplies(_mean_of(means), count)
+
+    def _leave_out(self, row: books.RoundRow, failed: Sequence[MaskBook]) -> None:
+        """Ends the updates of groups that cannot be unmasked."""
+        lost = frozenset[str]().union(*(book.delivered for book in failed))
+        _log.warning("groups_not_unmasked", run=self._plan.run, round=row.number, devices=len(lost))
+        self._discard([each for each in self._stored_rows(row.number) if each.device in lost], NOT_UNMASKED)
+
+    def _masked_updates(
+        self, row: books.RoundRow, book: MaskBook, ring: Ring
+    ) -> Iterator[tuple[str, RingVector]]:
+        for each, update in self._stored_updates(row.number, book.delivered):
+            yield each.device, ring_vector(update.payload, ring, self._plan.manifest.params_size)
 
     def _ring(self) -> RingName | None:
-        return None if self._book is None else self._book.group.terms.ring
+        return None if self._book is None else self._book.books[0].group.terms.ring
 
     # ---- after a restart ---------------------------------------------------------------------------------------
 
     def _restore_collection(self, row: books.RoundRow, kind: str, state: RoundState) -> RoundState:
         if kind != "train" or _TERMS not in row.config:
             return super()._restore_collection(row, kind, state)
-        self._book = book = MaskBook(self._group(row))
+        self._book = book = GroupBooks(self._groups(row))
         if _BOOK in row.config:
             book.read(self._ports.blobs.get_blob(row.config[_BOOK]))
         state = super()._restore_collection(row, kind, state)
@@ -270,7 +311,7 @@ class MaskedPerformer(SummedPerformer):
             standings = dict.fromkeys(standings, Standing.WAITING)
         return replace(state, cohort=Collection.of(standings))
 
-    def _asked(self, row: books.RoundRow, book: MaskBook) -> frozenset[str]:
+    def _asked(self, row: books.RoundRow, book: GroupBooks) -> frozenset[str]:
         """Who the present phase waits for."""
         if row.state == "keys":
             return frozenset(self._members)
@@ -278,6 +319,13 @@ class MaskedPerformer(SummedPerformer):
             return book.close_keys()
         if row.state == "training":
             return book.sharers
-        with self._database.read() as connection:
-            stored = books.load_updates(connection, self._plan.run, row.number, "train")
-        return book.close_updates(each.device for each in stored)
+        self._asked_for_masks = book.close_updates(each.device for each in self._stored_rows(row.number))
+        return self._asked_for_masks
+
+
+def _mean_of(means: Sequence[tuple[Any, int]]) -> Any:
+    """The mean of means, float32 [P], each weighted by its devices; that of one is itself, bit for bit."""
+    if len(means) == 1:
+        return means[0][0]
+    total = sum(mean.astype(np.float64) * devices for mean, devices in means)
+    return np.asarray(total / sum(devices for _, devices in means), np.float32)

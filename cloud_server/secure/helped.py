@@ -150,9 +150,7 @@ class HelpedPerformer(SummedPerformer):
             return ev.HelperAnswered(f"{said}; it can sum those of {left}" if unusable else said)
         names = ", ".join(row.device for row in unusable)[:200]
         _log.warning("seeds_unusable", run=self._plan.run, devices=names, left=left)
-        with self._database.transaction(fence=self._ports.fence) as connection:
-            books.discard_updates(connection, [row.update_id for row in unusable], UNUSABLE)
-        self._forget(row.artefact_key for row in unusable)
+        self._discard(unusable, UNUSABLE)
         self._asked = None
         self._ask_helper(ev.AskHelper())
         return None

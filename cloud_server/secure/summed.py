@@ -7,7 +7,7 @@ Source: docs/protocol.md, clauses 13 and 15.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from cloud_server.rounds import events as ev
 from cloud_server.rounds.intake import Intake
 from cloud_server.rounds.performer import Performer
 from cloud_server.rounds.plan import RunPlan, RunPorts
-from cloud_server.rounds.ports import Outline, Reply
+from cloud_server.rounds.ports import Reply
 from cloud_server.rounds.state import Phase, RoundState
 from cloud_server.screening import Expected
 from wire.errors import ConfigurationError, RoundError
@@ -85,12 +85,27 @@ class SummedPerformer(Performer):
     def _closed_with(self, stored: Sequence[books.UpdateRow]) -> None:
         """What a policy does with whose updates count."""
 
-    def _stored_updates(self, number: int) -> Iterator[tuple[books.UpdateRow, Update]]:
-        """The masked updates of a round, one in memory at a time, in the order of their ids."""
+    def _stored_updates(
+        self, number: int, devices: Container[str] | None = None
+    ) -> Iterator[tuple[books.UpdateRow, Update]]:
+        """The masked updates of a round, one in memory at a time, in the order of their ids.
+
+        Args:
+            devices: only of these.
+        """
+        for row in self._stored_rows(number):
+            if devices is None or row.device in devices:
+                yield row, self._stored_update(row)
+
+    def _stored_rows(self, number: int) -> list[books.UpdateRow]:
         with self._database.read() as connection:
-            rows = books.load_updates(connection, self._plan.run, number, "train")
-        for row in rows:
-            yield row, self._stored_update(row)
+            return books.load_updates(connection, self._plan.run, number, "train")
+
+    def _discard(self, rows: Sequence[books.UpdateRow], reason: str) -> None:
+        """Ends updates that cannot be part of the sum."""
+        with self._database.transaction(fence=self._ports.fence) as connection:
+            books.discard_updates(connection, [row.update_id for row in rows], reason)
+        self._forget(row.artefact_key for row in rows)
 
     def _stored_update(self, row: books.UpdateRow) -> Update:
         if row.artefact_key:
@@ -130,7 +145,3 @@ class SummedReplies:
             buffers=np.zeros(0, np.float32),
             norm=l2_norm(self._mean),
         )
-
-    def outlines(self) -> Sequence[Outline]:
-        """Of the one reply."""
-        return [Outline(l2_norm(self._mean), self._devices)]

@@ -18,6 +18,7 @@ from cloud_server.flower.strategies import build_strategy
 from cloud_server.rounds.plan import RunPlan, RunPorts
 from cloud_server.rounds.runner import RoundRunner
 from cloud_server.secure.desk import MaskedPerformer, MaskingPorts
+from cloud_server.secure.groups import MAX_MESSAGE_BYTES
 from cloud_server.secure.opening import check_setup, masking_rules
 from edge_agent.draws import Draws
 from edge_agent.masking import DeviceMasking
@@ -99,6 +100,7 @@ class MaskedRun(Lab):
         self.masked: dict[str, MaskedDevice] = {}
         self.mute: dict[str, type[Sent]] = {}
         self.dropout = options.pop("dropout", 0.34)
+        self.message_bytes = options.pop("message_bytes", MAX_MESSAGE_BYTES)
         self.log: list[tuple[str, Sent]] = []
         options.setdefault("train", TrainConfig(codec="int8", clipping_norm=5.0))
         super().__init__(devices, make_runner=self._masked_runner, secure="pairwise", **options)
@@ -112,6 +114,7 @@ class MaskedRun(Lab):
             colluding=0.0,
             update_key=lambda name: SigningKey(hashlib.sha256(name.encode()).digest()).public_bytes,
             send=lambda name, body, deadline: self.send_down(name, body),
+            message_bytes=self.message_bytes,
         )
         return RoundRunner(
             plan, ports, make_desk=lambda *parts: MaskedPerformer(*parts, masking=ports_of_masking)
