@@ -30,7 +30,10 @@ from cloud_server.privacy.plan import PrivacyPlan
 from cloud_server.privacy.restore import charge_lost_rounds, check_charges
 from cloud_server.settings import load_cloud_settings
 from process.clock import Clock
+from process.logs import get_logger
 from wire.errors import ConfigurationError, StorageError
+
+_log = get_logger("cloud.backup")
 
 _DATABASE: Final = "cloud.db"
 _FORMAT: Final = "FORMAT"
@@ -94,9 +97,13 @@ def _copy(deployment: Deployment, path: Path) -> Listing:
             files={},
         )
         archive.finish(listing)
-    # Devices may let go of what is in it; what was stored meanwhile is not.
-    with deployment.database.transaction() as connection:
-        note_backup(connection, stored)
+    try:
+        # Devices may let go of what is in it; what was stored meanwhile is not.
+        with deployment.database.transaction() as connection:
+            note_backup(connection, stored)
+    except StorageError as error:
+        # The backup is good all the same; the next one vouches for these, too.
+        _log.warning("backup_not_noted", reason=str(error))
     return listing
 
 
