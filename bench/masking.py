@@ -1,4 +1,5 @@
-"""One masked round of 100 devices × 100,000 parameters with 30 drop-outs: time of server and device, and bytes."""
+"""One round under masks of 100 devices × 100,000 parameters with 30 drop-outs, pairwise and with a helper: time of
+server, device and helper, and all bytes against float32."""
 
 from __future__ import annotations
 
@@ -11,20 +12,26 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 
 from bench.table import Row
+from cloud_server.helper.helper import Helper
+from cloud_server.helper.store import MEMORY, HelperStore
 from cloud_server.secure.book import MaskBook
 from cloud_server.secure.layout import choose_layout
 from cloud_server.secure.unmask import unmask
+from edge_agent.helped_round import HelpedMasking
 from edge_agent.masking import DeviceMasking
+from process.clock import SystemClock
 from wire.envelope import seal, sign
 from wire.errors import RoundError
 from wire.header import Header
-from wire.mask_terms import MaskTerms
+from wire.helper import HelperAnswer, HelperQuestion, MaskSeed
+from wire.mask_terms import HelpedTerms, MaskTerms
 from wire.masking import MaskGroup, Roster
-from wire.messages import Body, Order, encode_body
-from wire.primitives import KemPrivateKey, SigningKey
+from wire.messages import Body, Order, Update, encode_body
+from wire.primitives import KemPrivateKey, KemPublicKey, SigningKey
 from wire.ring import RingVector, choose_ring, ring_of
 
 _DEVICES: Final = 100
@@ -80,16 +87,7 @@ class _Round:
             bound=ring.bound,
         )
         self.ring = ring_of(self.terms)
-        order = Order(
-            order_id=_ORDER,
-            kind="train",
-            run="bench",
-            round_number=1,
-            head_sha256=bytes(32),
-            deadline=0.0,
-            slot_bytes=0,
-            masking=self.terms,
-        )
+        order = _order_of(self)
         self.book = MaskBook(MaskGroup("t", "f", "bench", 1, self.terms, roster))
         self.devices = {
             name: DeviceMasking(order, tenant="t", fleet="f", device=name, key=key, random=os.urandom)
@@ -115,6 +113,19 @@ class _Round:
         return len(sign(header, encode_body(body), signer=self.keys["d000"]))
 
 
+def _order_of(one: _Round) -> Order:
+    return Order(
+        order_id=_ORDER,
+        kind="train",
+        run="bench",
+        round_number=1,
+        head_sha256=bytes(32),
+        deadline=0.0,
+        slot_bytes=0,
+        masking=one.terms,
+    )
+
+
 def measure() -> list[Row]:
     """Time of the server, time of a device, and bytes beside those of the masked vector.
 
@@ -138,8 +149,11 @@ def measure() -> list[Row]:
             f"{up} B sealed in 3 messages over {vector_bytes} B"),
         Row("masked round: bytes down, roster, shares and question", 100 * down / vector_bytes, "", "%",
             f"{down} B signed"),
-        Row("masked round: all bytes up / float32", (vector_bytes + up) / (4 * _PARAMS), "", "x",
-            f"{terms.ring}; without envelope and padding of the update"),
+        Row("masked round: all bytes up / float32", _whole(one, vector_bytes, b"", up) / (4 * _PARAMS), "", "x",
+            f"{terms.ring}; the update sealed and padded, and all other messages"),
+        Row("masked round: all bytes, up and down / float32",
+            (_whole(one, vector_bytes, b"", up) + down) / (4 * _PARAMS), "", "x", f"{terms.ring}"),
+        *_helped_rows(one),
     ]  # fmt: skip
 
 
@@ -187,3 +201,86 @@ def _mask(one: _Round, cost: _Cost, name: str) -> RingVector:
 
     masked: RingVector = cost.device("mask", work)
     return masked
+
+
+def _whole(one: _Round, vector_bytes: int, sealed_seed: bytes, other_bytes: int = 0) -> int:
+    """Bytes that a device sends in all: its update, sealed and padded, and what comes beside it."""
+    update = Update(
+        update_id=bytes(16), order_id=_ORDER, run="bench", round_number=1, base_sha256=bytes(32), num_examples=1,
+        codec=one.ring.name, params_size=_PARAMS, payload=bytes(vector_bytes), sealed_seed=sealed_seed,
+    )  # fmt: skip
+    return one.sealed_bytes(update) + other_bytes
+
+
+def _helped_rows(one: _Round) -> list[Row]:
+    """The same fleet, with a helper in place of the neighbours.
+
+    Raises:
+        RoundError: the sum is not the sum.
+    """
+    kem, store = KemPrivateKey.generate(), HelperStore(MEMORY)
+    store.add([(name, key.public_bytes) for name, key in one.keys.items()], 0.0)
+    helper = Helper(store, kem, tenant="t", fleet="f", min_devices=10, clock=SystemClock())
+    terms = HelpedTerms(
+        members=_DEVICES,
+        ring=one.ring.name,
+        value_bits=one.ring.value_bits,
+        bound=one.ring.bound,
+        helper_key_id=kem.key_id,
+    )
+    order = msgspec.structs.replace(_order_of(one), masking=None, helped=terms)
+    left = sorted(one.keys)[: _DEVICES - int(_DROPOUT * _DEVICES)]
+    cost, sent = _Cost(), []
+    for name in left:
+        masking = HelpedMasking(
+            order, tenant="t", fleet="f", helper=lambda: kem.public_key, random=os.urandom, min_devices=10,
+            seal=partial(_seal_seed, name, one.keys[name]),
+        )  # fmt: skip
+        sent.append(cost.device("mask and seal", partial(masking.mask, one.vectors[name])))
+    question = encode_body(
+        HelperQuestion(
+            tenant="t", fleet="f", run="bench", round_number=1, terms=terms, params_size=_PARAMS,
+            seeds=tuple(sealed for _, sealed in sent),
+        )
+    )  # fmt: skip
+    start = time.perf_counter()
+    answer = helper.answer(question)
+    helper_seconds = time.perf_counter() - start
+    if not isinstance(answer, HelperAnswer):
+        raise RoundError(f"the helper told nothing: {answer.reason}")
+    total = cost.server(lambda: _unmasked(one, [masked for masked, _ in sent], answer.total))
+    if not np.array_equal(total, sum((one.vectors[name] for name in left), np.zeros_like(total))):
+        raise RoundError("the sum that the helper unmasked is not the sum of the encodings")
+    vector_bytes, sealed_seed = len(answer.total), sent[0][1]
+    whole = _whole(one, vector_bytes, sealed_seed)
+    between = len(question) + len(answer.total)
+    setting = f"{len(left)} of {_DEVICES} devices delivered, {_PARAMS} parameters"
+    return [
+        Row("round with a helper: aggregator", cost.server_seconds, "", "s", setting),
+        Row("round with a helper: helper", helper_seconds, "", "s", setting),
+        Row("round with a helper: one device", cost.device_total, "", "s", "mask and seal, one message"),
+        Row("round with a helper: bytes up above the masked vector", 100 * len(sealed_seed) / vector_bytes,
+            "<= 3", "%", f"{len(sealed_seed)} B sealed seed over {vector_bytes} B"),
+        Row("round with a helper: all bytes up / float32", whole / (4 * _PARAMS), "", "x",
+            f"{one.ring.name}; the update with its seed, sealed and padded"),
+        Row("round with a helper: between the servers / updates", between / (len(left) * vector_bytes), "", "x",
+            f"question {len(question)} B, answer {len(answer.total)} B"),
+    ]  # fmt: skip
+
+
+def _unmasked(one: _Round, masked: list[RingVector], masks: bytes) -> RingVector:
+    total = np.zeros(_PARAMS, one.ring.dtype)
+    for vector in masked:
+        np.add(total, vector, out=total)
+    np.subtract(total, np.frombuffer(masks, one.ring.dtype), out=total)
+    return total
+
+
+def _seal_seed(
+    name: str, key: SigningKey, body: MaskSeed, helper: KemPublicKey, *, run: str, round_number: int
+) -> bytes:
+    header = Header(
+        type=body.TYPE, direction="up", tenant="t", fleet="f", device=name, epoch=1, seq=1, run=run,
+        round_number=round_number,
+    )  # fmt: skip
+    return seal(header, encode_body(body), signer=key, recipient=helper, pad=True)
