@@ -202,7 +202,7 @@ class Inbox:
     # ---- inside ------------------------------------------------------------------------------------------------
 
     def _expect(self, topic: Topic, kind: str | frozenset[str]) -> Expect:
-        return Expect("up", self._topics.tenant, self._topics.fleet, kind, topic.device)
+        return Expect("up", self._topics.tenant, self._topics.fleet, kind, topic.device, is_padded=True)
 
     def _open_clear(self, topic: Topic, payload: bytes) -> Opened:
         return open_signed(

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cloud_server.aggregate.fold import choose_device
-from cloud_server.assembly import Assembled, Base, RunConfig, make_run_parts
+from cloud_server.assembly import Assembled, Base, RunConfig, make_run_parts, with_masks
 from cloud_server.db.releases import load_models
 from cloud_server.deployment import Deployment
 from cloud_server.flower.serverapp import load_server_app, make_serverapp_runner
-from cloud_server.flower.strategies import build_strategy, is_folded, needs_reference
+from cloud_server.flower.strategies import build_strategy, check_quorum, is_folded, needs_reference
 from cloud_server.holdout import load_holdout
-from cloud_server.privacy.budget import PrivateRun
+from cloud_server.privacy.budget import CENTRAL, PrivateRun
 from cloud_server.privacy.run import check_private, private_run
 from cloud_server.refine.opening import open_refinery
 from cloud_server.refine.reference import reference_config
@@ -78,8 +78,9 @@ def prepare_run(deployment: Deployment, serverapp: str = "") -> PreparedRun | No
         config = replace(config, strategy="FedAvg", strategy_parameters={})
     # Made again with the run; here to say at once what cannot be made.
     strategy = build_strategy(config.strategy, config.strategy_parameters)
-    is_private = config.privacy is not None
-    check_setup(config.masking, strategy, has_app=app is not None, is_private=is_private)
+    is_central = config.privacy is not None and config.privacy.plan.mode == CENTRAL
+    check_quorum(strategy, config.policy.quorum)
+    check_setup(config.masking, strategy, has_app=app is not None, is_central=is_central)
     helper = open_helper(deployment)
     is_trusting = needs_reference(strategy)
     choose_device(config.fold_device)
@@ -91,7 +92,8 @@ def prepare_run(deployment: Deployment, serverapp: str = "") -> PreparedRun | No
     trusted = _trusted(deployment, bundle) if is_trusting else None
     if config.privacy is not None:
         check_private(
-            config.policy,
+            with_masks(config.policy, config.masking),
+            config.privacy.plan.mode,
             buffers_size=bundle.manifest.buffers_size,
             is_folded=is_folded(strategy),
             has_holdout=holdout is not None,

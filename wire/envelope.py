@@ -82,6 +82,7 @@ class Expect:
         type: one type, or the set of types that the topic may carry.
         device: upward: the device that the topic names (None: whoever signed); downward: this device's own
             id, which a message must name unless its type is one of `BROADCAST_TYPES` (those must be for `*`).
+        is_padded: a sealed message must be padded to its size class (5.6): whatever else a device's is refused.
     """
 
     direction: str
@@ -89,6 +90,7 @@ class Expect:
     fleet: str
     type: str | frozenset[str]
     device: str | None = None
+    is_padded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +238,8 @@ def open_head(
     header = _accepted_header(plain_header, signer, expect, now - skew_seconds)
     extensions = read_extensions(plain_extensions)
     records, padded = _read_sizes(sizes, limit_bytes)
+    if expect.is_padded and not padded:
+        raise failed("padding")
     if type(hashes) is not bytes or len(hashes) != records.count * _HASH_BYTES:
         raise failed("structure")
     encrypt = Encrypt.from_cbor(plain_encrypt)

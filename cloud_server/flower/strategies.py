@@ -205,6 +205,21 @@ def clipping(strategy: Strategy) -> ClippedMean | None:
     return strategy if type(strategy) is ClippedMean else None
 
 
+def check_quorum(strategy: Strategy, quorum: int) -> None:
+    """Says at once that rounds would close with fewer replies than the strategy can use, and train nothing.
+
+    Raises:
+        ConfigurationError: (operator) Bulyan needs 4f + 3 replies against f false ones.
+    """
+    inner = innermost(strategy)
+    if type(inner) is flower.Bulyan and quorum < (least := 4 * inner.num_malicious_nodes + 3):
+        raise ConfigurationError(
+            f"Bulyan with num_malicious_nodes = {inner.num_malicious_nodes} needs {least} replies,"
+            f" and rounds close with {quorum}",
+            hint=f"set run.quorum to {least} or more",
+        )
+
+
 def needs_reference(strategy: Strategy) -> bool:
     """Whether it needs an update from the operator's own samples."""
     return type(innermost(strategy)) is FLTrust

@@ -103,6 +103,17 @@ def test_inbox_hands_on_what_an_enrolled_device_says(inbox: Inbox, heard: Heard)
     assert not inbox.refused_total
 
 
+def test_inbox_refuses_what_a_device_sealed_without_padding(inbox: Inbox, heard: Heard) -> None:
+    """Its length would say what it says; counted, and nothing more (5.6)."""
+    plain = encode_body(telemetry(7))
+    bare = seal(header("tm", 1), plain, signer=KEY, recipient=KEM.public_key)
+    inbox.receive(Packet(TOPICS.by_device("tm", "dev"), bare))
+    assert heard.calls == []
+    assert inbox.refused_total == {"tm: padding": 1}
+    inbox.receive(Packet(TOPICS.by_device("tm", "dev"), sealed(telemetry(7), 1)))
+    assert heard.calls == [("telemetry", "dev", 7)]
+
+
 def test_inbox_ignores_a_retained_birth_that_comes_again(inbox: Inbox, heard: Heard) -> None:
     packet = Packet(
         TOPICS.by_device("st", "dev"), sign(header("st", 1), encode_body(birth("online")), signer=KEY)
@@ -159,7 +170,7 @@ def test_inbox_puts_an_update_together_in_any_order_and_asks_for_what_is_missing
     inbox: Inbox, heard: Heard
 ) -> None:
     body = bytes(range(256)) * 1000
-    message = seal(header("up", 5), body, signer=KEY, recipient=KEM.public_key)
+    message = seal(header("up", 5), body, signer=KEY, recipient=KEM.public_key, pad=True)
     chunks = split(message, 65_536)
     assert len(chunks) == 4
     for index in (0, 2, 3):
@@ -183,7 +194,7 @@ def test_inbox_keeps_open_updates_inside_one_budget(
     monkeypatch.setattr("cloud_server.inbox.ASSEMBLY_BYTES", 300_000)
     bodies = {"dev": KEY, "other": OTHER}
     messages = {
-        device: seal(header("up", 1, device), bytes(200_000), signer=key, recipient=KEM.public_key)
+        device: seal(header("up", 1, device), bytes(200_000), signer=key, recipient=KEM.public_key, pad=True)
         for device, key in bodies.items()
     }
     chunks = {device: split(message, 65_536) for device, message in messages.items()}
