@@ -18,7 +18,16 @@ from typing import Final
 from wire.errors import ShoalError
 
 MAX_OUTPUT_BYTES: Final = 2**20
-_PASSED_ON: Final = ("PATH", "LD_LIBRARY_PATH", "HOME", "LANG", "OMP_NUM_THREADS", "TMPDIR")
+# PYTHONOPTIMIZE names the bytecode files: without it a child in the image would compile all that it imports.
+_PASSED_ON: Final = (
+    "PATH",
+    "LD_LIBRARY_PATH",
+    "HOME",
+    "LANG",
+    "TMPDIR",
+    "OMP_NUM_THREADS",
+    "PYTHONOPTIMIZE",
+)
 
 _lock = threading.Lock()
 _running: set[subprocess.Popen[bytes]] = set()
