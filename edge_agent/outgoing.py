@@ -1,15 +1,17 @@
 """Packets on their way out: a queue in front of the transport, which accepts only so much at a time.
 
-Laws of the file: the transport is never waited for; a full transport stops the queue until it reports
-progress; what a reconnection says anew (births, uploads, reports) is dropped when the connection goes, the
+Laws of the file: the transport is never waited for; a full transport stops the queue until it reports progress; what
+the cloud waits for goes first, and what may be lost (QoS 0: telemetry and reports) last, and is what is given up when
+the queue is full; what a reconnection says anew (births, uploads, reports) is dropped when the connection goes, the
 rest is kept.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Final
 
 from process.logs import get_logger
 from wire.errors import BackpressureError, OversizeError
@@ -17,7 +19,9 @@ from wire.transport import Packet, Transport
 
 _log = get_logger("edge_agent.outgoing")
 
-MAX_QUEUED = 8192
+MAX_QUEUED: Final = 8192
+# In this order: answers and requests, updates, what may be lost.
+_SAID, _UPLOADED, _LOSABLE = _LANES = (0, 1, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +30,19 @@ class _Queued:
     upload: bytes
     survives: bool
 
+    @property
+    def lane(self) -> int:
+        if self.upload:
+            return _UPLOADED
+        return _SAID if self.packet.qos else _LOSABLE
+
 
 class Outgoing:
     """The queue of one device. Used from the agent's loop only."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self._queue: deque[_Queued] = deque()
+        self._lanes: tuple[deque[_Queued], ...] = tuple(deque() for _ in _LANES)
         self._uploading: dict[bytes, int] = {}
         self.sent_bytes_total = 0
         self.dropped_total = 0
@@ -49,35 +59,41 @@ class Outgoing:
 
     def withdraw(self, update_id: bytes) -> None:
         """Takes an update out of the queue: it will be said in other bytes."""
-        self._queue = deque(queued for queued in self._queue if queued.upload != update_id)
+        self._keep(lambda queued: queued.upload != update_id)
         self._uploading.pop(update_id, None)
 
     def pump(self) -> None:
         """Hands over as much as the transport takes now."""
-        while self._queue:
-            queued = self._queue[0]
-            try:
-                self._transport.publish(queued.packet)
-            except BackpressureError:
-                return
-            except OversizeError as error:
-                _log.warning("packet dropped", topic=queued.packet.topic, reason=str(error))
-                self.dropped_total += 1
-            else:
-                self.sent_bytes_total += len(queued.packet.payload) + len(queued.packet.topic)
-            self._queue.popleft()
-            self._settle(queued)
+        for lane in self._lanes:
+            while lane:
+                queued = lane[0]
+                try:
+                    self._transport.publish(queued.packet)
+                except BackpressureError:
+                    return
+                except OversizeError as error:
+                    _log.warning("packet dropped", topic=queued.packet.topic, reason=str(error))
+                    self.dropped_total += 1
+                else:
+                    self.sent_bytes_total += len(queued.packet.payload) + len(queued.packet.topic)
+                lane.popleft()
+                self._settle(queued)
 
     def connection_lost(self) -> None:
         """Keeps only what is not said anew at the next connection."""
-        self._queue = deque(queued for queued in self._queue if queued.survives)
+        self._keep(lambda queued: queued.survives)
         self._uploading.clear()
 
+    def _keep(self, is_kept: Callable[[_Queued], bool]) -> None:
+        self._lanes = tuple(deque(filter(is_kept, lane)) for lane in self._lanes)
+
     def _push(self, queued: _Queued) -> None:
-        if len(self._queue) >= MAX_QUEUED:
+        if sum(map(len, self._lanes)) >= MAX_QUEUED:
             self.dropped_total += 1
-            return
-        self._queue.append(queued)
+            if queued.lane == _LOSABLE or not self._lanes[_LOSABLE]:
+                return
+            self._lanes[_LOSABLE].popleft()
+        self._lanes[queued.lane].append(queued)
         if queued.upload:
             self._uploading[queued.upload] = self._uploading.get(queued.upload, 0) + 1
 
