@@ -40,7 +40,7 @@ from process.clock import Clock
 from process.logs import get_logger
 from process.pulse import Pulse
 from process.service_manager import ServiceManager
-from wire.errors import EnvelopeError, ShoalError
+from wire.errors import EnvelopeError, ShoalError, StorageError
 from wire.transport import Connected, Disconnected, Packet, Published, Received, Transport, TransportEvent
 
 _log = get_logger("edge_agent")
@@ -388,11 +388,7 @@ class Agent:
             if chunk is not None:
                 self._take_chunk(chunk)
                 return
-            with self.parts.database.transaction():
-                body = self.parts.speaker.hear(packet)
-                for event in (restored_cloud(self.parts), event_of(body, self.parts)):
-                    if event is not None:
-                        self._step(event)
+            self._take_message(packet)
             self.parts.clock.note_acknowledgement(self.parts.speaker.acknowledged_until)
         except EnvelopeError as error:
             reason = str(error.facts.get("reason", ""))
@@ -401,6 +397,22 @@ class Agent:
                 self._step(on.KeysUnknown())
         except ShoalError as error:
             self._complaints.add(packet.topic, type(error).__name__)
+
+    def _take_message(self, packet: Packet) -> None:
+        """A message's effect, its place in the replay window and what the machine makes of it: all or nothing."""
+        before = self.state
+        try:
+            with self.parts.database.transaction():
+                body = self.parts.speaker.hear(packet)
+                for event in (restored_cloud(self.parts), event_of(body, self.parts)):
+                    if event is not None:
+                        self._step(event)
+        except StorageError:
+            # Nothing of it is kept, so it counts when it is said again: an update whose end did not reach the disk is
+            # still owed. A job that it started goes on.
+            if self.state.phase == before.phase:
+                self.state = before
+            raise
 
     def _end_of(self, result: JobResult) -> on.Event:
         try:
