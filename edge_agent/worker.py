@@ -19,7 +19,8 @@ from edge_agent.ports import JobKind, JobResult
 from wire.errors import ShoalError
 
 _NICENESS = 10
-_STOP_SECONDS = 5.0
+# With what the transport may take for its last words, less than the ten seconds that a service manager waits.
+_STOP_SECONDS = 3.0
 # Not between the jobs of rounds that follow each other: a large model's pages would be faulted in for each anew. Once
 # more when the upload of what a job made is over on most links.
 REST_AFTER_SECONDS: Final = (2.0, 60.0)

@@ -120,8 +120,8 @@ class LocalAgent:
         self._stopping.set()
         self._threads[0].join(_STOP_SECONDS)
 
-    def stop(self) -> None:
-        """Ends the agent politely, by force after 15 s. Safe to call twice."""
+    def stop(self) -> int:
+        """Ends the agent politely, by force after 15 s; returns its exit code. Safe to call twice."""
         self._stopping.set()
         if self._process.poll() is None:
             self._process.terminate()
@@ -136,6 +136,7 @@ class LocalAgent:
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
+        return self._process.returncode
 
     # ---- the two threads ---------------------------------------------------------------------------------------
 

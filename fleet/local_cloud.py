@@ -115,16 +115,19 @@ class LocalCloud:
             code = self._process.returncode
             raise RoundError(f"the aggregator ended with code {code}", hint=f"see {self.log_file}")
 
-    def stop(self) -> None:
-        """Ends the service, by force after 20 s. Safe to call twice."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
+    def stop(self) -> int:
+        """Ends the service politely, by force after 20 s; returns its exit code. Safe to call twice."""
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        if process.poll() is None:
+            process.terminate()
             try:
-                self._process.wait(_STOP_SECONDS)
+                process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        self._process = None
+                process.kill()
+                process.wait()
+        return process.returncode
 
     def kill(self) -> None:
         """Ends the service as a crash would."""

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -226,6 +227,24 @@ def test_interrupted_agent_stops_well_and_says_so(enrolled: Path) -> None:
     assert process.returncode == 130
     assert "Traceback" not in talk
     assert (read_status(enrolled) or {})["status"] == "stopped"
+
+
+def test_agent_tells_its_service_manager_that_it_is_up_lives_and_stops(
+    enrolled: Path, tmp_path: Path
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(DEADLINE_SECONDS)
+        process = start(enrolled, NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="4000000")
+        assert manager.recv(4096) == b"READY=1"
+        fed = manager.recv(4096).decode()
+        assert fed.startswith("WATCHDOG=1\nSTATUS=release ")
+        process.send_signal(signal.SIGTERM)
+        while fed != "STOPPING=1":
+            assert fed.startswith("WATCHDOG=1\nSTATUS=release ")
+            fed = manager.recv(4096).decode()
+        _, talk = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 0, talk
 
 
 def test_agent_runs_inside_of_a_program(enrolled: Path) -> None:
