@@ -19,6 +19,7 @@ import cloud_server.settings
 import edge_agent.cli
 import edge_agent.settings
 import fleet.cli
+from cloud_server.helper.folder import HelperSettings
 from cloud_server.metrics import CloudMetrics
 from cloud_server.settings import CloudSettings
 from edge_agent.metrics import EdgeMetrics
@@ -172,6 +173,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "settings of the aggregator": lambda: settings_table(
         CloudSettings, cloud_server.settings.VARIABLE_PREFIX
     ),
+    "settings of the helper": lambda: settings_table(HelperSettings),
     "options of a scenario": lambda: settings_table(Scenario),
     "metrics of the aggregator": aggregator_metrics,
     "metrics of the device": device_metrics,

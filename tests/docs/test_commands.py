@@ -79,7 +79,7 @@ def help_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """What `--help` says of the deepest subcommand that the words name."""
     shown = ""
     path: list[str] = []
-    for word in (None, *words[1:3]):
+    for word in (None, *words[1:4]):
         if word is not None:
             if word.startswith("-") or f" {word} " not in f"{shown} ":
                 break
