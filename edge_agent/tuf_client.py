@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 METADATA_PATH: Final = "/metadata"
 TARGETS_PATH: Final = "/targets"
 AUTHORITIES_PEM: Final = "keys/authorities.pem"
+LISTERS: Final = ("root", "targets", "keys")
+"""The roles of TUF that list keys; the sum of their versions is `keys_version`."""
 MAX_SMALL_TARGET_BYTES: Final = 256 * 1024
 SIGNED_AT: Final = "shoal_signed_at"
 """The field of timestamp.json that says when it was signed (unix seconds)."""
@@ -108,10 +110,10 @@ class _Session:
             return float(stated), expires
         return 0.0, expires
 
-    def version_of(self, role: str) -> int:
-        """The version of a role whose metadata this session has verified."""
-        version: int = self.updater._trusted_set[role].version
-        return version
+    @property
+    def keys_version(self) -> int:
+        """The versions of all that lists keys, together: another number whenever another key counts."""
+        return sum(self.updater._trusted_set[role].version for role in LISTERS)
 
     def target(self, path: str) -> TargetFile | None:
         with _translated(path):
@@ -189,7 +191,7 @@ def check(folder: Path, root: bytes, fetcher: Fetcher, ring: str, clock: Clock) 
     listed = session.small_target(ONLINE_KEYS)
     if listed is None:
         raise ReleaseError(f"the signed metadata names no {ONLINE_KEYS}")
-    keys = OnlineKeys.from_json(listed, version=session.version_of("keys"))
+    keys = OnlineKeys.from_json(listed, version=session.keys_version)
     helper = session.small_target(HELPER_JSON) or b""
     data = session.small_target(f"rings/{ring}.json")
     if data is None:

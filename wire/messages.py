@@ -256,8 +256,8 @@ class Receipt(Body, frozen=True, kw_only=True):
 class Announcement(Body, frozen=True, kw_only=True):
     """`md/{channel}`, retained: there is a release; `timestamp` is TUF's timestamp.json, so a device knows at once.
 
-    `keys_version` is that of the signed metadata which lists the aggregator's keys: a device that knows another
-    looks at once. `min_agent_version` is the oldest agent that is asked for rounds; empty for any."""
+    `keys_version` is the sum of the versions of the signed metadata that lists keys (root, targets, `keys`): a device
+    that knows another looks at once. `min_agent_version` is the oldest agent that is asked for rounds; empty for any."""
 
     TYPE: ClassVar[str] = "md"
     channel: Id

@@ -39,15 +39,16 @@ def rotate_authority(deployment: Deployment, *, is_stolen: bool) -> TakenOver:
     """Makes the next authority, beside the one before or in its place.
 
     Args:
-        is_stolen: the one before counts no more from now on, and neither does any certificate of it.
+        is_stolen: the one before counts no more from now on, and neither does any certificate of it. Its key may be
+            gone.
 
     Raises:
         ConfigurationError: (operator) another one is taking over already.
         StorageError: (disk) it cannot be written.
     """
     folder = deployment.folder.authority
-    if is_stolen and len(deployment.authorities.trusted) > 1:
-        retire_authorities(folder)  # the thief may have either, or both
+    if is_stolen:
+        retire_authorities(folder)  # of two, the thief may have either
     made = add_authority(folder, name=deployment.authority_name, now=deployment.clock.now())
     left = 0
     if is_stolen:

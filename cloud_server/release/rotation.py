@@ -27,8 +27,8 @@ from cloud_server.keys import (
 from cloud_server.release.tuf_repository import TufRepository
 from cloud_server.release.tuf_signing import public_key, read_public_key
 from process.clock import Clock
-from wire.errors import ConfigurationError
-from wire.primitives import KemPrivateKey, SigningKey
+from wire.errors import ConfigurationError, StorageError
+from wire.primitives import KEM_ALGORITHMS, KemPrivateKey, SigningKey
 
 ROTATED: Final = ("root", "targets", *ONLINE_ROLES, "order", "kem")
 
@@ -128,7 +128,7 @@ class Rotation:
         since = 0.0 if is_stolen and name == "order" else self._clock.now()
         made: SigningKey | KemPrivateKey
         if name == "kem":
-            made = KemPrivateKey.generate(algorithm or self._folder().kem[0].algorithm)
+            made = KemPrivateKey.generate(algorithm or self._kem_algorithm())
         else:
             made = SigningKey.generate()
         place = add_generation(folder, name, made, since=since)
@@ -139,6 +139,13 @@ class Rotation:
         days = OVERLAP_SECONDS / 86_400.0
         follows = "the one before counts no more" if is_stolen else f"the one before counts for {days:g} days"
         return Rotated(made.key_id.hex(), str(place), follows)
+
+    def _kem_algorithm(self) -> str:
+        """That of the key before, or the usual one where it was lost."""
+        try:
+            return self._folder().kem[0].algorithm
+        except StorageError:
+            return KEM_ALGORITHMS[0]
 
     def _home(self, name: str) -> Path:
         return self._folder.offline if name in OFFLINE_KEYS else self._folder.folder

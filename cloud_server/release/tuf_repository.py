@@ -127,8 +127,10 @@ class TufRepository:
         return None if target is None else self._required(f"targets/{_named_by_hash(target)}")
 
     def keys_version(self) -> int:
-        """The version of the metadata that lists the online keys and the authorities: another one when those change."""
-        return self._load().targets["keys"].version
+        """The versions of all that lists keys (root, targets, `keys`), together: another number whenever another key
+        of any kind counts."""
+        current = self._load()
+        return current.root.version + current.targets["targets"].version + current.targets["keys"].version
 
     def anchors(self) -> dict[str, Mapping[str, Any]]:
         """What was signed beside each ring's newest statement (`set_ring`), by the target's path."""
