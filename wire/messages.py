@@ -257,7 +257,7 @@ class Announcement(Body, frozen=True, kw_only=True):
     """`md/{channel}`, retained: there is a release; `timestamp` is TUF's timestamp.json, so a device knows at once.
 
     `keys_version` is the sum of the versions of the signed metadata that lists keys (root, targets, `keys`): a device
-    that knows another looks at once. `min_agent_version` is the oldest agent that is asked for rounds; empty for any."""
+    that knows another looks at once. `min_agent_version` is the oldest agent that is asked; empty for any."""
 
     TYPE: ClassVar[str] = "md"
     channel: Id
