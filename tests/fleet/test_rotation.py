@@ -68,6 +68,48 @@ def test_rotation_in_the_middle_of_a_fleets_rounds_loses_no_update(
     simulation.close()
 
 
+def test_stolen_kem_key_costs_no_update_and_nothing_more_is_sealed_to_it(watch_bundle: Bundle) -> None:
+    """It is dropped while devices train: what they seal to it before they hear of that is sealed anew, counted once."""
+    federation = virtual_federation(DEVICES, SCENARIO.data, seed=6)
+    simulation = Simulation(
+        federation,
+        watch_bundle,
+        run_config(SCENARIO, devices=DEVICES, rounds=2),
+        seed=6,
+        settings=EdgeSettings(release=ReleaseSettings(check_seconds=5.0)),
+        cost=job_cost(SCENARIO.faults, 6),
+    )
+    rotation = _Rotation(simulation, "x25519")
+    stolen = rotation.keys.kem[0].key_id
+    agents = simulation.agents.values()
+    sealed_to: dict[bytes, set[bytes]] = {}
+
+    def look() -> None:
+        is_stolen = rotation.keys.kem[0].key_id != stolen
+        for row in (row for agent in agents for row in agent.parts.outbox.pending() if is_stolen):
+            sealed_to.setdefault(row.update_id, set()).add(row.kem_key_id)
+        if not is_stolen and any(agent.state.phase == "training" for agent in agents):
+            rotation.steal()
+        simulation.time.later(0.02, look)
+
+    look()
+    simulation.run(lambda number: None)
+    with simulation.base.database.read() as connection:
+        rounds = load_rounds(connection, RUN)
+        folded = [
+            update.update_id
+            for row in rounds
+            for update in load_updates(connection, RUN, row.number, "train", "folded")
+        ]
+    assert len(set(folded)) == len(folded) == DEVICES * 2
+    waited = {update_id for update_id, keys in sealed_to.items() if stolen in keys}
+    assert waited, "nothing was sealed to the key after it was stolen"
+    assert waited <= set(folded)
+    assert all(agent.parts.outbox.depth() == 0 for agent in agents)
+    assert {agent.parts.speaker.kem_key_ids for agent in agents} == {frozenset({rotation.keys.kem[0].key_id})}
+    simulation.close()
+
+
 class _Rotation:
     """What the command and the service do, on the keys of a simulation."""
 
@@ -89,6 +131,11 @@ class _Rotation:
         kem = (KemPrivateKey.generate(self._algorithm), *self.keys.kem)
         orders = (SigningKey.generate(), *self.keys.other_orders)
         self.keys = replace(self.keys, kem=kem, other_orders=orders)
+        self._watch.tick()
+
+    def steal(self) -> None:
+        """Another key to seal to; the one before is listed no more, and opens nothing."""
+        self.keys = replace(self.keys, kem=(KemPrivateKey.generate(self._algorithm),))
         self._watch.tick()
 
     def use_order(self) -> None:
