@@ -62,7 +62,7 @@ class TrainingSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         bool, _option("Whether this device declines to send an update that is not under masks.")
     ] = False
     min_masked: Annotated[
-        int, _option("Fewest devices of a masked round that this one takes part in.", ge=3, le=1024)
+        int, _option("Fewest devices of a sum under masks that this one takes part in.", ge=3, le=16_384)
     ] = 3
     helper_key: Annotated[
         str,
@@ -118,6 +118,36 @@ class ReleaseSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     probation_seconds: Annotated[
         float, _option("Seconds that a new release is watched before it is trusted.", ge=0.0, le=2_592_000.0)
     ] = 60.0
+    watch_windows: Annotated[
+        int,
+        _option(
+            "Windows that a new release and the one before must both have answered before the watch judges.",
+            ge=1,
+            le=512,
+        ),
+    ] = 16
+    watch_slowdown: Annotated[
+        float, _option("Times slower than the one before at which a new release goes back.", gt=1.0, le=1e6)
+    ] = 4.0
+    watch_disagreement: Annotated[
+        float,
+        _option(
+            "Share of the windows that the release before was sure of (0.8) on which a new one may differ.",
+            ge=0.0,
+            le=1.0,
+        ),
+    ] = 0.5
+    watch_shift: Annotated[
+        float,
+        _option(
+            "How far the distribution of its answers may move on those windows (total variation).",
+            ge=0.0,
+            le=1.0,
+        ),
+    ] = 0.4
+    watch_confidence_drop: Annotated[
+        float, _option("How much its mean confidence may fall on those windows.", ge=0.0, le=1.0)
+    ] = 0.4
     selftest_memory_bytes: Annotated[
         int, _option("Private memory that a model's self-test may use.", ge=2**26, le=2**40)
     ] = 2**30

@@ -16,7 +16,7 @@ import numpy as np
 from cloud_server.helper.store import HelperStore
 from process.clock import Clock
 from process.logs import get_logger
-from wire.envelope import Expect, Signer, open_sealed
+from wire.envelope import Expect, Signer, open_sealed, peek
 from wire.errors import EnvelopeError, MessageError, TrustError
 from wire.helper import (
     HelperAnswer,
@@ -129,7 +129,13 @@ class Helper:
             except (MessageError, TrustError) as error:
                 unusable.append(place)
                 facts = {"run": question.run, "round": question.round_number, "place": place}
-                _log.warning("seed_unusable", **facts, reason=str(error.facts.get("reason", error)))
+                # Whose it claims to be, for the log alone.
+                _log.warning(
+                    "seed_unusable",
+                    **facts,
+                    claims=_claimed(sealed),
+                    reason=str(error.facts.get("reason", error)),
+                )
                 continue
             found[place] = seed
             devices.add(seed.device)
@@ -165,6 +171,13 @@ class Helper:
         facts = {} if question is None else {"run": question.run, "round": question.round_number}
         _log.warning("question_refused", reason=reason, unusable=len(unusable), detail=detail, **facts)
         return HelperRefusal(reason=reason, unusable=unusable)
+
+
+def _claimed(sealed: bytes) -> str:
+    try:
+        return peek(sealed).device
+    except MessageError:
+        return ""
 
 
 def _sum_of(question: HelperQuestion, ring: Ring, seeds: list[_Seed]) -> RingVector:

@@ -22,6 +22,10 @@ from tests.fuzz.envelopes import Hostile, framed, is_good, opened, signed_head, 
 from tests.fuzz.mutation import mutated_bytes, mutated_value, respelled
 from tests.wire.parties import DEVICE_KEY, up_header
 from tests.wire.test_enrolment import REQUEST, TOKEN
+from tests.wire.test_helper import ANSWERS, HELPER_FILE, QUESTION_BYTES, TOTAL_BYTES
+from tests.wire.test_helper import EXAMPLES as HELPER_EXAMPLES
+from tests.wire.test_helper import FLEET as HELPER_FLEET
+from tests.wire.test_helper import TENANT as HELPER_TENANT
 from tests.wire.test_manifest import MANIFEST, RELEASE
 from tests.wire.test_messages import EXAMPLES
 from wire.blobs import BlobAssembly, make_ref, needed_chunks
@@ -42,10 +46,12 @@ from wire.enrolment import (
 )
 from wire.envelope import peek
 from wire.header import header_bytes, header_from_map
+from wire.helper import HelperAnswer, encode_answer, read_answer, read_helper_json
 from wire.manifest import Manifest, Release
 from wire.messages import CODEC_NAMES, BlobRef, Body, decode_body, encode_body
 from wire.onnx_file import MAX_NODES, check_onnx
 from wire.patch import apply_patch, make_patch
+from wire.primitives import KEM_ALGORITHMS, sha256
 from wire.replay import Window
 from wire.topics import Topics
 
@@ -100,6 +106,22 @@ class Decoder:
             return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
         except (TypeError, ValueError, cbor2.CBOREncodeError, OverflowError):
             return mutated_bytes(random, seed)
+
+
+# --- between the two servers ---
+
+
+def _helper_answer(data: bytes) -> None:
+    said = read_answer(data, question=QUESTION_BYTES, total_bytes=TOTAL_BYTES)
+    keep(encode_answer(said) == data, "one meaning, one byte string")
+    if isinstance(said, HelperAnswer):
+        keep(said.question == sha256(QUESTION_BYTES), "an answer is to this question")
+        keep(len(said.total) == TOTAL_BYTES, "a sum has its length")
+
+
+def _helper_json(data: bytes) -> None:
+    key = read_helper_json(data, tenant=HELPER_TENANT, fleet=HELPER_FLEET)
+    keep(key.algorithm in KEM_ALGORITHMS, "a helper's key is one that seeds can be sealed to")
 
 
 # --- CBOR, COSE, header ---
@@ -460,6 +482,9 @@ DECODERS: tuple[Decoder, ...] = (
     Decoder("signed_payload", _signed_payload, (encode_canonical(SEALED_BASE.content),), "cbor"),
     Decoder("peek", _peek, (SEALED_BASE.message,)),
     *(Decoder(f"body_{one.TYPE}", _body(type(one)), (encode_body(one),), "cbor") for one in EXAMPLES),
+    *(Decoder(f"helper_{one.TYPE}", _body(type(one)), (encode_body(one),), "cbor") for one in HELPER_EXAMPLES),
+    Decoder("helper_answer", _helper_answer, tuple(map(encode_answer, ANSWERS))),
+    Decoder("helper_json", _helper_json, (HELPER_FILE,), "json"),
     Decoder("chunk", _chunk, (*_CHUNKS, *split(b"one piece"))),
     Decoder("reassembly", _reassembly, tuple(map(_chunk_sequence, _SEQUENCES))),
     Decoder("bitmap", _bitmap, (b"\x09\xff\x01", b"\x03\x05", b"\x00\x00")),
