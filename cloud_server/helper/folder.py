@@ -14,6 +14,7 @@ Laws of the file: nothing is ever overwritten; the folder has its FORMAT last.
 from __future__ import annotations
 
 import secrets
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -27,7 +28,7 @@ from cloud_server.layout import FileLock
 from process.clock import Clock
 from process.options import render_toml
 from process.settings import load_settings
-from wire.errors import ConfigurationError, StorageError
+from wire.errors import ConfigurationError, ShoalError, StorageError
 from wire.helper import helper_json
 from wire.mask_terms import MAX_HELPED_MEMBERS
 from wire.primitives import KemPrivateKey, read_private, sha256, write_private
@@ -103,26 +104,44 @@ class HelperFolder:
             ConfigurationError: (operator) something lies there, or no such algorithm.
             StorageError: (disk) it cannot be made.
         """
-        key, token = KemPrivateKey.generate(algorithm), secrets.token_urlsafe(_TOKEN_BYTES)
         try:
+            was_there = self.root.exists()
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             if any(self.root.iterdir()):
                 raise ConfigurationError(f"{self.root} is not empty", hint="name another folder")
-            self.handed_out.mkdir(mode=0o700)
-            (self.root / "settings.toml").write_text(render_toml(settings), encoding="utf-8")
-            authority = CertificateAuthority.create(self.root / "ca", name=TLS_NAME, now=now)
-            write_private(self.root / "kem.key", f"{algorithm} {key.private_bytes().hex()}\n".encode())
-            write_private(self.root / "token.sha256", sha256(token.encode()).hex().encode())
-            named = helper_json(settings.tenant, settings.fleet, key.public_key)
-            (self.handed_out / HELPER_FILE).write_bytes(named)
-            (self.handed_out / AUTHORITY_FILE).write_text(authority.certificate_pem, encoding="ascii")
-            write_private(self.handed_out / TOKEN_FILE, token.encode())
-            self.open_store().close()
-            (self.root / "FORMAT").write_text(FORMAT + "\n", encoding="utf-8")
+            try:
+                self._fill(settings, algorithm, now)
+            except (OSError, ShoalError):
+                self._discard(keep=was_there)
+                raise
         except OSError as error:
             raise StorageError(
                 f"{self.root} cannot be made: {error.strerror}", path=str(self.root)
             ) from error
+
+    def _fill(self, settings: HelperSettings, algorithm: str, now: float) -> None:
+        key, token = KemPrivateKey.generate(algorithm), secrets.token_urlsafe(_TOKEN_BYTES)
+        self.handed_out.mkdir(mode=0o700)
+        (self.root / "settings.toml").write_text(render_toml(settings), encoding="utf-8")
+        authority = CertificateAuthority.create(self.root / "ca", name=TLS_NAME, now=now)
+        write_private(self.root / "kem.key", f"{algorithm} {key.private_bytes().hex()}\n".encode())
+        write_private(self.root / "token.sha256", sha256(token.encode()).hex().encode())
+        named = helper_json(settings.tenant, settings.fleet, key.public_key)
+        (self.handed_out / HELPER_FILE).write_bytes(named)
+        (self.handed_out / AUTHORITY_FILE).write_text(authority.certificate_pem, encoding="ascii")
+        write_private(self.handed_out / TOKEN_FILE, token.encode())
+        self.open_store().close()
+        (self.root / "FORMAT").write_text(FORMAT + "\n", encoding="utf-8")
+
+    def _discard(self, *, keep: bool) -> None:
+        """Takes back what `create` made."""
+        for entry in self.root.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+        if not keep:
+            self.root.rmdir()
 
     def key(self) -> KemPrivateKey:
         """What devices seal to.

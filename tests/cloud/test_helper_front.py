@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 
 from cloud_server.cli import main
-from cloud_server.helper.folder import TLS_NAME, HelperFolder
+from cloud_server.deployment import initialise
+from cloud_server.helper.folder import TLS_NAME, HelperFolder, HelperSettings
 from cloud_server.helper.serving import serve
 from cloud_server.secure.helper_client import HttpsHelper, read_helper_file
+from cloud_server.service import Running, run
+from cloud_server.settings import BrokerSettings, CloudSettings, ListenSettings, RunSettings, SecureSettings
 from process.clock import SystemClock
 from tests.cloud.helper_lab import FLEET, TENANT, HelperLab
-from wire.errors import ConfigurationError
+from wire.errors import ConfigurationError, TrustError
 from wire.helper import MAX_QUESTION_BYTES, SUM_PATH, HelperAnswer, HelperRefusal
 from wire.messages import Order
 from wire.primitives import KemPrivateKey, SigningKey
@@ -218,6 +221,22 @@ def test_import_of_a_bad_line_takes_nobody(tmp_path: Path, capsys: pytest.Captur
     store.close()
 
 
+def test_init_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    folder = HelperFolder(tmp_path / "helper")
+    with pytest.raises(TrustError):
+        folder.create(HelperSettings(), algorithm="rsa", now=0.0)
+    assert list(tmp_path.iterdir()) == []
+    folder.root.mkdir()
+    with pytest.raises(TrustError):
+        folder.create(HelperSettings(), algorithm="rsa", now=0.0)
+    assert list(folder.root.iterdir()) == []
+
+
+def test_folder_has_one_helper_that_answers(served: Served) -> None:
+    with pytest.raises(ConfigurationError, match="running"):
+        serve(served.folder, SystemClock(), stop=threading.Event())
+
+
 def test_folder_that_is_no_helpers_is_refused(tmp_path: Path) -> None:
     for command in (["show"], ["run"], ["device", "list"]):
         assert main(["helper", *command, "--state", str(tmp_path)]) != 0
@@ -252,6 +271,49 @@ def test_file_of_another_fleets_helper_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(damaged))
     with pytest.raises(ConfigurationError):
         read_helper_file(path, tenant=TENANT, fleet=FLEET)
+
+
+@pytest.mark.parametrize(
+    ("secure", "said"),
+    [
+        (SecureSettings(policy="two_server"), "needs a helper"),
+        (SecureSettings(policy="two_server", helper_url="https://h:1"), "helper's files"),
+    ],
+)
+def test_helper_that_is_not_there_is_one_error_before_anything_starts(
+    secure: SecureSettings, said: str, tmp_path: Path
+) -> None:
+    settings = CloudSettings(
+        listen=ListenSettings(public_port=0, device_port=0),
+        broker=BrokerSettings(kind="embedded", port=0),
+        run=RunSettings(strategy="FedAvg"),
+        secure=secure,
+    )
+    ready: list[Running] = []
+    with initialise(tmp_path / "state", settings) as deployment:
+        with pytest.raises(ConfigurationError, match=said):
+            run(deployment, stop=threading.Event(), on_ready=ready.append)
+        assert list(deployment.folder.broker.iterdir()) == []
+    assert ready == []
+
+
+def test_helper_is_trusted_by_the_offline_key_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = made(tmp_path / "helper")
+    file = str(folder.handed_out / "helper.json")
+    with initialise(tmp_path / "cloud", CloudSettings(tenant=TENANT, fleet=FLEET)) as deployment:
+        offline = deployment.folder.keys / "offline"
+    (offline / "targets.key").rename(tmp_path / "targets.key")
+    assert main(["helper", "trust", file, "--state", str(tmp_path / "cloud")]) != 0
+    assert "targets" in capsys.readouterr().err
+    (tmp_path / "targets.key").rename(offline / "targets.key")
+    assert main(["helper", "trust", file, "--state", str(tmp_path / "cloud")]) == 0
+    assert folder.key().key_id.hex() in capsys.readouterr().err
+    other = made(tmp_path / "other")
+    named = (other.handed_out / "helper.json").read_text().replace(f'"{FLEET}"', '"else"')
+    (tmp_path / "foreign.json").write_text(named)
+    assert main(["helper", "trust", str(tmp_path / "foreign.json"), "--state", str(tmp_path / "cloud")]) != 0
 
 
 def test_lab_orders_name_the_helper() -> None:
