@@ -75,7 +75,8 @@ class RunConfig:
     strikes: StrikePolicy = field(default_factory=StrikePolicy)
 
 
-def _with_masks(policy: RoundPolicy, masking: MaskingRules | None) -> RoundPolicy:
+def with_masks(policy: RoundPolicy, masking: MaskingRules | None) -> RoundPolicy:
+    """The policy of a run whose updates come under masks, or not."""
     if masking is None:
         return policy
     return replace(policy, secure=masking.policy, mask_seconds=masking.wait_seconds)
@@ -243,7 +244,7 @@ def make_run_parts(
     plan = RunPlan(
         run=config.run,
         manifest=manifest,
-        policy=_with_masks(config.policy, config.masking),
+        policy=with_masks(config.policy, config.masking),
         train=config.train,
         max_head_change=config.max_head_change,
         max_holdout_drop=config.max_holdout_drop,
@@ -255,6 +256,7 @@ def make_run_parts(
         return plan, ports
     check_private(
         plan.policy,
+        config.privacy.plan.mode,
         buffers_size=manifest.buffers_size,
         is_folded=is_folded(chosen),
         has_holdout=holdout is not None,

@@ -312,8 +312,11 @@ class PrivacySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """`[privacy]`: differential privacy of the devices' data (docs/how-to/privacy.md)."""
 
     mode: Annotated[
-        Literal["none", "central"],
-        _option("central: devices trust the aggregator with their updates, and it adds noise to their sum."),
+        Literal["none", "central", "distributed"],
+        _option(
+            "central: devices trust the aggregator with their updates, and it adds noise to their sum; distributed:"
+            " devices add it themselves, under masks (secure.policy)."
+        ),
     ] = "none"
     clipping_norm: Annotated[
         float, _option("Largest L2 norm of an update; over train.clipping_norm.", ge=1e-9, le=1e9)
@@ -342,9 +345,7 @@ class PrivacySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """What a private run does; None for a run without differential privacy."""
         if self.mode == "none":
             return None
-        values = structs.asdict(self)
-        del values["mode"]
-        return PrivacyPlan(**values)
+        return PrivacyPlan(**structs.asdict(self))
 
 
 class RefineSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

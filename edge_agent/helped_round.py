@@ -52,7 +52,9 @@ class HelpedMasking:
             raise MessageError("the order is not one of a round with a helper")
         self.ring = ring_of(terms)
         self._key_id = terms.helper_key_id
-        self._order, self._helper, self._min_devices, self._seal = order, helper, min_devices, seal
+        # Noise is made for so many: the helper tells the sum of no fewer.
+        least = min_devices if terms.noise is None else max(min_devices, terms.noise.quorum)
+        self._order, self._helper, self._min_devices, self._seal = order, helper, least, seal
         self._context = helped_context(tenant, fleet, order.run, order.round_number, terms)
         self._seed = random(SEED_BYTES)
 

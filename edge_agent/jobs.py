@@ -21,7 +21,9 @@ from edge_agent.ports import Engine, Floats, InferenceSession, Integers
 from edge_agent.release_files import SlotContents
 from wire import codec
 from wire.checkpoint import Checkpoint
+from wire.discrete_gaussian import SEED_BYTES
 from wire.errors import BundleError, DataError, ModelError
+from wire.lattice import add_noise
 from wire.manifest import FLOAT32, TEMPLATE, TRAIN_ADAM, TRAIN_SGD
 from wire.mask_terms import RingTerms
 from wire.materialize import materialize_float32, materialize_int8
@@ -98,7 +100,9 @@ def do_train(
     )
     if order.ring_terms is not None:
         steps = int(trained.metrics.get("steps", 0))
-        return Draft(work.update_id, order, _in_ring(trained.update, order.ring_terms, seed), steps)
+        return Draft(
+            work.update_id, order, _in_ring(trained.update, order.ring_terms, seed, work.random), steps
+        )
     before = _metrics_before(engine, work, head)
     payload, feedback = _encode(trained.update, config, seed, work.feedback)
     update = _fitting(
@@ -193,8 +197,11 @@ def _encode(
     return feedback.encode(update, config.codec, draws)
 
 
-def _in_ring(update: Floats, terms: RingTerms, seed: int) -> RingVector:
-    """What is masked later, and is never sent as it is."""
+def _in_ring(update: Floats, terms: RingTerms, seed: int, random: Callable[[int], bytes]) -> RingVector:
+    """What is masked later, and is never sent as it is. The noise of an update is drawn once, from a secret of its own:
+    the cloud can work out `seed`."""
+    if terms.noise is not None:
+        return add_noise(update, terms.noise, random(SEED_BYTES))
     return encode_ring(update, ring_of(terms), Draws(derive_seed("ring", seed)))
 
 

@@ -43,6 +43,7 @@ class Parts:
     """Everything that an agent is made of, and its counters.
 
     Attributes:
+        random: gives that many unpredictable bytes; from the worker's thread too.
         boot_id: names this life of the process.
         cloud_epoch: of the cloud's message that was heard last.
         training_paused: why nothing is trained for now (`remedies/pause_training.py`), or empty.
@@ -66,6 +67,7 @@ class Parts:
     heads: Heads
     helper: HelperPin
     masked: MaskedRounds
+    random: Callable[[int], bytes]
     boot_id: bytes
     max_packet_bytes: int = 131_072
     received_bytes_total: int = 0
@@ -129,6 +131,7 @@ def assemble(
             helper=lambda: helper.key,
             seal=speaker.seal_seed,
         ),
+        random=rng.randbytes,
         boot_id=rng.randbytes(16),
     )
 

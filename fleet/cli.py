@@ -138,8 +138,8 @@ def _simulate(options: argparse.Namespace) -> int:
     # Said now, and not after a first model was trained for it.
     run = scenario.run
     rules = masking_rules(scenario.secure.policy, scenario.secure.dropout, 0.0)
-    is_private = scenario.privacy.mode != "none"
-    check_setup(rules, build_strategy(run.strategy, run.parameters), has_app=False, is_private=is_private)
+    is_central = scenario.privacy.mode == "central"
+    check_setup(rules, build_strategy(run.strategy, run.parameters), has_app=False, is_central=is_central)
     with _folder(options.out):
         report = simulate(scenario, devices=options.devices, rounds=options.rounds, seed=options.seed)
     return _show(options, report, options.out)

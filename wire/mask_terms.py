@@ -17,18 +17,42 @@ MAX_HELPED_MEMBERS = 16_384
 _KEY_ID_BYTES = 8
 
 
-class RingTerms(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class NoiseTerms(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The noise that each device adds to its own update (clause 13.13), so that the sum is private.
+
+    Attributes:
+        clipping_norm: C: no update counts for more (L2).
+        radius: what C is on the lattice.
+        sigma: standard deviation of one device's noise on the lattice.
+        quorum: fewest devices whose noise is enough; no sum of fewer is unmasked.
+    """
+
+    clipping_norm: Annotated[float, Meta(gt=0.0, le=1e9)]
+    radius: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    sigma: Annotated[int, Meta(ge=1, le=2**24)]
+    quorum: Annotated[int, Meta(ge=1, le=MAX_HELPED_MEMBERS)]
+
+
+class RingTerms(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """How a parameter's change becomes a number of the ring, whatever hides it.
 
     Attributes:
         members: most devices that are summed: their sum fits the ring.
         ring, value_bits, bound: see `wire.ring.Ring`.
+        noise: under distributed differential privacy; `value_bits` and `bound` then say nothing.
     """
 
     members: Annotated[int, Meta(ge=3, le=MAX_HELPED_MEMBERS)]
     ring: RingName
     value_bits: Annotated[int, Meta(ge=1, le=31)]
     bound: Annotated[float, Meta(gt=0.0, le=1e9)]
+    noise: NoiseTerms | None = None
+
+    @property
+    def bound_to(self) -> list[int | float]:
+        """What a round's context says of the noise: nothing where there is none."""
+        noise = self.noise
+        return [] if noise is None else [noise.clipping_norm, noise.radius, noise.sigma, noise.quorum]
 
 
 class MaskTerms(RingTerms, frozen=True, kw_only=True, forbid_unknown_fields=True):

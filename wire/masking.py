@@ -133,7 +133,7 @@ class MaskGroup:
 def context_of(tenant: str, fleet: str, run: str, round_number: int, terms: MaskTerms) -> bytes:
     """SHA-256 of everything that the keys of a masked round are bound to."""
     named = [terms.roster_sha256, terms.members, terms.degree, terms.threshold, terms.ring, terms.value_bits]
-    whole = ["shoal masking", tenant, fleet, run, round_number, *named, terms.bound]
+    whole = ["shoal masking", tenant, fleet, run, round_number, *named, terms.bound, *terms.bound_to]
     return sha256(encode_canonical(whole))
 
 

@@ -82,6 +82,8 @@ def ring_of(terms: RingTerms) -> Ring:
     ring = Ring(16 if terms.ring == "ring16" else 32, terms.value_bits, terms.bound)
     if terms.members * ((1 << ring.value_bits) - 1) >= 1 << ring.bits:
         raise MessageError("the sum of a masked round would overflow its ring", members=terms.members)
+    if terms.noise is not None and (ring.bits != 32 or terms.noise.quorum > terms.members):
+        raise MessageError("the noise of a masked round does not fit it", members=terms.members)
     return ring
 
 

@@ -14,9 +14,10 @@ from cloud_server.db.engine import Connection
 from cloud_server.db.privacy import ChargeRow, count_mechanisms, count_uncharged, load_charges
 from cloud_server.deployment import Deployment
 from cloud_server.privacy.accountant import Mechanism, epsilon_of, rounds_left
-from cloud_server.privacy.budget import mechanism_of
+from cloud_server.privacy.budget import mechanism_for, mechanism_of
 from cloud_server.privacy.keys import add_ledger_key, open_ledger_keys
 from cloud_server.privacy.ledger import verify_ledger
+from cloud_server.privacy.plan import PrivacyPlan
 from process.arguments import whole_number
 
 _COLUMNS = ("seq", "run", "round", "noise", "clip", "rate", "population", "cohort", "epsilon", "charged_at")
@@ -67,8 +68,8 @@ def _facts(deployment: Deployment) -> dict[str, Any]:
     with deployment.database.read() as connection:
         spent, charges = _spent(connection), load_charges(connection, last=1)
         unbounded = count_uncharged(connection)
-    mechanism = Mechanism(settings.noise_multiplier, settings.sampling_rate)
-    left = rounds_left(spent, mechanism, settings.epsilon, settings.delta)
+    plan = settings.plan() or PrivacyPlan()
+    left = rounds_left(spent, mechanism_for(plan, 1), settings.epsilon, settings.delta)
     return {
         "mode": settings.mode,
         "budget_epsilon": settings.epsilon,

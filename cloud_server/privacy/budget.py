@@ -24,6 +24,7 @@ from cloud_server.db.privacy import (
     load_secret,
 )
 from cloud_server.privacy.accountant import Mechanism, epsilon_of
+from cloud_server.privacy.distributed import accounted_multiplier
 from cloud_server.privacy.keys import LedgerKeys
 from cloud_server.privacy.ledger import FIRST_PREV, anchor_charge, signed, verify_ledger
 from cloud_server.privacy.plan import PrivacyPlan
@@ -32,7 +33,7 @@ from wire.discrete_gaussian import SEED_BYTES
 from wire.errors import BudgetError, RoundError
 from wire.primitives import random_bytes
 
-MODE = "central"
+CENTRAL, DISTRIBUTED = "central", "distributed"
 EXHAUSTED = "exhausted"
 """Status of a run whose next round would cross the budget."""
 _log = get_logger("cloud.privacy")
@@ -78,12 +79,16 @@ class Charged:
 class Budget:
     """The budget of one run's fleet.
 
+    Args:
+        size: P.
+
     Raises:
         TrustError: (disk or an intruder) the ledger does not verify.
         MissingExtraError: (operator) there is nothing to compute epsilon with.
     """
 
-    def __init__(self, database: Database, run: str, private: PrivateRun) -> None:
+    def __init__(self, database: Database, run: str, private: PrivateRun, size: int) -> None:
+        self._mechanism = mechanism_for(private.plan, size)
         self._database = database
         self._run = run
         self._private = private
@@ -119,9 +124,8 @@ class Budget:
             BudgetError: (operator) it would cross the budget (`epsilon`, `limit`).
         """
         plan = self.plan
-        mechanism = Mechanism(plan.noise_multiplier, plan.sampling_rate)
         with self._database.read() as connection:
-            epsilon = self._epsilon(connection, mechanism)
+            epsilon = self._epsilon(connection, self._mechanism)
         if not epsilon <= plan.epsilon:
             raise BudgetError(
                 f"round {round_number} would bring epsilon to {epsilon:.4g} of {plan.epsilon:.4g}"
@@ -142,10 +146,10 @@ class Budget:
             seq=seq,
             run=self._run,
             round=opening.round_number,
-            mode=MODE,
-            noise_multiplier=plan.noise_multiplier,
+            mode=plan.mode,
+            noise_multiplier=self._mechanism.noise_multiplier,
             clipping_norm=plan.clipping_norm,
-            sampling_rate=plan.sampling_rate,
+            sampling_rate=self._mechanism.sampling_rate,
             population=opening.population,
             cohort=cohort,
             epsilon=opening.epsilon,
@@ -186,7 +190,18 @@ class Budget:
 
 def mechanism_of(noise_multiplier: float, sampling_rate: float, mode: str) -> Mechanism:
     """What a charge is composed as."""
-    return Mechanism(noise_multiplier, sampling_rate, is_coarse=mode != MODE)
+    return Mechanism(noise_multiplier, sampling_rate, is_coarse=mode != CENTRAL)
+
+
+def mechanism_for(plan: PrivacyPlan, size: int) -> Mechanism:
+    """What a round of a plan costs. Who is asked is no secret from an aggregator: distributed, sampling hides nobody.
+
+    Args:
+        size: P.
+    """
+    if plan.mode == CENTRAL:
+        return mechanism_of(plan.noise_multiplier, plan.sampling_rate, CENTRAL)
+    return mechanism_of(accounted_multiplier(plan.noise_multiplier, size), 1.0, DISTRIBUTED)
 
 
 def _with(spent: list[tuple[Mechanism, int]], further: Mechanism) -> list[tuple[Mechanism, int]]:

@@ -9,24 +9,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from wire.errors import ConfigurationError
+
+PrivacyMode = Literal["central", "distributed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrivacyPlan:
-    """Central differential privacy: each device is trusted to the aggregator, and the aggregator adds the noise.
+    """What rounds do, and what they may spend.
 
     Attributes:
+        mode: `central`: the aggregator, which is trusted with updates, adds the noise to their sum. `distributed`:
+            devices add it under masks, and the aggregator sees a noisy sum only.
         clipping_norm: L2 bound of one update; fixed for the run.
         noise_multiplier: standard deviation of the noise on the sum, in clipping norms.
-        sampling_rate: probability with which each present device is asked, independently of all others.
+        sampling_rate: probability with which each present device is asked, independently of all others. Distributed, it
+            saves work and counts for nothing: the aggregator knows whom it asked.
         epsilon, delta: what all rounds of this fleet together may spend.
 
     Raises:
         ConfigurationError: (operator) a value out of bounds; names it.
     """
 
+    mode: PrivacyMode = "central"
     clipping_norm: float = 1.0
     noise_multiplier: float = 1.0
     sampling_rate: float = 0.1

@@ -11,11 +11,12 @@ from __future__ import annotations
 from cloud_server.db.engine import Connection
 from cloud_server.db.privacy import ChargeRow, count_mechanisms, delete_secrets, insert_charge, last_charge
 from cloud_server.privacy.accountant import epsilon_of
-from cloud_server.privacy.budget import mechanism_of
+from cloud_server.privacy.budget import mechanism_for, mechanism_of
 from cloud_server.privacy.keys import LedgerKeys
 from cloud_server.privacy.ledger import FIRST_PREV, anchor_charge, signed
 from cloud_server.privacy.plan import PrivacyPlan
 from wire.errors import ConfigurationError
+from wire.messages import MAX_PARAMS
 
 RESTORED = "restored"
 MAX_LOST = 10_000
@@ -75,8 +76,9 @@ def charge_lost_rounds(
         return 0.0
     # Less noise and a larger rate than any round had cost more than every one of them.
     counted = count_mechanisms(connection)
-    noise = min([plan.noise_multiplier, *(row[0] for row in counted)])
-    rate = max([plan.sampling_rate, *(row[1] for row in counted)])
+    stated = mechanism_for(plan, MAX_PARAMS)
+    noise = min([stated.noise_multiplier, *(row[0] for row in counted)])
+    rate = max([stated.sampling_rate, *(row[1] for row in counted)])
     spent = [(mechanism_of(*row[:3]), row[3]) for row in counted]
     epsilon = epsilon_of([*spent, (mechanism_of(noise, rate, RESTORED), lost)], plan.delta)
     last = last_charge(connection)

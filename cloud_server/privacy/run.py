@@ -12,11 +12,12 @@ import msgspec
 
 from cloud_server.db.engine import Database
 from cloud_server.db.privacy import load_charges
-from cloud_server.privacy.accountant import Mechanism, epsilon_of
-from cloud_server.privacy.budget import Budget, PrivateRun
+from cloud_server.privacy.accountant import epsilon_of
+from cloud_server.privacy.budget import CENTRAL, Budget, PrivateRun, mechanism_for
 from cloud_server.privacy.central import CentralPrivacy
 from cloud_server.privacy.keys import open_ledger_keys
-from cloud_server.privacy.plan import PrivacyPlan
+from cloud_server.privacy.plan import PrivacyMode, PrivacyPlan
+from cloud_server.privacy.sampling import PrivateStrategy
 from cloud_server.rounds.plan import RunPlan, RunPorts
 from cloud_server.rounds.state import RoundPolicy
 from wire.errors import ConfigurationError
@@ -32,7 +33,7 @@ def private_run(plan: PrivacyPlan, database: Database, keys: Path) -> PrivateRun
         ConfigurationError: (operator) there is nothing to compute epsilon with, or the key file is not one.
         StorageError: (operator, disk) the ledger's key is missing.
     """
-    epsilon_of([(Mechanism(plan.noise_multiplier, plan.sampling_rate), 1)], plan.delta)
+    epsilon_of([(mechanism_for(plan, 1), 1)], plan.delta)
     with database.read() as connection:
         is_new = not load_charges(connection, last=1)
     open_ledger_keys(keys, is_new=is_new)
@@ -40,9 +41,15 @@ def private_run(plan: PrivacyPlan, database: Database, keys: Path) -> PrivateRun
 
 
 def check_private(
-    policy: RoundPolicy, *, buffers_size: int, is_folded: bool, has_holdout: bool, has_app: bool
+    policy: RoundPolicy,
+    mode: PrivacyMode,
+    *,
+    buffers_size: int,
+    is_folded: bool,
+    has_holdout: bool,
+    has_app: bool,
 ) -> None:
-    """Refuses what does not go with central differential privacy.
+    """Refuses what does not go with differential privacy.
 
     Args:
         buffers_size: Q of the model.
@@ -65,8 +72,16 @@ def check_private(
         )
     if policy.goal:
         raise _refusal("a goal lets one device's reply shut out another's", "set run.goal to 0")
-    if policy.is_masked:
-        raise _refusal("the aggregator adds the noise to updates that it can clip", "aggregate plainly")
+    if policy.is_masked and mode == CENTRAL:
+        raise _refusal(
+            "the aggregator adds the noise to updates that it can clip",
+            "set secure.policy to plain, or privacy.mode to distributed",
+        )
+    if not policy.is_masked and mode != CENTRAL:
+        raise _refusal(
+            "a device's noise alone is too little to hide its update",
+            "set secure.policy to pairwise or two_server, or privacy.mode to central",
+        )
     if policy.evaluate_every and not has_holdout:
         raise _refusal(
             "devices are not asked how good a model is, so the gate needs the operator's own data",
@@ -81,17 +96,22 @@ def make_private(plan: RunPlan, ports: RunPorts, private: PrivateRun) -> tuple[R
         TrustError: (disk or an intruder) the ledger does not verify.
         ConfigurationError: (operator) so much noise that nothing of an update is left.
     """
-    budget = Budget(ports.database, plan.run, private)
-    strategy = CentralPrivacy(ports.strategy, budget, plan.manifest.params_size)
+    size, is_central = plan.manifest.params_size, private.plan.mode == CENTRAL
+    budget = Budget(ports.database, plan.run, private, size)
+    strategy = (
+        CentralPrivacy(ports.strategy, budget, size)
+        if is_central
+        else PrivateStrategy(ports.strategy, budget)
+    )
     plan = replace(
         plan,
         is_private=True,
         norm_factor=0.0,
-        policy=replace(plan.policy, folds_always=True),
+        policy=replace(plan.policy, folds_always=is_central),
         train=msgspec.structs.replace(plan.train, clipping_norm=private.plan.clipping_norm),
     )
     return plan, replace(ports, strategy=strategy, budget=budget)
 
 
 def _refusal(why: str, hint: str) -> ConfigurationError:
-    return ConfigurationError(f"not under privacy.mode central: {why}", hint=hint)
+    return ConfigurationError(f"not under differential privacy: {why}", hint=hint)

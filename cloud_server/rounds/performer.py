@@ -16,7 +16,7 @@ import numpy as np
 
 from cloud_server.db import rounds as books
 from cloud_server.db.engine import Connection
-from cloud_server.privacy.budget import EXHAUSTED, MODE
+from cloud_server.privacy.budget import EXHAUSTED
 from cloud_server.rounds import events as ev
 from cloud_server.rounds.chronicle import ROUND_FAILED, ROUND_FOLDED, note_round
 from cloud_server.rounds.desk import Desk
@@ -109,7 +109,8 @@ class Performer(Desk):
 
     def _privacy(self) -> dict[str, str]:
         """That the round must have a charge; a part of its configuration, which outlives a ledger that was cut."""
-        return {} if self._ports.budget is None else {"privacy": MODE}
+        budget = self._ports.budget
+        return {} if budget is None else {"privacy": budget.plan.mode}
 
     def _committed_terms(self, number: int, devices: Sequence[str]) -> dict[str, Any]:
         """What else the devices of a round are told and committed to; a part of its configuration.

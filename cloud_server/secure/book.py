@@ -179,8 +179,12 @@ class MaskBook:
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether of some secret that is needed fewer shares are with devices that delivered than give it back."""
-        group, threshold = self.group, self.group.terms.threshold
+        """Whether of some secret that is needed fewer shares are with devices that delivered than give it back; or
+        fewer delivered than the noise was made for."""
+        group, threshold, noise = self.group, self.group.terms.threshold, self.group.terms.noise
+        if noise is not None and len(self.delivered) < noise.quorum:
+            # Never asked about: the noise of so few would not hide what one of them says.
+            return True
         needed = self.delivered | self.lost
         return any(len(self.delivered.intersection(group.neighbours_of(d))) < threshold for d in needed)
 

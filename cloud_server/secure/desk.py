@@ -27,7 +27,7 @@ from cloud_server.secure.summed import ENVELOPE_BYTES, SummedPerformer, SummedRe
 from cloud_server.secure.unmask import unmask
 from process.logs import get_logger
 from wire.errors import MessageError, QuorumError, RoundError, StorageError
-from wire.mask_terms import MaskTerms, RingName
+from wire.mask_terms import MaskTerms, NoiseTerms, RingName
 from wire.masking import MaskGroup, Roster
 from wire.messages import (
     MAX_BODY_BYTES,
@@ -39,7 +39,7 @@ from wire.messages import (
     MaskRoster,
     MaskShares,
 )
-from wire.ring import Ring, RingVector, choose_ring, decode_mean, ring_of, ring_vector
+from wire.ring import Ring, RingVector, ring_of, ring_vector
 
 _log = get_logger("cloud.secure")
 
@@ -109,10 +109,14 @@ class MaskedPerformer(SummedPerformer):
             message_bytes=masking.message_bytes,
         )
         largest = max(len(group.devices) for group in groups)
-        ring = choose_ring(largest, plan.manifest.params_size, plan.train.clipping_norm)
+        ring, _ = self._terms_of_sum(largest)
         if len(groups) > 1:
             _log.info("masked_in_groups", run=plan.run, round=number, groups=len(groups), largest=largest)
         return {_TERMS: [self._kept_group(group, ring) for group in groups]}
+
+    def _terms_of_sum(self, members: int) -> tuple[Ring, NoiseTerms | None]:
+        masking = self._masking
+        return self._terms_for(members, dropout=masking.dropout, colluding=masking.colluding)
 
     def _kept_group(self, group: Group, ring: Ring) -> dict[str, Any]:
         try:
@@ -127,6 +131,8 @@ class MaskedPerformer(SummedPerformer):
             ring=ring.name,
             value_bits=ring.value_bits,
             bound=ring.bound,
+            # Each group's sum is told by itself, and needs noise enough of its own.
+            noise=self._terms_of_sum(len(roster.members))[1],
         )
         plain = msgspec.to_builtins(terms) | {"roster_sha256": roster.sha256.hex()}
         return {"terms": plain, "members": [[device, key.hex()] for device, key in roster.members]}
@@ -271,7 +277,8 @@ class MaskedPerformer(SummedPerformer):
             except RoundError as error:
                 failures.append((book, error))
                 continue
-            means.append((decode_mean(total, ring, len(book.delivered)), len(book.delivered)))
+            count = len(book.delivered)
+            means.append((self._mean(total, book.group.terms, count), count))
         count = sum(devices for _, devices in means)
         if failures and count < self._plan.policy.quorum:
             raise failures[0][1]

@@ -28,7 +28,7 @@ from wire.helper import HelperAnswer, HelperQuestion, HelperRefusal
 from wire.mask_terms import MAX_HELPED_MEMBERS, HelpedTerms, RingName
 from wire.masking import MIN_MEMBERS
 from wire.messages import MAX_BODY_BYTES, encode_body
-from wire.ring import choose_ring, decode_mean, ring_of, ring_vector
+from wire.ring import ring_of, ring_vector
 
 _log = get_logger("cloud.secure")
 _TERMS: Final = "helped"
@@ -37,11 +37,18 @@ UNUSABLE: Final = "unusable_seed"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HelpedPorts:
-    """What such a run needs beyond what every run is lent."""
+    """What such a run needs beyond what every run is lent.
+
+    Attributes:
+        dropout: share of a cohort without which a sum is still told, where devices add noise to it.
+        colluding: share of a cohort that may tell the noise that they drew.
+    """
 
     tenant: str
     fleet: str
     helper: AskedHelper
+    dropout: float = 0.2
+    colluding: float = 0.1
 
 
 class HelpedPerformer(SummedPerformer):
@@ -66,13 +73,15 @@ class HelpedPerformer(SummedPerformer):
                 f"a round with a helper has {MIN_MEMBERS} to {MAX_HELPED_MEMBERS} devices, not {len(devices)}",
                 present=len(devices),
             )
-        ring = choose_ring(len(devices), self._plan.manifest.params_size, self._plan.train.clipping_norm)
+        helped = self._helped
+        ring, noise = self._terms_for(len(devices), dropout=helped.dropout, colluding=helped.colluding)
         terms = HelpedTerms(
             members=len(devices),
             ring=ring.name,
             value_bits=ring.value_bits,
             bound=ring.bound,
-            helper_key_id=self._helped.helper.key.key_id,
+            helper_key_id=helped.helper.key.key_id,
+            noise=noise,
         )
         return {_TERMS: msgspec.to_builtins(terms) | {"helper_key_id": terms.helper_key_id.hex()}}
 
@@ -103,17 +112,22 @@ class HelpedPerformer(SummedPerformer):
 
     # ---- the helper --------------------------------------------------------------------------------------------
 
-    def _ask_helper(self, _action: ev.AskHelper) -> None:
+    def _ask_helper(self, _action: ev.AskHelper) -> ev.Event | None:
         if self._asked is None:
             self._asked = self._question()
         question, rows = self._asked
+        if not rows:
+            return ev.HelperAnswered("there is no update to unmask")
         _log.info("helper_asked", run=self._plan.run, round=self._open_row().number, devices=len(rows))
         self._helped.helper.ask(question, self._total_bytes())
+        return None
 
     def _question(self) -> tuple[bytes, tuple[books.UpdateRow, ...]]:
         """The question about what is committed, and whose seed stands at each place; always the same bytes."""
         row, helped = self._open_row(), self._helped
         found = [(each, update.sealed_seed) for each, update in self._stored_updates(row.number)]
+        if not found:
+            return b"", ()
         found.sort(key=lambda pair: pair[0].device)
         question = HelperQuestion(
             tenant=helped.tenant,
@@ -152,8 +166,7 @@ class HelpedPerformer(SummedPerformer):
         _log.warning("seeds_unusable", run=self._plan.run, devices=names, left=left)
         self._discard(unusable, UNUSABLE)
         self._asked = None
-        self._ask_helper(ev.AskHelper())
-        return None
+        return self._ask_helper(ev.AskHelper())
 
     # ---- the fold ----------------------------------------------------------------------------------------------
 
@@ -167,7 +180,7 @@ class HelpedPerformer(SummedPerformer):
             np.add(total, ring_vector(update.payload, ring, size), out=total)
             count += 1
         np.subtract(total, ring_vector(self._masks, ring, size), out=total)
-        return SummedReplies(decode_mean(total, ring, count), count)
+        return SummedReplies(self._mean(total, self._terms_of(row), count), count)
 
     def _end_round(self) -> None:
         super()._end_round()

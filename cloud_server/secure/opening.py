@@ -12,6 +12,7 @@ from typing import Any
 from cloud_server.deployment import Deployment
 from cloud_server.downlink import Downlink
 from cloud_server.flower.strategies import is_folded
+from cloud_server.privacy.budget import CENTRAL
 from cloud_server.registry import Registry
 from cloud_server.rounds.plan import RunPlan, RunPorts
 from cloud_server.rounds.runner import RoundRunner
@@ -28,8 +29,8 @@ class MaskingRules:
 
     Attributes:
         policy: `pairwise` or `two_server`.
-        dropout: share of a cohort that may vanish at any time (pairwise).
-        colluding: share of a cohort that may tell the cloud all they know (pairwise).
+        dropout: share of a cohort that may vanish at any time (pairwise, or where devices add noise).
+        colluding: share of a cohort that may tell the cloud all they know (the same).
         wait_seconds: longest wait for each step beside the updates.
     """
 
@@ -65,15 +66,18 @@ def open_helper(deployment: Deployment) -> AskedHelper | None:
     return HttpsHelper(settings.secure.helper_url, folder, tenant=settings.tenant, fleet=settings.fleet)
 
 
-def check_setup(rules: MaskingRules | None, strategy: Any, *, has_app: bool, is_private: bool) -> None:
+def check_setup(rules: MaskingRules | None, strategy: Any, *, has_app: bool, is_central: bool) -> None:
     """Says at once what does not go with masks.
 
+    Args:
+        is_central: the aggregator adds noise to updates, which it must see.
+
     Raises:
-        ConfigurationError: (operator) a ServerApp, differential privacy, or a strategy that needs single updates.
+        ConfigurationError: (operator) a ServerApp, central privacy, or a strategy that needs single updates.
     """
     if rules is None:
         return
-    for is_there, what in ((has_app, "a ServerApp"), (is_private, "noise that the aggregator adds")):
+    for is_there, what in ((has_app, "a ServerApp"), (is_central, "noise that the aggregator adds")):
         if is_there:
             raise _excluded(what)
     check_strategy(strategy)
@@ -114,14 +118,20 @@ def make_runner(
     """
     if rules is None:
         return RoundRunner(plan, ports)
-    if ports.budget is not None:
+    if ports.budget is not None and ports.budget.plan.mode == CENTRAL:
         raise _excluded("noise that the aggregator adds")
     if rules.policy == "two_server":
         if helper is None:
             raise ConfigurationError(
                 "secure.policy = two_server needs a helper", hint="set secure.helper_url"
             )
-        helped = HelpedPorts(tenant=downlink.topics.tenant, fleet=downlink.topics.fleet, helper=helper)
+        helped = HelpedPorts(
+            tenant=downlink.topics.tenant,
+            fleet=downlink.topics.fleet,
+            helper=helper,
+            dropout=rules.dropout,
+            colluding=rules.colluding,
+        )
         return RoundRunner(plan, ports, make_desk=partial(HelpedPerformer, helped=helped))
     masking = MaskingPorts(
         tenant=downlink.topics.tenant,

@@ -14,17 +14,20 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cloud_server.db import rounds as books
+from cloud_server.privacy.distributed import noise_terms
 from cloud_server.rounds import events as ev
 from cloud_server.rounds.intake import Intake
 from cloud_server.rounds.performer import Performer
 from cloud_server.rounds.plan import RunPlan, RunPorts
-from cloud_server.rounds.ports import Reply
+from cloud_server.rounds.ports import Reply, Vector
 from cloud_server.rounds.state import Phase, RoundState
 from cloud_server.screening import Expected
-from wire.errors import ConfigurationError, RoundError
-from wire.mask_terms import RingName
+from wire.errors import ConfigurationError, QuorumError, RoundError
+from wire.lattice import noisy_mean
+from wire.mask_terms import NoiseTerms, RingName, RingTerms
 from wire.messages import Update, decode_body
 from wire.norm import l2_norm
+from wire.ring import Ring, RingVector, choose_ring, decode_mean, ring_of, value_bits_of
 
 ENVELOPE_BYTES = 64 * 1024
 """Of a slot, for all that is not the payload."""
@@ -56,6 +59,46 @@ class SummedPerformer(Performer):
 
     def _measured_norm(self, number: int) -> dict[str, float]:
         return {}
+
+    def _terms_for(self, members: int, *, dropout: float, colluding: float) -> tuple[Ring, NoiseTerms | None]:
+        """The ring of a sum, and each device's noise on it; None where devices add none.
+
+        Raises:
+            QuorumError: so few devices, or so many, that the noise does not fit.
+        """
+        budget, size, clip = (
+            self._ports.budget,
+            self._plan.manifest.params_size,
+            self._plan.train.clipping_norm,
+        )
+        if budget is None:
+            return choose_ring(members, size, clip), None
+        plan = budget.plan
+        try:
+            noise = noise_terms(
+                members=members,
+                dropout=dropout,
+                colluding=colluding,
+                clipping_norm=plan.clipping_norm,
+                noise_multiplier=plan.noise_multiplier,
+                size=size,
+            )
+        except ConfigurationError as error:
+            raise QuorumError(f"{error} ({error.hint})", present=members) from error
+        return Ring(32, value_bits_of(32, members), plan.clipping_norm), noise
+
+    def _mean(self, total: RingVector, terms: RingTerms, count: int) -> Vector:
+        """The mean of `count` updates, from their sum.
+
+        Raises:
+            RoundError: the noise of so few devices is not enough.
+        """
+        noise = terms.noise
+        if noise is None:
+            return decode_mean(total, ring_of(terms), count)
+        if count < noise.quorum:
+            raise RoundError(f"{count} devices delivered, the noise is that of {noise.quorum}", count=count)
+        return noisy_mean(total, noise, count)
 
     def _ring(self) -> RingName | None:
         """The ring of the round under way; None where there is none."""

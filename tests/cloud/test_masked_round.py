@@ -78,8 +78,7 @@ class MaskedDevice:
         else:
             masking.receive(body)
             if masking.is_ready:
-                ring = ring_of(self.lab.terms(order))
-                values = encode_ring(self.clipped(order), ring, Draws(order.round_number))
+                ring, values = ring_of(self.lab.terms(order)), self.lab.values(name, order)
                 update = self.device.update(
                     order,
                     num_examples=1,
@@ -118,6 +117,12 @@ class MaskedRun(Lab):
         )
         return RoundRunner(
             plan, ports, make_desk=lambda *parts: MaskedPerformer(*parts, masking=ports_of_masking)
+        )
+
+    def values(self, name: str, order: Order) -> NDArray[Any]:
+        """What a device masks."""
+        return encode_ring(
+            self.masked[name].clipped(order), ring_of(self.terms(order)), Draws(order.round_number)
         )
 
     def terms(self, order: Order) -> Any:
@@ -294,16 +299,16 @@ def test_model_with_buffers_cannot_be_masked() -> None:
 def test_strategy_that_needs_single_updates_is_refused(name: str) -> None:
     rules = masking_rules("pairwise", 0.2, 0.1)
     with pytest.raises(ConfigurationError, match="single updates"):
-        check_setup(rules, build_strategy(name, {}), has_app=False, is_private=False)
+        check_setup(rules, build_strategy(name, {}), has_app=False, is_central=False)
 
 
 @pytest.mark.parametrize("flags", [(True, False), (False, True)])
 def test_what_does_not_go_with_masks_is_refused(flags: tuple[bool, bool]) -> None:
     strategy = build_strategy("FedAvg", {})
     with pytest.raises(ConfigurationError):
-        check_setup(masking_rules("pairwise", 0.2, 0.1), strategy, has_app=flags[0], is_private=flags[1])
-    check_setup(None, strategy, has_app=flags[0], is_private=flags[1])
-    check_setup(masking_rules("pairwise", 0.2, 0.1), strategy, has_app=False, is_private=False)
+        check_setup(masking_rules("pairwise", 0.2, 0.1), strategy, has_app=flags[0], is_central=flags[1])
+    check_setup(None, strategy, has_app=flags[0], is_central=flags[1])
+    check_setup(masking_rules("pairwise", 0.2, 0.1), strategy, has_app=False, is_central=False)
 
 
 def test_lab_encodes_what_it_says() -> None:

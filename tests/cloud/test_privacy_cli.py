@@ -37,7 +37,7 @@ def charge(state: Path, rounds: int) -> PrivateRun:
     """Charges rounds as the service does."""
     with Deployment.open(state, {}) as deployment:
         private = private_run(PLAN, deployment.database, deployment.folder.keys)
-        budget = Budget(deployment.database, "main", private)
+        budget = Budget(deployment.database, "main", private, 10)
         for number in range(1, rounds + 1):
             budget.prepare(number, 50)
             with deployment.database.transaction() as connection:

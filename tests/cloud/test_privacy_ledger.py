@@ -42,7 +42,7 @@ class Cloud:
         plan = deployment.settings.privacy.plan()
         assert plan is not None
         private = private_run(plan, deployment.database, deployment.folder.keys)
-        budget = Budget(deployment.database, "main", private)
+        budget = Budget(deployment.database, "main", private, 10)
         for number in numbers:
             budget.prepare(number, 50)
             with deployment.database.transaction() as connection:

@@ -16,11 +16,12 @@ from cloud_server.db import schema
 from cloud_server.db.privacy import count_uncharged, load_charges
 from cloud_server.privacy.accountant import Mechanism, epsilon_of
 from cloud_server.privacy.budget import EXHAUSTED, PrivateRun
-from cloud_server.privacy.central import SIGMA, Lattice, sample_cohort
+from cloud_server.privacy.central import SIGMA, lattice_for
 from cloud_server.privacy.keys import LedgerKeys
 from cloud_server.privacy.ledger import verify_ledger
 from cloud_server.privacy.plan import PrivacyPlan
 from cloud_server.privacy.run import check_private, make_private
+from cloud_server.privacy.sampling import sample_cohort
 from cloud_server.rounds.runner import RoundRunner
 from cloud_server.rounds.state import RoundPolicy
 from tests.cloud.round_lab import BlownFuseError, Device, Lab, open_transaction
@@ -417,7 +418,7 @@ def test_plain_round_is_not_folded_as_a_private_one() -> None:
 
 @pytest.mark.parametrize(("size", "noise"), [(1, 0.01), (57, 1.0), (100_000, 4.0), (1000, 1000.0)])
 def test_rounded_update_is_never_longer_than_the_radius(size: int, noise: float) -> None:
-    lattice = Lattice.of(0.7, noise, size)
+    lattice = lattice_for(0.7, noise, size)
     rng = np.random.default_rng(size)
     for scale in (1e-9, 0.5, 1e6):
         update = (scale * rng.normal(size=size)).astype(np.float32)
@@ -428,7 +429,7 @@ def test_rounded_update_is_never_longer_than_the_radius(size: int, noise: float)
 
 def test_noise_that_leaves_no_room_is_refused() -> None:
     with pytest.raises(ConfigurationError):
-        Lattice.of(1.0, 100_000.0, 2**20)
+        lattice_for(1.0, 100_000.0, 2**20)
 
 
 @pytest.mark.parametrize("name", ["clipping_norm", "noise_multiplier", "sampling_rate", "epsilon", "delta"])
@@ -453,10 +454,10 @@ GOOD: dict[str, Any] = {"buffers_size": 0, "is_folded": True, "has_holdout": Tru
     ],
 )
 def test_what_does_not_go_with_privacy_is_refused(changes: dict[str, Any], policy: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError, match="privacy"):
-        check_private(RoundPolicy(**policy), **{**GOOD, **changes})
+    with pytest.raises(ConfigurationError, match="under differential privacy"):
+        check_private(RoundPolicy(**policy), "central", **{**GOOD, **changes})
 
 
 def test_what_goes_with_privacy_is_let_through() -> None:
-    check_private(RoundPolicy(), **GOOD)
-    check_private(RoundPolicy(evaluate_every=0), **{**GOOD, "has_holdout": False})
+    check_private(RoundPolicy(), "central", **GOOD)
+    check_private(RoundPolicy(evaluate_every=0), "central", **{**GOOD, "has_holdout": False})

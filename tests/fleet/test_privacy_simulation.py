@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+
+import pytest
+from msgspec import structs
 
 from cloud_server.db.privacy import load_charges
 from cloud_server.db.rounds import load_updates
 from cloud_server.privacy.accountant import Mechanism, epsilon_of
+from cloud_server.privacy.budget import mechanism_for
 from cloud_server.settings import PrivacySettings
-from fleet.scenario import RunScenario, Scenario
+from fleet.scenario import RunScenario, Scenario, SecureScenario
 from fleet.simulate import RUN, report_of, run_config
 from fleet.simulation import Simulation
 from fleet.virtual_people import virtual_federation
@@ -55,4 +60,30 @@ def test_fleet_whose_budget_is_spent_ends_before_its_last_round(watch_bundle: Bu
     with simulation.base.database.read() as connection:
         assert len(load_charges(connection)) == 1
     assert simulation.runner.is_finished
+    simulation.close()
+
+
+def test_fleet_that_adds_its_own_noise_under_masks_says_what_it_spent_and_stops(watch_bundle: Bundle) -> None:
+    """Real agents clip, round and add noise; the aggregator opens sums only; the second of three rounds is the last."""
+    privacy = PrivacySettings(mode="distributed", clipping_norm=1.0, noise_multiplier=0.5, sampling_rate=1.0)
+    plan = privacy.plan()
+    assert plan is not None
+    cost = mechanism_for(plan, watch_bundle.manifest.params_size)
+    scenario = Scenario(
+        run=RunScenario(strategy="FedAvg", deadline_seconds=60.0),
+        secure=SecureScenario(policy="pairwise", dropout=0.3),
+        privacy=structs.replace(privacy, epsilon=1.0001 * epsilon_of([(cost, 2)], privacy.delta)),
+    )
+    simulation, text = play(watch_bundle, scenario, rounds=3)
+    with simulation.base.database.read() as connection:
+        charges = load_charges(connection)
+        folded = [load_updates(connection, RUN, row.round, "train", "folded") for row in charges]
+    assert [(row.mode, row.sampling_rate) for row in charges] == [("distributed", 1.0)] * 2
+    assert all(len(updates) == DEVICES for updates in folded)
+    assert {update.codec for updates in folded for update in updates} == {"ring32"}
+    assert json.loads(text)["facts"]["epsilon"].endswith("2 rounds charged")
+    # What moved is noise: of all eight, made for six, a mean of eight, twice; and what the patch still owes.
+    moved = simulation.runner.head.params.astype(float) - watch_bundle.checkpoint().params
+    expected = 0.5 * math.sqrt(8 / 6) / 8 * math.sqrt(2)
+    assert moved.std() == pytest.approx(expected, rel=0.1)
     simulation.close()
