@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final, cast
 
 from edge_agent import events as on
@@ -68,7 +69,7 @@ class Health:
     def look(self) -> None:
         """One look, and what follows from it."""
         try:
-            facts = self.facts()
+            facts = replace(self.facts(), watched=self._watch())
         except ShoalError as error:
             _log.warning("health_not_known", reason=str(error))
             return
@@ -113,6 +114,10 @@ class Health:
             is_training_paused=bool(parts.training_paused),
             paused_seconds=now - self._paused_at if parts.training_paused else 0.0,
         )
+
+    def _watch(self) -> str:
+        watch = self._parts.serving.watch
+        return watch.look(self._parts.settings.release) if watch is not None else ""
 
     def _since_last(self) -> tuple[int, int]:
         """Requests and errors of the model that serves, since the look before."""

@@ -78,6 +78,9 @@ class MemorySlots:
     def current(self) -> SlotContents | None:
         return self._current
 
+    def predecessor(self) -> SlotContents | None:
+        return self._last_good if self._standing.probation else None
+
     def held(self, graphs_sha256: str) -> frozenset[str]:
         return self._shared.held(graphs_sha256)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edge_agent.ports import Floats, InferenceSession, Variant
+from edge_agent.watch import Watch
 from process.clock import Clock
 from wire.errors import DataError, ModelError
 from wire.manifest import TaskSpec
@@ -109,6 +110,7 @@ class Serving:
         self.bad_input_total = 0
         self.by_release: dict[int, Counts] = {}
         self.swaps: deque[Swap] = deque(maxlen=SWAPS_KEPT)
+        self.watch: Watch | None = None
         self.has_model = threading.Event()
 
     @property
@@ -124,8 +126,9 @@ class Serving:
     def swap(self, model: ServedModel | None, fallback: ServedModel | None) -> None:
         """Serves `model` from the next request on; `fallback` stands by."""
         before = self._models[0]
+        watch = self._watch_over(model, fallback)
         with self._lock:
-            self._models = (model, fallback)
+            self._models, self.watch = (model, fallback), watch
             old, new = (m.release_version if m else 0 for m in (before, model))
             if old != new:
                 self.swaps.append(Swap(old, new, self._in_flight))
@@ -135,7 +138,8 @@ class Serving:
 
     def trust(self) -> None:
         """Lets the fallback go: the current model has proven itself."""
-        self._models = (self._models[0], None)
+        with self._lock:
+            self._models, self.watch = (self._models[0], None), None
 
     def infer(self, x: Floats, sample_id: str) -> Answer:
         """Answers one window.
@@ -163,6 +167,9 @@ class Serving:
             with self._lock:
                 self._in_flight -= 1
         self._count(answer, self._clock.monotonic() - started)
+        watch = self.watch
+        if watch is not None and answer.release_version == watch.version:
+            watch.offer(batch)
         return answer
 
     def statistics(self) -> Statistics:
@@ -185,6 +192,22 @@ class Serving:
             confidence_mean=confidence / answered,
             label_counts=labels,
         )
+
+    def _watch_over(self, model: ServedModel | None, fallback: ServedModel | None) -> Watch | None:
+        """A watch over a model whose predecessor stands by and answers the same kind of question."""
+        if model is None or fallback is None or model.input_shape != fallback.input_shape:
+            return None
+        if (model.task.kind, model.task.classes) != (fallback.task.kind, fallback.task.classes):
+            return None
+
+        def asked(one: ServedModel) -> Callable[[Floats], tuple[int | None, float]]:
+            def ask(batch: Floats) -> tuple[int | None, float]:
+                answer = _say(one, batch, "")
+                return answer.label, float(answer.scores.max())
+
+            return ask
+
+        return Watch(model.release_version, asked(model), asked(fallback), self._clock)
 
     def _as_batch(self, x: Floats, model: ServedModel) -> Floats:
         batch = np.asarray(x, dtype=np.float32)

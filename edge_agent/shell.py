@@ -19,11 +19,12 @@ from edge_agent.outbox import OutboxRow
 from edge_agent.parts import PROBATION_STARTS_FACT, Parts
 from edge_agent.ports import JobResult
 from edge_agent.release_files import SlotContents
+from edge_agent.serving import ServedModel
 from process.logs import get_logger
 from process.version import VERSION
 from process.vitals import resident_bytes
 from wire.codec import ErrorFeedback
-from wire.errors import ModelError, ShoalError, StorageError
+from wire.errors import BundleError, ModelError, ShoalError, StorageError
 from wire.messages import (
     CODEC_NAMES,
     Birth,
@@ -84,11 +85,17 @@ class Shell:
         }  # fmt: skip
 
     def perform(self, action: do.Action) -> None:
-        """Carries out one action; what fails is logged, and told to the state machine where it matters."""
+        """Carries out one action; what fails is logged, and told to the state machine where it matters.
+
+        Raises:
+            StorageError: an update could not be ended; the message that ended it counts for nothing.
+        """
         try:
             self._perform[type(action)](action)
         except ShoalError as error:
             _log.warning("action_failed", action=type(action).__name__, reason=str(error))
+            if isinstance(action, do.EndUpdate):
+                raise
             if isinstance(action, do.StartJob):
                 key = action.order.order_id if action.order else b""
                 self._post(on.JobFailed(action.kind, key, str(error)))
@@ -254,6 +261,7 @@ class Shell:
             validation=self._samples(contents.manifest.task.kind, "val", contents.manifest.input_shape),
             policy=policy,
             feedback=self._stored_feedback(order.run, contents.manifest.params_size),
+            random=parts.random,
         )
 
     def _samples(self, task: str, split: Any, shape: tuple[int, ...]) -> Samples:
@@ -372,12 +380,24 @@ class Shell:
             if contents is None:
                 return None
             try:
-                parts.serving.swap(parts.installer.load(contents), None)
+                parts.serving.swap(parts.installer.load(contents), self._load_predecessor())
                 return contents
             except ModelError as error:
                 _log.error("release_does_not_load", version=contents.version, reason=str(error))
                 parts.slots.roll_back()
         return None
+
+    def _load_predecessor(self) -> ServedModel | None:
+        """What stands by while the current release is on probation."""
+        parts = self._parts
+        contents = parts.slots.predecessor()
+        if contents is None:
+            return None
+        try:
+            return parts.installer.load(contents)
+        except (ModelError, BundleError) as error:
+            _log.warning("predecessor_does_not_load", version=contents.version, reason=str(error))
+            return None
 
     def note_clean_stop(self) -> None:
         """A stop that was asked for is no failure of the release that is being watched."""

@@ -25,6 +25,10 @@ class SlotStore(Protocol):
         """The release to serve: current, else last good, else factory, else None. Never raises."""
         ...
 
+    def predecessor(self) -> SlotContents | None:
+        """The release that the current one took over from, while that is on probation; else None. Never raises."""
+        ...
+
     def held(self, graphs_sha256: str) -> frozenset[str]:
         """Names of the files of a model that are here, whole: they need not be downloaded."""
         ...

@@ -97,6 +97,10 @@ class Slots:
                 contents = self._stand_in()
             return contents
 
+    def predecessor(self) -> SlotContents | None:
+        with self._lock:
+            return self._load(LAST_GOOD) if self._standing.probation else None
+
     def held(self, graphs_sha256: str) -> frozenset[str]:
         place = self._root / _GRAPHS / graphs_sha256
         try:
