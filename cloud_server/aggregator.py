@@ -158,7 +158,13 @@ class Aggregator:
                 _log.warning("broker_lost", reason=reason)
 
     def tick(self) -> float:
-        """Does all that is due and returns when it wants to be called again (unix seconds)."""
+        """Does all that is due and returns when it wants to be called again (unix seconds).
+
+        Raises:
+            StorageError: (operator) another aggregator was started on this database: this one signs and says nothing
+                more. Or (disk) the database failed.
+        """
+        self._registry.check_writer()
         now = self._clock.now()
         if now >= self._next_sweep or self._next_sweep - now > SWEEP_SECONDS:
             self._next_sweep = now + SWEEP_SECONDS

@@ -186,10 +186,14 @@ class Registry:
             self._keep_presence(replace(before, status="lost"))
 
     def _keep_presence(self, row: PresenceRow) -> None:
-        with self._database.transaction() as connection:
+        with self._database.transaction(fence=self._database.claimed) as connection:
             table.save_presence(connection, row)
         with self._lock:
             self._presence[row.device] = row
+
+    def check_writer(self) -> None:
+        """Raises `StorageError` when another aggregator has taken over the database of this one."""
+        self._database.check_claim()
 
     def _check_may_speak(self, device: str) -> None:
         status = self.status(device)
@@ -202,7 +206,7 @@ class Registry:
         """Ends a device's trust for good: keys, certificates, its place in rounds. Raises like `show`."""
         row = self.show(device)
         now = self._clock.now()
-        with self._database.transaction() as connection:
+        with self._database.transaction(fence=self._database.claimed) as connection:
             table.revoke_certificates(connection, device, now)
             self._change(connection, row, "device.revoked", status=REVOKED, reason=reason)
 
@@ -213,13 +217,13 @@ class Registry:
             ConfigurationError: (operator) no such device, or it is revoked.
         """
         row = self._not_revoked(device)
-        with self._database.transaction() as connection:
+        with self._database.transaction(fence=self._database.claimed) as connection:
             self._change(connection, row, "device.quarantined", status=QUARANTINED, reason=reason)
 
     def approve(self, device: str) -> None:
         """Lets a device out of quarantine, its strikes forgiven. Raises like `quarantine`."""
         row = self._not_revoked(device)
-        with self._database.transaction() as connection:
+        with self._database.transaction(fence=self._database.claimed) as connection:
             self._change(
                 connection, row, "device.approved", status=APPROVED, reason="", strikes=0, struck_at=0.0
             )
@@ -235,7 +239,7 @@ class Registry:
             raise ConfigurationError(
                 "the label cannot be used", hint=f"at most {MAX_LABEL_CHARS} printable characters"
             )
-        with self._database.transaction() as connection:
+        with self._database.transaction(fence=self._database.claimed) as connection:
             self._change(connection, row, "device.renamed", label=label)
 
     def end_probations(self) -> list[str]:
@@ -245,7 +249,7 @@ class Registry:
         for row in self.devices():
             if not is_probation_due(row, now):
                 continue
-            with self._database.transaction() as connection:
+            with self._database.transaction(fence=self._database.claimed) as connection:
                 is_back = let_back(connection, row.device, now)
             if is_back:
                 _log.info("device_on_probation", device=row.device, strikes=row.strikes)

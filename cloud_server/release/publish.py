@@ -198,6 +198,7 @@ class Publisher:
             ReleaseError: (operator, us) no such release, its graphs were never signed, or the ring runs a
                 newer one.
         """
+        self._database.check_claim()
         self._sign(version)
         serial = self._repository.set_ring(ring, version, custom=self._anchor())
         with self._database.transaction(fence=self._fence) as connection:
@@ -227,6 +228,7 @@ class Publisher:
                 hint="`shoal-cloud release list` shows what there is",
                 current=current,
             )
+        self._database.check_claim()
         self._sign(target)
         serial = self._repository.set_ring(ring, target, rollback=True, custom=self._anchor())
         with self._database.transaction(fence=self._fence) as connection:
