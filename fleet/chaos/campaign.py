@@ -6,6 +6,7 @@ machine in it but the seconds it took. Source: docs/how-to/chaos.md.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -15,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from models.bundle import Bundle
 from process.progress import Progress
 
 DEVICES = 8
+INSTALL_SECONDS = 60.0
+"""Virtual time in which a device takes its first release up and trusts it."""
 
 
 @dataclass(slots=True)
@@ -107,7 +110,18 @@ def laboratory() -> Iterator[Template]:
     """The template of this process, in a folder that goes with it."""
     with tempfile.TemporaryDirectory(prefix="shoal-chaos-") as name:
         folder = Path(name)
-        yield make_template(make_bundle(folder / "bundle"), folder, DEVICES)
+        yield prepare(make_bundle(folder / "bundle"), folder)
+
+
+def prepare(bundle: Bundle, folder: Path) -> Template:
+    """A fleet that has taken up its first release."""
+    template = make_template(bundle, folder, DEVICES)
+    # One device alone makes no round, and its slots are what each of them would have.
+    alone = replace(template, identities=template.identities[:1])
+    slots = World(alone, 0, ()).install(INSTALL_SECONDS)
+    return replace(
+        template, slots=slots, release_sha256=hashlib.sha256(slots["current/release.json"]).hexdigest()
+    )
 
 
 def play(
@@ -191,7 +205,7 @@ def _begin_worker(bundle: Path) -> None:
     global _template
     logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="shoal-chaos-") as name:
-        _template = make_template(Bundle.open(bundle), Path(name), DEVICES)
+        _template = prepare(Bundle.open(bundle), Path(name))
 
 
 def _play_seed(task: tuple[int, int]) -> Outcome:

@@ -11,6 +11,7 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from cloud_server.assembly import Assembled, Base, RunConfig, assemble, make_run_parts, open_base
@@ -24,7 +25,7 @@ from fleet.chaos.disk import Disk
 from fleet.chaos.injector import Crash, Injector
 from fleet.chaos.ledger import Ledger
 from fleet.chaos.network import CLOUD, ChaosTransport, kind_of
-from fleet.chaos.sqlite import Change
+from fleet.chaos.sqlite import Change, CuttableConnection
 from fleet.chaos.store import ChaosArtefacts
 from fleet.simulated_device import FLEET, TENANT
 from fleet.virtual import VirtualTime
@@ -36,7 +37,7 @@ from wire.transport.memory import MemoryBroker, MemoryTransport
 DATABASE_NAME = "cloud.db"
 CLIENT = "aggregator"
 DOWN_SECONDS = 10.0
-ZOMBIE_SECONDS = 60.0
+OLD_SECONDS = 60.0
 """How long an aggregator that lost its database to another goes on trying."""
 
 
@@ -49,7 +50,13 @@ class CloudSetup:
     keys: CloudKeys
     holdout: Holdout
     seed: int
-    make_runner: Callable[..., RoundRunner] = make_runner
+
+
+@dataclass(slots=True)
+class _Owner:
+    """One process, as its connections and packets name it; its fencing token once it has one."""
+
+    fence: int = 0
 
 
 @dataclass(slots=True)
@@ -57,6 +64,7 @@ class _Life:
     """One process."""
 
     number: int
+    owner: _Owner
     base: Base
     cloud: Assembled
     runner: RoundRunner
@@ -92,6 +100,8 @@ class CloudNode:
         self._ready = ready
         self._rng = random.Random(f"cloud {setup.seed}")
         self._life: _Life | None = None
+        self._old: _Life | None = None
+        self._old_until = 0.0
         self.disk = Disk(
             self.name,
             folder,
@@ -99,7 +109,7 @@ class CloudNode:
             database=DATABASE_NAME,
             name_commit=name_commit,
             name_file=lambda operation, path: "",
-            committed=lambda path, changes: ledger.cloud_committed(path, changes),
+            committed=self._committed,
         )
 
     @property
@@ -136,38 +146,47 @@ class CloudNode:
             self._ledger.cloud_restarted()
         self._guarded(self._open)
 
-    def kill(self) -> None:
-        """From outside, between two of its steps."""
-        if self.is_up:
-            self.disk.die(self._rng)
-            self._fell()
+    def revoke(self, device: str) -> bool:
+        """What the operator does; False while the aggregator is away."""
+        life = self._life
+        if life is None or not self.is_up:
+            return False
+        self._guarded(lambda: life.base.registry.revoke(device, "stolen"))
+        return self.is_up
 
     def _open(self) -> None:
         setup, life = self._setup, self.disk.life
-        database = open_database(f"sqlite:///{self.disk.database}", factory=self.disk.connect)
+        owner, ledger = _Owner(), self._ledger
+        database = open_database(
+            f"sqlite:///{self.disk.database}", factory=partial(self.disk.connect, owner=owner)
+        )
         artefacts = ChaosArtefacts(
-            self.files, self.disk.pass_by, self.disk.crash, lambda key, data: self._ledger.written(key, data)
+            self.files,
+            self.disk.pass_by,
+            self.disk.crash,
+            lambda key, data: ledger.written(key, data, owner.fence),
         )
         base = open_base(database, artefacts, setup.keys, self.clock, tenant=TENANT, fleet=FLEET)
-        self._ledger.claimed(base.fence)
+        owner.fence = base.fence
+        ledger.claimed(base.fence)
         transport = ChaosTransport(
             MemoryTransport(self._broker, CLIENT, queue_packets=100_000),
             self.disk,
             self._time.later,
             CLOUD,
-            lambda packet: self._ledger.cloud_sent(packet),
+            lambda packet: ledger.cloud_sent(packet, owner.fence),
         )
         cloud = assemble(base, transport, tenant=TENANT, fleet=FLEET)
         plan, ports = make_run_parts(base, cloud, setup.bundle, setup.config, setup.holdout)
-        runner = setup.make_runner(
+        runner = make_runner(
             plan, ports, setup.config.masking, registry=base.registry, downlink=cloud.downlink
         )
         runner.resume(setup.bundle.checkpoint(), setup.seed)
         cloud.aggregator.begin(runner)
-        self._life = _Life(life, base, cloud, runner, transport)
+        self._life = _Life(life, owner, base, cloud, runner, transport)
         cloud.aggregator.start(self._enqueue)
-        self._ledger.read_cloud(self.disk.database)
-        self._ledger.check_fold(self.disk.database)
+        ledger.read_cloud(self.disk.database)
+        ledger.check_fold(self.disk.database)
         self._injector.note(self.name, f"up, life {life}, fence {base.fence}")
 
     def _guarded(self, call: Callable[[], None]) -> None:
@@ -185,6 +204,7 @@ class CloudNode:
 
     def _fell(self) -> None:
         self._injector.note(self.name, "down")
+        self._old = None
         if self._life is not None:
             self._life.transport.drop("the process is gone", for_seconds=float("inf"))
         self._life = None
@@ -208,6 +228,9 @@ class CloudNode:
     def _pump(self) -> None:
         life = self._life
         while life is not None and life.queue:
+            if kind_in(life.queue[0]) == "up" and self.disk.pass_by("cloud.rival") is not None:
+                self._start_second(life)
+                return
             event = life.queue.popleft()
             fault = None
             if isinstance(event, Received):
@@ -219,7 +242,36 @@ class CloudNode:
                 self.disk.crash(fault)
         self._tick()
 
+    def _start_second(self, first: _Life) -> None:
+        """Somebody starts the aggregator again while it runs: the second takes over, the first does not know."""
+        self._old, self._old_until = first, self._time.monotonic() + OLD_SECONDS
+        self._life = None
+        self._open()
+
+    def _let_old_try(self) -> None:
+        """The first one handles what it had heard already, and takes its turns."""
+        old = self._old
+        if old is None:
+            return
+        self.disk.is_quiet = True
+        try:
+            while old.queue:
+                old.cloud.aggregator.handle(old.queue.popleft())
+            old.cloud.aggregator.tick()
+        except StorageError as error:
+            self._injector.note(self.name, f"the first one ended: {error}")
+            self._old = None
+        finally:
+            self.disk.is_quiet = False
+        if self._time.monotonic() > self._old_until:
+            self._old = None
+
+    def _committed(self, connection: CuttableConnection, changes: frozenset[Change]) -> None:
+        fence = connection.owner.fence if isinstance(connection.owner, _Owner) else 0
+        self._ledger.cloud_committed(connection.path, changes, fence)
+
     def _tick(self) -> None:
+        self._let_old_try()
         life = self._life
         if life is None:
             return
@@ -229,6 +281,11 @@ class CloudNode:
         life.wake = life.cloud.aggregator.tick()
         if fault is not None:
             self.disk.crash(fault)
+
+
+def kind_in(event: TransportEvent) -> str:
+    """What kind of packet an event brings; empty for another event."""
+    return kind_of(event.packet) if isinstance(event, Received) else ""
 
 
 def name_commit(changes: frozenset[Change]) -> str:

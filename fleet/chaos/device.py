@@ -73,7 +73,6 @@ class Surroundings:
     settings: EdgeSettings
     read: Callable[[str], bytes | None]
     ready: Callable[[str], None]
-    make_slots: Callable[[Path], Slots] = Slots
 
 
 class DeviceNode:
@@ -91,7 +90,7 @@ class DeviceNode:
             database=DATABASE_NAME,
             name_commit=name_commit,
             name_file=name_file,
-            committed=lambda path, changes: around.ledger.device_committed(self.name, path, changes),
+            committed=lambda by, changes: around.ledger.device_committed(self.name, by.path, changes),
             here=self.answer,
         )
         self.agent: Agent | None = None
@@ -119,6 +118,7 @@ class DeviceNode:
     def start(self) -> None:
         """Opens what is on the disk and starts; a fault may end this at once."""
         if self.disk.is_dead:
+            self._rot()
             self.disk.come_back()
             self._around.ledger.device_restarted(self.name)
         self._queue.clear()
@@ -133,11 +133,15 @@ class DeviceNode:
         """Does what its timers want."""
         self._guarded(self._tick)
 
-    def kill(self) -> None:
-        """From outside, between two of its steps."""
-        if self.is_up:
-            self.disk.die(self._rng)
-            self._fell()
+    def _rot(self) -> None:
+        """A worn flash card: bits of the database flip while the device is down and owes something."""
+        ledger = self._around.ledger
+        if not ledger.owes(self.name):
+            return
+        fault = self._around.injector.visit("device.disk.rot", self.name)
+        if fault is not None:
+            self.disk.rot(fault.rng())
+            ledger.rotten.add(self.name)
 
     def _begin(self) -> None:
         try:
@@ -171,7 +175,7 @@ class DeviceNode:
             worker=_Worker(self, life),
             rng=random.Random(f"{self._rng.random()}"),
             database=database,
-            slots=around.make_slots(folder),
+            slots=Slots(folder),
             selftest=_SelfTest(self, around.selftest),
             engine=around.engine,
             notify=lambda: self._ready(life),

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from _typeshed import FileDescriptorLike
 
 NamePoint = Callable[[frozenset[Change]], str]
-Committed = Callable[[Path, frozenset[Change]], None]
+Committed = Callable[[CuttableConnection, frozenset[Change]], None]
 
 _WRITES = os.O_WRONLY | os.O_RDWR
 _OF_SQLITE = (".db", ".db-wal", ".db-shm", ".db-journal")
@@ -69,6 +69,9 @@ class Disk:
         name_file: point of an operation (`write`, `rename`, `remove`, `sync`) on a file; empty for none.
         committed: told of every commit that is through.
         here: called at every point, before anything strikes.
+
+    Attributes:
+        is_quiet: nothing strikes: whoever acts now is not the node's present life.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Disk:
         self._synced: _Synced | None = None
         self._unsynced: set[str] = set()
         self.is_dead = False
+        self.is_quiet = False
         self.life = 1
 
     def is_of(self, life: int) -> bool:
@@ -104,11 +108,15 @@ class Disk:
 
     # ---- the node's own use ------------------------------------------------------------------------------------
 
-    def connect(self, database: str | Path, **options: Any) -> CuttableConnection:
-        """In the place of `sqlite3.connect`."""
+    def connect(self, database: str | Path, *, owner: object = None, **options: Any) -> CuttableConnection:
+        """In the place of `sqlite3.connect`.
+
+        Args:
+            owner: whose connection it is, where two processes share the disk.
+        """
         self.check_alive()
         options.pop("factory", None)
-        connection = CuttableConnection(self, database, **options)
+        connection = CuttableConnection(self, database, owner=owner, **options)
         self._connections.append(connection)
         return connection
 
@@ -120,6 +128,8 @@ class Disk:
     def pass_by(self, point: str) -> Fault | None:
         """A point of the node that is none of the disk's; the fault that strikes there."""
         self.check_alive()
+        if self.is_quiet:
+            return None
         self._here()
         return self._injector.visit(point, self.name)
 
@@ -135,7 +145,7 @@ class Disk:
         if fault is None:
             self._note_log(connection)
             do()
-            self._committed(connection.path, changes)
+            self._committed(connection, changes)
             return
         if fault.kind == "crash_before":
             self.crash(fault)
@@ -145,7 +155,7 @@ class Disk:
         do()
         if fault.kind == "crash_torn":
             self.crash(fault, torn_commit(before, read_database(self.database), fault.rng()))
-        self._committed(connection.path, changes)
+        self._committed(connection, changes)
         self.crash(fault)
 
     def touch(self, operation: str, path: Path) -> None:

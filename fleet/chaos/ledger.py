@@ -85,6 +85,7 @@ class Ledger:
         self.in_cloud: dict[str, CloudRow] = {}
         self.receipts: dict[str, set[str]] = defaultdict(set)
         self.rotten: set[str] = set()
+        self.revoked_devices: set[str] = set()
         self.moved = 0
         self.violations: list[Violation] = []
         self.is_round_open = False
@@ -107,8 +108,12 @@ class Ledger:
 
     @property
     def open_ids(self) -> set[str]:
-        """Updates that devices owe."""
-        return {update for update, state in self.on_device.items() if state == "open"}
+        """Updates that devices owe, but for those whose device is revoked: nobody takes them any more."""
+        return {
+            update
+            for update, state in self.on_device.items()
+            if state == "open" and self.made[update] not in self.revoked_devices
+        }
 
     def violated(self, who: str, what: str) -> None:
         """Notes what must never be.
@@ -145,8 +150,26 @@ class Ledger:
         if any(table == "outbox" for _, table in changes):
             self.read_device(device, path)
 
+    def owes(self, device: str) -> bool:
+        """Whether a device owes an update."""
+        return any(
+            state == "open" and self.made[update] == device for update, state in self.on_device.items()
+        )
+
     def read_device(self, device: str, path: Path) -> None:
-        """Compares the outbox with the books."""
+        """Compares the outbox with the books. Of a worn disk only that nothing is gone without a word."""
+        if device not in self.rotten:
+            self._read_device(device, path)
+            return
+        # The agent may have put a fresh file in its place, and may find tomorrow what is damaged today.
+        self._close_reader(device)
+        self._first_open[device] = 0
+        try:
+            self._read_device(device, path)
+        except sqlite3.DatabaseError:
+            return
+
+    def _read_device(self, device: str, path: Path) -> None:
         sql = "SELECT row, hex(update_id), state, reason, deadline FROM outbox WHERE row >= ? ORDER BY row"
         first = self._first_open[device]
         rows = self._reader(device, path).execute(sql, (first,)).fetchall()
@@ -166,7 +189,7 @@ class Ledger:
         before = self.on_device.get(update)
         if before == state:
             return
-        if before is not None and before != "open":
+        if before is not None and before != "open" and device not in self.rotten:
             self.violated(device, f"update {update} was {before} and is {state}")
         if before is None:
             if not self._bodies.get(update):
@@ -207,8 +230,9 @@ class Ledger:
 
     # ---- models ------------------------------------------------------------------------------------------------
 
-    def written(self, key: str, data: bytes) -> None:
+    def written(self, key: str, data: bytes, fence: int = 0) -> None:
         """Learns which releases are signed, from the signed file itself."""
+        self._check_fence(fence, f"signed or wrote {key}")
         if key.startswith("tuf/metadata/") and key.endswith(".parameters.json"):
             targets: Mapping[str, Any] = json.loads(data)["signed"]["targets"]
             for path, target in targets.items():
@@ -253,8 +277,14 @@ class Ledger:
         self._close_reader("cloud")
         self._last_update = 0
 
-    def cloud_committed(self, path: Path, changes: frozenset[Change]) -> None:
-        """Reads what a commit left, if it was about replies or rounds."""
+    def cloud_committed(self, path: Path, changes: frozenset[Change], fence: int = 0) -> None:
+        """Reads what a commit left, if it was about replies or rounds.
+
+        Args:
+            fence: the token of who committed; 0 before it has claimed one.
+        """
+        if changes:
+            self._check_fence(fence, f"committed {sorted(changes)}")
         tables = {table for _, table in changes}
         if ("UPDATE", "updates") in changes:
             self._last_update = 0
@@ -294,6 +324,8 @@ class Ledger:
     def _check_arrival(self, update: str, row: CloudRow) -> None:
         if row.body_sha256 not in self._bodies.get(update, {}):
             self.violated("cloud", f"update {update} has a content that nobody made: altered")
+        if row.device in self.revoked_devices:
+            self.violated("cloud", f"update {update} came in from {row.device}, which is revoked")
         if self.made.get(update) != row.device:
             self.violated("cloud", f"update {update} came before it was in the outbox of {row.device}")
         if row.state == "stored":
@@ -318,8 +350,19 @@ class Ledger:
         if complaint := self._fold_check.compare(folded, replies):
             self.violated("cloud", f"round {folded.round_number} is not the fold of its updates: {complaint}")
 
-    def cloud_sent(self, packet: Packet) -> None:
+    def _check_fence(self, fence: int, what: str) -> None:
+        if 0 < fence < self._fence:
+            self.violated(
+                "cloud", f"the aggregator of fencing token {fence} {what}, and {self._fence} is claimed"
+            )
+
+    def revoked(self, device: str) -> None:
+        """The operator's word that a device is trusted no more is committed."""
+        self.revoked_devices.add(device)
+
+    def cloud_sent(self, packet: Packet, fence: int = 0) -> None:
         """A receipt says nothing that is not committed."""
+        self._check_fence(fence, f"published {packet.topic}")
         if kind_of(packet) != "ak":
             return
         receipt = _receipt_in(packet.payload)

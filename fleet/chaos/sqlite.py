@@ -64,11 +64,15 @@ class CuttableConnection(sqlite3.Connection):
     """A connection whose commits go through a watcher.
 
     Attributes:
+        owner: whose it is.
         is_durable: whether commits are synced (`PRAGMA synchronous = FULL`).
     """
 
-    def __init__(self, watcher: CommitWatcher, database: str | Path, **options: Any) -> None:
+    def __init__(
+        self, watcher: CommitWatcher, database: str | Path, *, owner: object = None, **options: Any
+    ) -> None:
         super().__init__(database, **options)
+        self.owner = owner
         self._watcher = watcher
         self._changes: set[Change] = set()
         self.path = Path(database)

@@ -7,7 +7,8 @@ same; every history gets a copy of its own.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,8 @@ class Template:
     Attributes:
         database: bytes of the aggregator's database.
         files: its store.
+        slots: files of a device's slots, with the first release installed and trusted, by their paths.
+        release_sha256: of that release.
     """
 
     bundle: Bundle
@@ -43,6 +46,8 @@ class Template:
     database: bytes
     files: dict[str, bytes]
     identities: tuple[Identity, ...]
+    slots: Mapping[str, bytes] = field(default_factory=dict)
+    release_sha256: str = ""
 
 
 def make_bundle(folder: Path) -> Bundle:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import random
 import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,7 @@ from typing import Any
 from cloud_server.assembly import RunConfig
 from cloud_server.release.gate import GatePolicy
 from cloud_server.release.releaser import Holdout
-from cloud_server.rounds.runner import RoundRunner
 from cloud_server.rounds.state import RoundPolicy
-from cloud_server.secure.opening import make_runner
 from edge_agent.runtime import Runtime
 from edge_agent.selftest import InlineSelfTest
 from edge_agent.settings import (
@@ -30,7 +29,7 @@ from edge_agent.settings import (
     ReportSettings,
     StorageSettings,
 )
-from edge_agent.slots import Slots
+from edge_agent.slots import FOLDER_NAME as SLOTS_FOLDER
 from fleet.chaos.cloud import CLIENT, DATABASE_NAME, CloudNode, CloudSetup
 from fleet.chaos.device import DeviceNode, Surroundings
 from fleet.chaos.disk import mounted
@@ -48,10 +47,17 @@ DRAIN_SECONDS = 600.0
 """Virtual time within which everything must be at rest once no fault strikes any more: the longest back-off of an
 update (300 s and half as much jitter), a round and its failure's rest, and the start of a node that just died."""
 CALM_ROUNDS = 2
+REVOKING = 4
+"""Every so many seeds a device is revoked."""
 OVERTIME_UPDATES = 60
 """Updates after the last of the schedule in which faults may still find their points."""
 PARTITION_SECONDS = 60.0
-JUMPS = {"clock_1970": None, "clock_2040": None, "clock_ahead": 3600.0, "clock_behind": -3600.0}
+JUMPS: dict[str, float | None] = {
+    "clock_1970": None,
+    "clock_2040": None,
+    "clock_ahead": 3600.0,
+    "clock_behind": -3600.0,
+}
 YEAR_2040 = 2_208_988_800.0
 JUMP_SECONDS = 90.0
 LONGEST_SECONDS = 40_000.0
@@ -79,14 +85,6 @@ class Outcome:
     def doubled(self) -> int:
         """Updates that count twice."""
         return sum(violation.what.endswith("doubled") for violation in self.violations)
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a test may put in the place of the product's own, to see that the ledger notices."""
-
-    make_slots: Callable[[Path], Slots] = Slots
-    make_runner: Callable[..., RoundRunner] = make_runner
 
 
 @dataclass(slots=True)
@@ -122,7 +120,6 @@ class World:
         schedule: Sequence[Fault],
         *,
         tell: Callable[[Line], None] | None = None,
-        parts: Parts | None = None,
     ) -> None:
         self.seed = seed
         self.time = VirtualTime()
@@ -131,7 +128,10 @@ class World:
         self._target = max((fault.after for fault in schedule), default=0) + UPDATES_PER_FAULT
         self._folder = tempfile.TemporaryDirectory(prefix="shoal-chaos-", dir=memory_folder())
         self._ready = _Ready()
-        root, parts = Path(self._folder.name), parts or Parts()
+        names = sorted(identity.device for identity in template.identities)
+        self._to_revoke = names[-1] if seed % REVOKING == REVOKING - 1 and len(names) > 2 else ""
+        self._hindered_until = 0.0
+        root = Path(self._folder.name)
         files = dict(template.files)
         self.ledger = Ledger(
             self.time.monotonic,
@@ -141,30 +141,51 @@ class World:
         for key, data in files.items():
             self.ledger.written(key, data)
         self.injector = Injector(schedule, self.time.monotonic, lambda: self.ledger.is_in_flight, tell)
-        self.cloud = self._make_cloud(template, root / "cloud", files, parts)
-        self.devices = self._make_devices(template, root, parts)
+        self.cloud = self._make_cloud(template, root / "cloud", files)
+        self.devices = self._make_devices(template, root)
 
     # ---- the history -------------------------------------------------------------------------------------------
 
     def run(self) -> Outcome:
         """Plays it to its end, or to the first thing that must not be."""
+        with self._mounted(), suppress(ViolationError):
+            self._play()
+        return self._outcome()
+
+    def install(self, seconds: float) -> dict[str, bytes]:
+        """Lets the fleet take up its release in peace; returns the files of the first device's slots."""
+        with self._mounted():
+            self._start()
+            while self.time.monotonic() < seconds:
+                self._settle()
+                self.time.advance_to(self._next_moment())
+            node = next(iter(self.devices.values()))
+            place = node.disk.folder / SLOTS_FOLDER
+            return {
+                str(path.relative_to(place)): path.read_bytes()
+                for path in sorted(place.rglob("*"))
+                if path.is_file()
+            }
+
+    @contextmanager
+    def _mounted(self) -> Iterator[None]:
         nodes = {"cloud": self.cloud.disk, **{name: node.disk for name, node in self.devices.items()}}
         try:
             with mounted(nodes):
-                self._play()
-        except ViolationError:
-            pass
+                yield
         finally:
             self.ledger.close()
             for disk in nodes.values():
                 disk.come_back()
             self._folder.cleanup()
-        return self._outcome()
 
-    def _play(self) -> None:
+    def _start(self) -> None:
         self.cloud.start()
         for node in self.devices.values():
             node.start()
+
+    def _play(self) -> None:
+        self._start()
         while not self._is_stormy_over():
             self._turn()
         self._calm_down()
@@ -180,9 +201,21 @@ class World:
 
     def _turn(self) -> None:
         self.injector.arm(len(self.ledger.made))
+        self._revoke()
         self._strike_from_outside()
         self._settle()
         self.time.advance_to(self._next_moment())
+
+    def _revoke(self) -> None:
+        """In some histories the operator ends the trust in one device, half way."""
+        if (
+            self._to_revoke
+            and 2 * len(self.ledger.made) >= self._target
+            and self.cloud.revoke(self._to_revoke)
+        ):
+            self.injector.note("fleet", f"{self._to_revoke} is revoked")
+            self.ledger.revoked(self._to_revoke)
+            self._to_revoke = ""
 
     def _calm_down(self) -> None:
         """The last fault has struck: networks and clocks are well again, and what is down comes back by itself."""
@@ -195,10 +228,14 @@ class World:
 
     def _check_liveness(self) -> None:
         owed, moved = self.ledger.open_ids, self.ledger.moved
-        end = self.time.monotonic() + DRAIN_SECONDS
+        end = max(self.time.monotonic(), self._hindered_until) + DRAIN_SECONDS
         while owed & self.ledger.open_ids or self.ledger.moved < moved + CALM_ROUNDS:
             if self.time.monotonic() > end:
                 left = owed & self.ledger.open_ids
+                for update in sorted(left):
+                    self.injector.note(
+                        self.ledger.made[update], f"owes {update}, {self.ledger.in_cloud.get(update)}"
+                    )
                 rounds = self.ledger.moved - moved
                 self.ledger.violated(
                     "fleet",
@@ -267,7 +304,10 @@ class World:
         self._move(node.clock, fault, rng)
 
     def _move_cloud_clock(self, fault: Fault, rng: random.Random) -> None:
+        """What an aggregator signs with its clock ahead moves its devices' floor, and they wait until that is past."""
         self._move(self.cloud.clock, fault, rng)
+        ahead = max(0.0, self.cloud.clock.jump_seconds)
+        self._hindered_until = max(self._hindered_until, self.time.monotonic() + ahead + JUMP_SECONDS)
 
     def _move(self, clock: Any, fault: Fault, rng: random.Random) -> None:
         """A clock jumps, and is set right some time later."""
@@ -282,9 +322,7 @@ class World:
 
     # ---- setting up ----------------------------------------------------------------------------------------------
 
-    def _make_cloud(
-        self, template: Template, folder: Path, files: dict[str, bytes], parts: Parts
-    ) -> CloudNode:
+    def _make_cloud(self, template: Template, folder: Path, files: dict[str, bytes]) -> CloudNode:
         folder.mkdir()
         (folder / DATABASE_NAME).write_bytes(template.database)
         operator = make_split(self.seed, "operator")
@@ -294,7 +332,6 @@ class World:
             keys=template.keys,
             holdout=Holdout(operator.val_x, operator.val_y),
             seed=self.seed,
-            make_runner=parts.make_runner,
         )
         return CloudNode(
             setup,
@@ -307,7 +344,7 @@ class World:
             ready=self._ready.add,
         )
 
-    def _make_devices(self, template: Template, root: Path, parts: Parts) -> dict[str, DeviceNode]:
+    def _make_devices(self, template: Template, root: Path) -> dict[str, DeviceNode]:
         engine = Runtime(kept=16)
         around = Surroundings(
             time=self.time,
@@ -319,12 +356,17 @@ class World:
             settings=agent_settings(),
             read=self.cloud.read,
             ready=self._ready.add,
-            make_slots=parts.make_slots,
         )
         devices = {}
         for identity in template.identities:
             folder = root / identity.device
             folder.mkdir()
+            for name, data in template.slots.items():
+                place = folder / SLOTS_FOLDER / name
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(data)
+            if template.release_sha256:
+                self.ledger.passed_selftest(identity.device, template.release_sha256)
             split = make_split(self.seed, identity.device)
             devices[identity.device] = DeviceNode(identity, folder, around, split, self.seed)
         return devices
