@@ -108,6 +108,12 @@ def _enroll(options: argparse.Namespace) -> int:
 
     identity = enrol(_token(options), options.state, name=options.name, clock=SystemClock())
     print(f"enrolled {identity.device} in {identity.tenant}/{identity.fleet}", file=sys.stderr)
+    if identity.is_waiting:
+        approve = f"shoal-cloud device approve {identity.device}"
+        print(
+            f"it gets releases, and is asked for rounds once an operator approves it: {approve}",
+            file=sys.stderr,
+        )
     print(f"next: shoal-edge run --state {options.state}", file=sys.stderr)
     return 0
 

@@ -67,6 +67,7 @@ class Identity:
         folder: where the files are, for libraries that take paths; None for a simulated device.
         kem, orders: the online keys of the day of enrolment; a verified `keys/online.json` replaces them.
         max_examples: cap of `num_examples` that the fleet accepts from this device.
+        is_waiting: when it was let in, an operator still had to approve it. Not kept: an operator may have done so.
     """
 
     tenant: str
@@ -88,6 +89,7 @@ class Identity:
     orders: tuple[OnlineKey, ...] = ()
     max_examples: int = 1_000_000
     folder: Path | None = None
+    is_waiting: bool = False
 
     @property
     def tls_key_path(self) -> Path:
@@ -144,6 +146,7 @@ def from_response(
         orders=response.orders,
         max_examples=response.max_examples,
         folder=folder,
+        is_waiting=response.status == "quarantined",
     )
 
 

@@ -47,12 +47,12 @@ def _cell(name: str, value: Any, *, limit: int = MAX_CELL_CHARS) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, int | float) and name.endswith(_TIMES):
+    if isinstance(value, int | float) and _is_time(name):
         return _time(value)
     if isinstance(value, float):
         text = f"{value:.4g}"
     elif isinstance(value, Mapping):
-        inner = name if name.endswith(_TIMES) else ""
+        inner = name if _is_time(name) else ""
         text = ", ".join(f"{key}={_cell(inner or key, item)}" for key, item in sorted(value.items())) or "-"
     elif isinstance(value, list | tuple):
         text = ", ".join(_cell(name, item) for item in value) or "-"
@@ -60,6 +60,10 @@ def _cell(name: str, value: Any, *, limit: int = MAX_CELL_CHARS) -> str:
         text = str(value)
     text = "".join(character if character.isprintable() else "?" for character in text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _is_time(name: str) -> bool:
+    return name == "at" or name.endswith(_TIMES)
 
 
 def _time(seconds: float) -> str:

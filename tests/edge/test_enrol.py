@@ -13,6 +13,7 @@ import pytest
 
 from cloud_server.enrolment.ca import CertificateAuthority
 from edge_agent import identity as identity_files
+from edge_agent.cli import main
 from edge_agent.enrol import (
     RENEW_AFTER_SHARE,
     enrol,
@@ -491,3 +492,14 @@ def test_late_renewal_with_another_ca_sends_nothing(tmp_path: Path, aggregator: 
     ):
         renew_late(replace(identity, url_enrol=url))
     assert is_expired(identity_files.load(tmp_path / "state"), NOW)
+
+
+def test_device_that_an_operator_must_approve_says_so(
+    tmp_path: Path, aggregator: Aggregator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    aggregator.changes = {"status": "quarantined"}
+    token = tmp_path / "token"
+    write_private(token, aggregator.token(expires=2**40).encode())
+    assert main(["enroll", "--token-file", str(token), "--state", str(tmp_path / "state")]) == 0
+    assert "shoal-cloud device approve device-1" in capsys.readouterr().err
+    assert not identity_files.load(tmp_path / "state").is_waiting
