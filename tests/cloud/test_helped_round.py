@@ -260,6 +260,15 @@ def test_round_of_too_few_fails_before_anybody_is_asked(tmp_path: Path) -> None:
     assert lab.questions == []
 
 
+def test_round_without_any_update_asks_nobody(tmp_path: Path) -> None:
+    lab = HelpedRun(tmp_path / "h.db", rounds=1, quorum=1, folds_always=True, round_seconds=30.0)
+    lab.runner.tick()
+    lab.absent = set(lab.devices)
+    lab.until("failed")
+    assert lab.questions == []
+    assert "no update" in lab.rows(schema.rounds)[0].reason
+
+
 def test_cohort_below_three_opens_no_round(tmp_path: Path) -> None:
     lab = HelpedRun(tmp_path / "h.db", devices=2, rounds=1)
     lab.runner.tick()

@@ -260,3 +260,20 @@ def test_device_declines_what_its_settings_do_not_want(
     wanted = msgspec.structs.replace(order(), helped=terms) if helped else masked_order()
     refusal = refusal_of(wanted, agent.parts)
     assert said in refusal if said else "helper" not in refusal
+
+
+def test_device_follows_a_helper_with_a_new_key(lab: Lab) -> None:
+    """Its key was lost or stolen: the offline key names another, and the first order that does makes devices look."""
+    repository = lab.cloud.repository
+    repository.set_helper(helper_json(LAB_TENANT, LAB_FLEET, HELPER))
+    agent = lab.agent()
+    lab.run(5)
+    repository.set_helper(helper_json(LAB_TENANT, LAB_FLEET, OTHER))
+    lab.run(5)
+    assert agent.parts.helper.key is not None
+    assert agent.parts.helper.key.key_id == HELPER.key_id
+    terms = msgspec.structs.replace(HelperLab(3).terms, helper_key_id=OTHER.key_id)
+    lab.cloud.invite(lab.bundle.checkpoint())
+    lab.cloud.order("dev-1", helped=terms)
+    lab.run(30)
+    assert agent.parts.helper.key.key_id == OTHER.key_id
