@@ -51,6 +51,7 @@ from wire.primitives import (
     certificate_validity,
     make_csr,
     read_private,
+    write_private,
 )
 
 NOW = time.time()
