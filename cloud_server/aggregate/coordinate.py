@@ -14,6 +14,8 @@ import torch
 from cloud_server.aggregate.sorting_network import mean_of_ranks
 from wire.errors import ConfigurationError
 
+_BLOCK = 16_384
+
 
 def coordinate_median(matrix: torch.Tensor) -> torch.Tensor:
     """The median of each column of float32 [K, P]; of an even number of rows, the mean of the middle two."""
@@ -33,3 +35,27 @@ def trimmed_mean(matrix: torch.Tensor, share: float) -> torch.Tensor:
     # 0.2 · 15 is 3.0000000000000004 in float64 and 0.29 · 100 is 28.999999999999996.
     cut = min(math.floor(share * rows + 1e-9), (rows - 1) // 2)
     return mean_of_ranks(matrix, range(cut, rows - cut))
+
+
+def heard_trimmed_mean(matrix: torch.Tensor, voices: torch.Tensor, share: float) -> torch.Tensor:
+    """The weighted mean of each column of float32 [K, P] without `share` of the voices on either side, float32 [P].
+
+    A row that lies across the cut counts with what is left of its voice.
+
+    Args:
+        voices: float64 [K], not negative, their sum positive.
+
+    Raises:
+        ConfigurationError: (operator) `share` is not in [0, 0.5).
+    """
+    if not 0.0 <= share < 0.5:
+        raise ConfigurationError(f"a trimmed share of {share} leaves nothing", hint="give 0 ≤ share < 0.5")
+    shares = voices / voices.sum()
+    result = torch.empty(matrix.shape[1], dtype=torch.float32, device=matrix.device)
+    for start in range(0, matrix.shape[1], _BLOCK):
+        values, order = matrix[:, start : start + _BLOCK].T.contiguous().sort(dim=1, stable=True)
+        end = shares[order].cumsum_(dim=1)
+        begin = end - shares[order]
+        kept = (end.clamp_(max=1.0 - share) - begin.clamp_(min=share)).clamp_(min=0.0)
+        result[start : start + _BLOCK] = ((kept * values).sum(dim=1) / kept.sum(dim=1)).float()
+    return result

@@ -1,4 +1,4 @@
-"""A cohort's updates as the rows of one matrix: what every robust rule but the clipped mean works on.
+"""A cohort's updates as the rows of one matrix: what every robust rule works on.
 
 Above 64 replies the rows are means of random buckets, so that memory and the work of a rule stay bounded; a bucket
 of s replies holds a false one with s times the chance, which lowers the share of attackers that a rule

@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 
 from cloud_server.aggregate.coordinate import coordinate_median, trimmed_mean
-from cloud_server.aggregate.fltrust import fltrust
 from cloud_server.aggregate.geometric_median import geometric_median
 from cloud_server.aggregate.krum import multi_krum
 from cloud_server.aggregate.rows import gather_rows
@@ -41,11 +40,6 @@ def krum(replies: int, share: float) -> Rule:
     """
     false = math.ceil(share * replies - 1e-9)
     return lambda matrix: multi_krum(matrix, max(0, min(false, (len(matrix) - 3) // 2)))
-
-
-def trusted(reference: NDArray[np.float32]) -> Rule:
-    """FLTrust with the update float32 [P] that the operator's samples make."""
-    return lambda matrix: fltrust(matrix, torch.from_numpy(reference).to(matrix.device))
 
 
 def aggregate_rows(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
+from numpy.typing import NDArray
 
 from cloud_server.aggregate.fold import Fold
 from cloud_server.aggregate.rules import MEDIAN, Device, aggregate_rows
@@ -159,41 +160,43 @@ class StrategyDriver:
             inner.train_reference = lambda _: to_record(reference(base, seed), self._slots)
 
     def _prefold(self, base: Checkpoint, replies: Replies, seed: int) -> tuple[Message, Vector]:
-        """All replies as one: the exact weighted mean, in memory that does not grow with the cohort.
-
-        Where the strategy wants them cut, their lengths and weights are known before the first is folded.
-        """
-        fold, buffers = self._make_fold(base.params.size), Fold(base.buffers.size)
-        metrics: list[Mapping[str, float]] = []
-        weights: list[int] = []
-        shares = self._shares(replies)
-        for number, reply in enumerate(replies):
-            weight, factor = (reply.num_examples, 1.0) if shares is None else shares[number]
-            fold.add(reply.update, weight * factor)
-            buffers.add(reply.buffers, weight)
-            metrics.append(reply.metrics)
-            weights.append(weight)
-        if not weights:
-            raise RoundError("no update to fold")
+        """All replies as one: the exact weighted mean, in memory that does not grow with the cohort, or what our
+        default makes of them."""
+        clip = clipping(self._strategy)
+        metrics = [reply.metrics for reply in replies] if clip is not None else []
+        if clip is not None and metrics:
+            step, weights = clip.fold(
+                lambda: ((reply.node_id, reply.num_examples, reply.update) for reply in replies),
+                size=base.params.size,
+                seed=seed,
+            )
+            buffers = self._fold_buffers(base, replies, seed)
+        else:
+            step, buffers, weights, metrics = self._mean(base, replies)
         total = sum(weights)
-        # A cut update keeps its weight in the divisor: it is shorter, not fewer. Without a cut this is a factor of 1.
-        local = (base.params + fold.mean() * (fold.total_weight / total)).astype(np.float32)
+        local = (base.params + step).astype(np.float32)
         averaged: dict[str, float | int] = {
             key: sum(w * m[key] for w, m in zip(weights, metrics, strict=True)) / total
             for key in common_metrics(metrics)
         }
         content = _content(to_record(local, self._slots), {WEIGHT_KEY: total, **averaged})
-        if shares is not None:  # a mean of statistics has no length to cut
-            return _reply_message(content, 1), self._fold_buffers(base, replies, seed)
-        return _reply_message(content, 1), buffers.mean().astype(np.float32)
+        return _reply_message(content, 1), buffers
 
-    def _shares(self, replies: Replies) -> Sequence[tuple[int, float]] | None:
-        """What each reply weighs and the factor that its update is cut by; None where nothing is cut."""
-        clip = clipping(self._strategy)
-        if clip is None:
-            return None
-        outlines = replies.outlines()
-        return clip.shares([each.length for each in outlines], [each.num_examples for each in outlines])
+    def _mean(
+        self, base: Checkpoint, replies: Replies
+    ) -> tuple[NDArray[np.float64], Vector, list[int], list[Mapping[str, float]]]:
+        """The weighted means of updates and buffers; and the weights and metrics of the replies."""
+        fold, buffers = self._make_fold(base.params.size), Fold(base.buffers.size)
+        metrics: list[Mapping[str, float]] = []
+        weights: list[int] = []
+        for reply in replies:
+            fold.add(reply.update, reply.num_examples)
+            buffers.add(reply.buffers, reply.num_examples)
+            metrics.append(reply.metrics)
+            weights.append(reply.num_examples)
+        if not weights:
+            raise RoundError("no update to fold")
+        return fold.mean(), buffers.mean().astype(np.float32), weights, metrics
 
     def _fold_buffers(self, base: Checkpoint, replies: Replies, seed: int) -> Vector:
         """Buffers: the median of at most 64 rows under a robust strategy, else the mean."""

@@ -2,8 +2,9 @@
 
 They work in a stock ServerApp, where `configure_train` gives them the base, and in our driver, which sets it. Laws of
 the file: replies are read as a stream, as often as a rule needs and never held together (a rule that needs them side by
-side holds at most 64 rows); a reply that cannot be used is left out and ends nothing; no state is carried from round to
-round; chance is the global `random`, which driver and grid seed. Sources: cloud_server/aggregate/.
+side holds at most 64 rows); a reply that cannot be used is left out and ends nothing; only the default carries state
+from round to round (`flower/state.py` keeps it); chance is the global `random`, which driver and grid seed. Sources:
+cloud_server/aggregate/.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
 from cloud_server.aggregate import rules
-from cloud_server.aggregate.clipping import cap_weights, clip_factors
-from cloud_server.aggregate.fold import Fold
+from cloud_server.aggregate.clipped_mean import Rows, Shares, shares_of
+from cloud_server.aggregate.clipping import cap_weights
+from cloud_server.aggregate.sketch import Sketcher
 from cloud_server.flower.records import common_metrics
 from process.logs import get_logger
 from wire.errors import ConfigurationError, RoundError
@@ -31,6 +33,9 @@ from wire.norm import l2_norm
 
 _log = get_logger("cloud.robust")
 _METRICS = "metrics"
+KEPT_WAY = 0.7
+"""Of where the head has been going, from round to round."""
+MOST_STANDINGS = 100_000
 Vector = NDArray[np.float32]
 TrainReference = Callable[[ArrayRecord], ArrayRecord]
 """Trains on the operator's clean samples from the given arrays, and returns what came of them."""
@@ -66,9 +71,13 @@ class Cohort:
 
     def updates(self) -> Iterator[Vector]:
         """Float32 [P] of each usable reply: its arrays minus the base's."""
-        for reply, is_usable in zip(self._replies, self._usable, strict=True):
-            if is_usable:
-                yield flat(_arrays_of(reply)) - self.start
+        return (update for _, _, update in self.sent())
+
+    def sent(self) -> Iterator[tuple[int, int, Vector]]:
+        """The same, behind the node that sent it and its weight."""
+        usable = (reply for reply, is_usable in zip(self._replies, self._usable, strict=True) if is_usable)
+        for reply, sketch in zip(usable, self.sketches, strict=True):
+            yield reply.metadata.src_node_id, sketch.weight, flat(_arrays_of(reply)) - self.start
 
     def metrics(self) -> list[RecordDict]:
         """The metrics that all usable replies have, with their weights."""
@@ -150,13 +159,19 @@ class RobustStrategy(FedAvg):
 
 
 class ClippedMean(RobustStrategy):
-    """The mean of updates that are cut to their median length: the default, and streamed.
+    """The default: the mean of updates that are cut to their median length, where those that are alike share a voice,
+    those that pull back lose theirs, and what few say is cut away (`aggregate/clipped_mean.py`).
 
     Args:
         max_weight_ratio: no reply weighs more than this many times the median weight.
+        trimmed_share: of the voices, cut away on either side of every parameter; from 0 to below 0.5.
+
+    Attributes:
+        way: float64 [P], decayed sum of the steps so far: where the head has been going; None before the first.
+        standings: by node id, what a device's earlier updates say for it; at most `MOST_STANDINGS` devices.
     """
 
-    def __init__(self, max_weight_ratio: float = 4.0, **flower: Any) -> None:
+    def __init__(self, max_weight_ratio: float = 4.0, trimmed_share: float = 0.3, **flower: Any) -> None:
         super().__init__(**flower)
         if not (math.isfinite(max_weight_ratio) and max_weight_ratio >= 1.0):
             raise ConfigurationError(
@@ -165,19 +180,90 @@ class ClippedMean(RobustStrategy):
                 key="max_weight_ratio",
             )
         self.max_weight_ratio = max_weight_ratio
+        self.trimmed_share = _checked_share(trimmed_share)
+        self.way: NDArray[np.float64] | None = None
+        self.standings: dict[int, float] = {}
 
-    def shares(self, lengths: Sequence[float], weights: Sequence[int]) -> list[tuple[int, float]]:
-        """What each reply weighs, and the factor that its update is cut by."""
-        return list(zip(cap_weights(weights, self.max_weight_ratio), clip_factors(lengths), strict=True))
+    def fold(
+        self, sent: Callable[[], Iterable[tuple[int, int, Vector]]], *, size: int, seed: int
+    ) -> tuple[NDArray[np.float64], list[int]]:
+        """The step of a cohort, float64 [size], and the capped weights of its replies.
+
+        The standings of the senders move on; the way does not.
+
+        Args:
+            sent: gives node id, weight and float32 [size] of each reply, at least one; asked twice.
+            seed: draws the sketches and, above 64 replies, the buckets.
+        """
+        shares, weights = self._weigh(sent(), size, seed)
+        rows = Rows(shares, size, seed, device=self.device)
+        for number, (_, _, update) in enumerate(sent()):
+            rows.add(number, update)
+        return rows.step(self.trimmed_share), weights
+
+    def _weigh(
+        self, sent: Iterable[tuple[int, int, Vector]], size: int, seed: int
+    ) -> tuple[Shares, list[int]]:
+        sketcher = Sketcher(size, seed, device=self.device)
+        nodes, claimed, lengths, sketches = [], [], [], []
+        for node, weight, update in sent:
+            nodes.append(node)
+            claimed.append(weight)
+            lengths.append(l2_norm(update))
+            sketches.append(sketcher.sketch(update))
+        weights = cap_weights(claimed, self.max_weight_ratio)
+        reference = self._reference()
+        shares = shares_of(
+            sketches,
+            lengths,
+            weights,
+            way=None if self.way is None else sketcher.sketch(self.way),
+            standings=[self.standings.get(node, 0.0) for node in nodes],
+            reference=None if reference is None else sketcher.sketch(reference),
+        )
+        self._note(nodes, shares.standings)
+        return shares, weights
+
+    def _reference(self) -> NDArray[np.floating] | None:
+        """Where the operator's own samples go, float32 [P]; None without such samples."""
+        return None
+
+    def _note(self, nodes: Sequence[int], standings: Sequence[float]) -> None:
+        for node, standing in zip(nodes, standings, strict=True):
+            self.standings.pop(node, None)  # the newest stand last, the oldest are forgotten
+            if standing:
+                self.standings[node] = standing
+        while len(self.standings) > MOST_STANDINGS:
+            del self.standings[next(iter(self.standings))]
 
     def _combine(self, cohort: Cohort) -> NDArray[np.floating]:
-        sketches = cohort.sketches
-        shares = self.shares([each.length for each in sketches], [each.weight for each in sketches])
-        fold = Fold(cohort.start.size, device=self.device)
-        for update, (weight, factor) in zip(cohort.updates(), shares, strict=True):
-            fold.add(update, weight * factor)
-        # A cut update keeps its full weight in the divisor: it is shorter, not fewer.
-        return fold.mean() * (fold.total_weight / sum(weight for weight, _ in shares))
+        step, _ = self.fold(cohort.sent, size=cohort.start.size, seed=random.getrandbits(63))
+        self.way = step if self.way is None else KEPT_WAY * self.way + step
+        return step
+
+
+class FLTrust(ClippedMean):
+    """The clipped mean of those who go where the operator's own clean samples go: it stands a minority of any kind and,
+    while the samples resemble the fleet's, far more of those who pull elsewhere.
+
+    Args:
+        train_reference: trains on those samples; our driver sets it, a stock ServerApp gives it.
+    """
+
+    def __init__(self, train_reference: TrainReference | None = None, **ours: Any) -> None:
+        super().__init__(**ours)
+        self.train_reference = train_reference
+
+    def _reference(self) -> NDArray[np.floating] | None:
+        if self.train_reference is None or self.current_arrays is None:
+            raise RoundError("FLTrust has no samples of the operator's", hint="give train_reference")
+        trained = self.train_reference(self.current_arrays)
+        if not _fits(trained, self.current_arrays):
+            raise RoundError("the reference of FLTrust has other arrays than the model")
+        reference = flat(trained) - flat(self.current_arrays)
+        if not reference.any():
+            raise RoundError("the operator's samples moved nothing: there is nothing to trust")
+        return reference
 
 
 class RowRule(RobustStrategy):
@@ -221,13 +307,7 @@ class TrimmedMean(RowRule):
 
     def __init__(self, trimmed_share: float = 0.2, **flower: Any) -> None:
         super().__init__(**flower)
-        if not 0.0 <= trimmed_share < 0.5:
-            raise ConfigurationError(
-                f"a trimmed share of {trimmed_share} leaves nothing",
-                hint="give 0 ≤ trimmed_share < 0.5",
-                key="trimmed_share",
-            )
-        self.trimmed_share = trimmed_share
+        self.trimmed_share = _checked_share(trimmed_share)
 
     def _rule(self, cohort: Cohort) -> rules.Rule:
         return rules.trimmed(self.trimmed_share)
@@ -252,26 +332,6 @@ class RobustMultiKrum(RowRule):
 
     def _rule(self, cohort: Cohort) -> rules.Rule:
         return rules.krum(len(cohort), self.attacker_share)
-
-
-class FLTrust(RowRule):
-    """Every update weighs as much as it points where the operator's own clean samples point.
-
-    Args:
-        train_reference: trains on those samples; our driver sets it, a stock ServerApp gives it.
-    """
-
-    def __init__(self, train_reference: TrainReference | None = None, **flower: Any) -> None:
-        super().__init__(**flower)
-        self.train_reference = train_reference
-
-    def _rule(self, cohort: Cohort) -> rules.Rule:
-        if self.train_reference is None:
-            raise RoundError("FLTrust has no samples of the operator's", hint="give train_reference")
-        trained = self.train_reference(cohort.base)
-        if not _fits(trained, cohort.base):
-            raise RoundError("the reference of FLTrust has other arrays than the model")
-        return rules.trusted(flat(trained) - cohort.start)
 
 
 ROBUST: dict[str, type[RobustStrategy]] = {
@@ -315,6 +375,16 @@ def _fits(record: ArrayRecord, base: ArrayRecord) -> bool:
         tuple(record[name].shape) == tuple(base[name].shape) and record[name].numpy().dtype.kind in "fiu"
         for name in base
     )
+
+
+def _checked_share(share: float) -> float:
+    if not 0.0 <= share < 0.5:
+        raise ConfigurationError(
+            f"a trimmed share of {share} leaves nothing",
+            hint="give 0 ≤ trimmed_share < 0.5",
+            key="trimmed_share",
+        )
+    return share
 
 
 def _is_weight(value: Any) -> bool:

@@ -16,15 +16,16 @@ from flwr.serverapp import strategy as flower
 from numpy.typing import NDArray
 
 from cloud_server.flower.records import as_named
-from cloud_server.flower.robust import ROBUST
+from cloud_server.flower.robust import ROBUST, ClippedMean, FLTrust
 from cloud_server.flower.strategies import WRAPPERS, innermost
 from wire.cbor import decode_canonical, encode_canonical
 from wire.errors import MessageError, StorageError
 
 MAX_STATE_BYTES = 2**30
-_DTYPES = {"<f4", "<f8"}
+_DTYPES = {"<f4", "<f8", "<u8"}
 _MOMENTS = ("m_t", "v_t")
 _OPTIMIZERS = frozenset({flower.FedAdam, flower.FedYogi, flower.FedAdagrad})
+_STANDING = frozenset({ClippedMean, FLTrust})
 _ADAPTIVE = frozenset(
     {
         flower.DifferentialPrivacyServerSideAdaptiveClipping,
@@ -62,6 +63,14 @@ def export_state(strategy: Any) -> dict[str, bytes]:
                 state[name] = _pack(moments)
     elif type(inner) is flower.FedAvgM and inner.momentum_vector is not None:
         state["momentum_vector"] = _pack({str(i): each for i, each in enumerate(inner.momentum_vector)})
+    elif type(inner) in _STANDING and inner.way is not None:
+        state["way"] = _pack({"": inner.way})
+        state["standings"] = _pack(
+            {
+                "nodes": np.array(list(inner.standings), dtype=np.uint64),
+                "standings": np.array(list(inner.standings.values()), dtype=np.float64),
+            }
+        )
     if type(strategy) in _ADAPTIVE:
         state["clipping_norm"] = _pack({"": np.asarray(strategy.clipping_norm, dtype=np.float64)})
     return state
@@ -81,6 +90,10 @@ def import_state(strategy: Any, state: Mapping[str, bytes]) -> None:
     elif type(inner) is flower.FedAvgM:
         packed = left.pop("momentum_vector", None)
         inner.momentum_vector = None if packed is None else list(_unpack(packed).values())
+    elif type(inner) in _STANDING:
+        way, standings = left.pop("way", None), left.pop("standings", None)
+        inner.way = None if way is None else _unpack(way)[""]
+        inner.standings = {} if standings is None else _standings(_unpack(standings))
     if type(strategy) in _ADAPTIVE:
         if "clipping_norm" not in left:
             raise StorageError("the state of adaptive clipping has no clipping norm")
@@ -112,6 +125,10 @@ def _unpack(data: bytes) -> _Arrays:
         return {name: _array(dtype, shape, values) for name, dtype, shape, values in rows}
     except (MessageError, TypeError, ValueError) as error:
         raise StorageError(f"damaged strategy state: {error}") from error
+
+
+def _standings(arrays: _Arrays) -> dict[int, float]:
+    return dict(zip(arrays["nodes"].tolist(), arrays["standings"].tolist(), strict=True))
 
 
 def _array(dtype: str, shape: list[int], values: bytes) -> NDArray[Any]:

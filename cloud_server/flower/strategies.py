@@ -54,7 +54,7 @@ REFUSED = ("FedXgbBagging", "FedXgbCyclic")
 _FOLDED = frozenset(
     {
         *(flower.FedAvg, flower.FedAvgM, flower.FedProx, flower.FedAdam, flower.FedYogi, flower.FedAdagrad),
-        ClippedMean,  # the fold cuts the updates
+        ClippedMean,  # of one reply it makes that reply: the driver folds for it
     }
 )
 _ROBUST = frozenset(
@@ -201,7 +201,7 @@ def is_client_adaptive(strategy: Strategy) -> bool:
 
 
 def clipping(strategy: Strategy) -> ClippedMean | None:
-    """The strategy itself where the fold must cut the updates for it."""
+    """The strategy itself where it is our default, which folds the updates behind their senders."""
     return strategy if type(strategy) is ClippedMean else None
 
 

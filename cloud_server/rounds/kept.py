@@ -33,10 +33,6 @@ class KeptUpdates:
             self._kept[update_id] = screened
             self._bytes += size
 
-    def peek(self, update_id: bytes) -> Screened | None:
-        """An update that stays kept, to be read and not written to; None where it is not kept."""
-        return self._kept.get(update_id)
-
     def take(self, update_id: bytes) -> Screened | None:
         """Gives an update out and forgets it; None where it is not kept."""
         screened = self._kept.pop(update_id, None)

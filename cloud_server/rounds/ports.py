@@ -160,23 +160,11 @@ class Reply:
     norm: float
 
 
-@dataclass(frozen=True, slots=True)
-class Outline:
-    """What must be known of every reply before the first is folded: the L2 length of its update, and its weight."""
-
-    length: float
-    num_examples: int
-
-
 class Replies(Protocol):
     """The committed set in the canonical order of update ids. Iterates as often as wanted, decoding anew
     each time, so that memory does not grow with the cohort."""
 
     def __len__(self) -> int: ...
-
-    def outlines(self) -> Sequence[Outline]:
-        """Of each reply, in the same order; updates that are kept decoded stay so."""
-        ...
 
     def __iter__(self) -> Iterator[Reply]: ...
 

@@ -13,11 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from cloud_server.db import rounds as books
 from cloud_server.db.engine import Database
 from cloud_server.rounds.kept import KeptUpdates
-from cloud_server.rounds.ports import Blobs, Outline, Reply
+from cloud_server.rounds.ports import Blobs, Reply
 from cloud_server.screening import Expected, Screened, decode_update
 from wire.errors import RoundError
 from wire.messages import Update, decode_body
-from wire.norm import l2_norm
 
 
 class StoredReplies:
@@ -57,17 +56,6 @@ class StoredReplies:
         """
         for row in self._rows:
             yield self._reply(row)
-
-    def outlines(self) -> Sequence[Outline]:
-        """See `rounds.ports.Replies`; raises as iterating does."""
-        return [Outline(self._length(row), row.num_examples) for row in self._rows]
-
-    def _length(self, row: books.UpdateRow) -> float:
-        screened = self._kept.peek(row.update_id)
-        if screened is None:
-            screened = self._read(row)
-            self._kept.put(row.update_id, screened)
-        return l2_norm(screened.update)
 
     def _reply(self, row: books.UpdateRow) -> Reply:
         screened = self._kept.take(row.update_id) or self._read(row)

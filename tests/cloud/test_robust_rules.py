@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from cloud_server.aggregate.clipping import clip_factors
 from cloud_server.aggregate.coordinate import coordinate_median, trimmed_mean
-from cloud_server.aggregate.fltrust import fltrust
 from cloud_server.aggregate.geometric_median import geometric_median
 from cloud_server.aggregate.gram import gram_matrix, squared_distances, weighted_mean
 from cloud_server.aggregate.krum import multi_krum
@@ -148,46 +147,18 @@ def test_multi_krum_with_too_few_rows_is_a_failed_round() -> None:
 
 
 @pytest.mark.parametrize("attack", ["boosted", "far", "huge", "noise"])
-@pytest.mark.parametrize("rule", ["median", "trimmed", "geometric", "krum", "fltrust"])
+@pytest.mark.parametrize("rule", ["median", "trimmed", "geometric", "krum"])
 def test_a_quarter_of_false_rows_does_not_move_the_aggregate(rule: str, attack: str) -> None:
     matrix = cohort(attack)
-    reference = torch.from_numpy(TRUTH + 0.5 * np.random.default_rng(1).normal(0, 1, SIZE).astype(np.float32))
     update = {
         "median": lambda: coordinate_median(matrix),
         "trimmed": lambda: trimmed_mean(matrix, 0.3),
         "geometric": lambda: geometric_median(matrix),
         "krum": lambda: multi_krum(matrix, FALSE),
-        "fltrust": lambda: fltrust(matrix, reference),
     }[rule]()
     mean = matrix.double().mean(dim=0)
-    # FLTrust gives the reference's length, which its own noise makes longer.
     assert distance(update) < 0.35
     assert distance(mean) > 5.0
-
-
-def test_fltrust_is_the_formula_of_its_paper() -> None:
-    rows, reference = cohort("noise").double(), torch.from_numpy(TRUTH).double()
-    cosines = torch.nn.functional.cosine_similarity(rows, reference[None], dim=1).clamp(min=0.0)
-    scaled = rows / rows.norm(dim=1, keepdim=True) * reference.norm()
-    expected = (cosines[:, None] * scaled).sum(0) / cosines.sum()
-    found = fltrust(rows.float(), reference.float())
-    np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("matrix", "reference"),
-    [
-        (matrix_of(3), torch.zeros(SIZE)),
-        (-torch.ones(3, SIZE), torch.ones(SIZE)),
-        (torch.zeros(3, SIZE), torch.ones(SIZE)),
-    ],
-    ids=["no reference", "all against it", "no update"],
-)
-def test_fltrust_without_anything_to_trust_is_a_failed_round(
-    matrix: torch.Tensor, reference: torch.Tensor
-) -> None:
-    with pytest.raises(RoundError):
-        fltrust(matrix, reference)
 
 
 def test_clipping_makes_long_updates_as_long_as_the_median() -> None:

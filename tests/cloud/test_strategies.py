@@ -20,7 +20,7 @@ from cloud_server.flower.private import set_identity
 from cloud_server.flower.records import to_record, to_vector
 from cloud_server.flower.state import export_state
 from cloud_server.flower.strategies import build_strategy, is_folded
-from cloud_server.rounds.ports import Measured, Outline, Reply
+from cloud_server.rounds.ports import Measured, Reply
 from tests.cloud.round_lab import SHAPES, make_slots
 from wire.checkpoint import Checkpoint
 from wire.errors import ConfigurationError, QuorumError, RoundError, StorageError
@@ -77,10 +77,6 @@ class Replies:
         self.passes += 1
         for i, vector in enumerate(self._vectors):
             yield self._reply(i, vector)
-
-    def outlines(self) -> Sequence[Outline]:
-        lengths = (float(np.linalg.norm(vector)) for vector in self._vectors)
-        return [Outline(length, 10 + 3 * i) for i, length in enumerate(lengths)]
 
     def _reply(self, i: int, vector: NDArray[np.float32]) -> Reply:
         update = vector.copy()

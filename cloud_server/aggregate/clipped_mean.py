@@ -1,0 +1,152 @@
+"""The default rule: a mean of updates cut to their median length, in which a voice has to be one's own and go forward,
+and what few say in a parameter is cut away.
+
+Who counts how much follows from lengths, weights and sketches (`sketch.py`) of the updates. What became of a device in
+rounds before, its *standing*, is the decayed sum of its cosines with the way that the head has gone: one round's angle
+is noise where devices hold different data, their sum is not. FLTrust is the same mean with a root of trust: the cosine
+with what the operator's own samples make joins the sum, and who has none above zero is not heard.
+
+Of each parameter the smallest and the largest values are cut away, by the voices behind them: what a backdoor needs is
+said by a few, the same in every round. That shortens the step where honest devices differ, as does cutting to the
+median, and attackers that are not heard. So it is made to reach as far along the mean of the same voices as that mean
+(at most `MOST_AGAIN` times as long as it was), and gets back what they lost by the cut to one median and not to
+`LENGTH_ROOM` of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cloud_server.aggregate.clipping import clip_factors, median_length
+from cloud_server.aggregate.coordinate import heard_trimmed_mean
+from cloud_server.aggregate.gram import weighted_mean
+from cloud_server.aggregate.rows import bucket_count
+from cloud_server.aggregate.sketch import unit_rows
+from cloud_server.aggregate.voices import (
+    FEWEST,
+    forward_voices,
+    shared_voices,
+    trusted_voices,
+    with_the_others,
+)
+from wire.errors import RoundError
+
+LENGTH_ROOM = 2.0
+MOST_AGAIN = 3.0
+"""What trimming took of the length is given back up to here: where it took more, there is no common direction."""
+KEPT_STANDING = 0.9
+"""Of a device's standing, from one of its replies to the next: half of it is gone after seven."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """How a round's updates are to be added up.
+
+    Attributes:
+        voices: what each counts, from 0 up; their sum is 1.
+        cuts: what each is multiplied with, in (0, 1].
+        stretch: what the step is multiplied with, from 1 to `LENGTH_ROOM`.
+        standings: of the devices after this round.
+    """
+
+    voices: list[float]
+    cuts: list[float]
+    stretch: float
+    standings: list[float]
+
+
+def shares_of(
+    sketches: Sequence[torch.Tensor],
+    lengths: Sequence[float],
+    weights: Sequence[int],
+    *,
+    way: torch.Tensor | None,
+    standings: Sequence[float],
+    reference: torch.Tensor | None = None,
+) -> Shares:
+    """Weighs a cohort.
+
+    Args:
+        sketches: of the updates, float64 [D] each; at least one.
+        lengths: L2, of the updates.
+        weights: from 1 up, capped.
+        way: sketch of where the head has been going; None in the first round.
+        standings: of the devices before this round; 0 for a new one.
+        reference: sketch of where the operator's own samples go, which then decides; None without such samples.
+
+    Raises:
+        RoundError: nobody goes where the operator's samples do.
+    """
+    units = unit_rows(sketches)
+    real, voices, stood, cuts, roomy = (
+        torch.tensor(values, dtype=torch.float64, device=units.device)
+        for values in (
+            lengths,
+            weights,
+            standings,
+            clip_factors(lengths),
+            clip_factors(lengths, LENGTH_ROOM * median_length(lengths)),
+        )
+    )
+    cosines = units @ units.T
+    voices = voices * shared_voices(cosines)
+    short = real * cuts
+    ahead = torch.zeros_like(voices) if way is None else units @ unit_rows([way])[0]
+    if reference is not None:
+        standing = KEPT_STANDING * stood + ahead + units @ unit_rows([reference])[0]
+        heard = voices * trusted_voices(standing)
+        if not float(heard @ short) > 0.0:
+            raise RoundError("no update goes where the operator's samples do")
+    else:
+        if way is None:
+            ahead = with_the_others(cosines * short[:, None] * short[None, :], voices)
+        # One or two replies are a mean already, or nobody's: they say nothing of anybody.
+        standing = KEPT_STANDING * stood + ahead if len(units) >= FEWEST else stood
+        heard = voices * forward_voices(standing)
+    stretch = float(heard @ (real * roomy)) / max(float(heard @ short), torch.finfo(torch.float64).tiny)
+    voices = heard / heard.sum()
+    return Shares(voices.tolist(), cuts.tolist(), max(stretch, 1.0), standing.tolist())
+
+
+class Rows:
+    """Updates side by side as they are heard: at most `MAX_ROWS` rows, above that the means of random buckets.
+
+    Args:
+        shares: of the cohort.
+        seed: draws which updates share a bucket.
+    """
+
+    def __init__(self, shares: Shares, size: int, seed: int, *, device: torch.device | None = None) -> None:
+        count = len(shares.voices)
+        rows = bucket_count(count)
+        self._places = np.arange(count) % rows
+        if rows < count:
+            np.random.default_rng(seed).shuffle(self._places)
+        self._shares = shares
+        self._matrix = torch.zeros((rows, size), dtype=torch.float32, device=device)
+        self._voices = np.zeros(rows)
+        np.add.at(self._voices, self._places, shares.voices)
+
+    def add(self, number: int, update: NDArray[np.float32]) -> None:
+        """Adds the update float32 [size] with this place in the cohort; it is read before this returns."""
+        voice = self._shares.voices[number]
+        if voice > 0.0:
+            row = int(self._places[number])
+            source = update if update.flags.writeable else update.copy()
+            part = voice / self._voices[row] * self._shares.cuts[number]
+            self._matrix[row].add_(torch.from_numpy(source).to(self._matrix.device), alpha=part)
+
+    def step(self, trimmed_share: float) -> NDArray[np.float64]:
+        """The cohort's step, float64 [size]."""
+        voices = torch.from_numpy(self._voices).to(self._matrix.device)
+        mean = weighted_mean(self._matrix, voices).double()
+        step = heard_trimmed_mean(self._matrix, voices, trimmed_share).double()
+        along = float(step @ mean)
+        again = float(mean @ mean) / along if along > 0.0 else 0.0
+        whole: NDArray[np.float64] = (step * (min(again, MOST_AGAIN) * self._shares.stretch)).cpu().numpy()
+        return whole
