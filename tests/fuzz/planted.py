@@ -57,7 +57,7 @@ BUGS: tuple[Bug, ...] = (
         "names.get(number)",
     ),
     Bug("padding_need_not_fit_its_class", "records.py", " or size_class(marked) != len(plaintext)", ""),
-    Bug("last_record_is_not_bound", "cose.py", "(_TRUE if last else _FALSE)", "_FALSE"),
+    Bug("hash_of_a_record_is_not_compared", "envelope.py", "if sha256(ciphertext) != self", "if b'' == self"),
     Bug(
         "expiry_is_not_looked_at",
         "envelope.py",
