@@ -180,7 +180,7 @@ class CloudHealth:
             if finding.level == before.get(finding.name, "ok"):
                 continue
             say = _log.info if finding.level == "ok" else _log.warning
-            say("health", check=finding.name, level=finding.level, detail=finding.detail, hint=finding.hint)
+            say("health", check=finding.name, found=finding.level, detail=finding.detail, hint=finding.hint)
 
     def _say_what_would_be(self, wanted: tuple[Prescription, ...]) -> None:
         if self._limits.remedies == "dry_run":

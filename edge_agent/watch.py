@@ -9,12 +9,13 @@ the first one that was. Source: docs/architecture.md, "Model swap".
 
 from __future__ import annotations
 
-import statistics
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
+
+import numpy as np
 
 from edge_agent.ports import Floats
 from edge_agent.settings import ReleaseSettings
@@ -63,16 +64,16 @@ def judge(seen: Sequence[Shadowed], limits: ReleaseSettings) -> str:
 
 
 def _slower(seen: Sequence[Shadowed], slowdown: float) -> str:
-    new = statistics.median(each.new.seconds for each in seen)
-    before = statistics.median(each.before.seconds for each in seen)
+    new = float(np.median([each.new.seconds for each in seen]))
+    before = float(np.median([each.before.seconds for each in seen]))
     if new <= slowdown * before or new - before < LEAST_SLOWER_SECONDS:
         return ""
     return f"an answer takes {new * 1e3:.1f} ms, and took {before * 1e3:.1f} before"
 
 
 def _worse_reconstruction(seen: Sequence[Shadowed]) -> str:
-    new = statistics.median(each.new.score for each in seen)
-    before = statistics.median(each.before.score for each in seen)
+    new = float(np.median([each.new.score for each in seen]))
+    before = float(np.median([each.before.score for each in seen]))
     if new <= ERROR_GROWTH * before:
         return ""
     return f"its reconstruction errors are {new:.3g}, and were {before:.3g}"
@@ -87,7 +88,7 @@ def _strange(sure: Sequence[Shadowed], limits: ReleaseSettings) -> str:
     moved = _moved(sure)
     if moved > limits.watch_shift:
         return f"its answers moved by {moved:.0%} of {count} windows that the release before was sure of"
-    drop = statistics.fmean(each.before.score - each.new.score for each in sure)
+    drop = sum(each.before.score - each.new.score for each in sure) / count
     if drop > limits.watch_confidence_drop:
         return f"its confidence is {drop:.2f} lower on {count} windows that the release before was sure of"
     return ""
