@@ -110,6 +110,20 @@ def test_fltrust_without_samples_is_refused() -> None:
 # ---- the clipped mean --------------------------------------------------------------------------------------
 
 
+def test_clipped_mean_is_the_mean_of_cut_updates_with_capped_weights() -> None:
+    """Of updates at right angles, which say nothing of each other; its length is that of a cut to two medians."""
+    updates = [np.eye(P, dtype=np.float32)[i] * np.float32(1.0 + i) for i in range(11)]
+    weights = np.array(cap_weights([10 + 3 * i for i in range(11)], 1.2))
+    lengths = np.array([l2_norm(update) for update in updates])
+    cut, roomy = np.minimum(lengths, 6.0), np.minimum(lengths, 12.0)
+    expected = np.zeros(P)
+    expected[:11] = weights * cut / weights.sum() * (weights @ roomy) / (weights @ cut)
+    base = checkpoint()
+    subject = driver("ClippedMean", {"max_weight_ratio": 1.2, "trimmed_share": 0.0})
+    found = subject.aggregate_train(1, base, Replies(updates), 1)
+    np.testing.assert_allclose(found.params - base.params, expected, rtol=0, atol=1e-5)
+
+
 def test_clipped_mean_holds_one_reply_at_a_time() -> None:
     replies = Replies(vectors(1))
     driver("ClippedMean").aggregate_train(1, checkpoint(), replies, 1)
