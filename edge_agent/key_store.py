@@ -189,14 +189,10 @@ def open_sealed(key: Aead, sealed: bytes, context: bytes) -> bytes:
     Raises:
         StorageError: damaged, or sealed with another key or for another context.
     """
-    opened = bytearray(max(0, len(sealed) - SEALED_EXTRA_BYTES))
     try:
-        if len(sealed) < SEALED_EXTRA_BYTES:
-            raise EnvelopeError("message does not open", reason="content")
-        key.open_into(sealed[:NONCE_BYTES], memoryview(sealed)[NONCE_BYTES:], context, memoryview(opened))
+        return key.open(sealed[:NONCE_BYTES], memoryview(sealed)[NONCE_BYTES:], context)
     except EnvelopeError as error:
         raise StorageError("what is stored does not open", damaged=True) from error
-    return bytes(opened)
 
 
 def _name_of(secret: bytes) -> str:

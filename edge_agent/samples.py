@@ -288,16 +288,21 @@ class SampleStore:
     def _load(self, split: str, shape: tuple[int, ...] | None, condition: str) -> tuple[Floats, Integers]:
         wanted = ",".join(map(str, shape)) if shape is not None else self._newest_shape(split)
         axes = tuple(int(axis) for axis in wanted.split(",") if axis)
-        pieces, labels, last = [np.zeros((0, *axes), np.float32)], [], 0
-        sql = f"{_SELECT} WHERE split = ? AND shape = ? AND id > ? {condition} ORDER BY id LIMIT ?"
-        while rows := self._database.read(sql, (split, wanted, last, _READ_AT_ONCE)):
+        where = f"split = ? AND shape = ? {condition}"
+        count = self._database.read(f"SELECT count(*) FROM samples WHERE {where}", (split, wanted))[0][0]
+        # One array for all: what is read of the disk is let go piece by piece.
+        windows, last = np.empty((count, *axes), np.float32), 0
+        labels: list[int] = []
+        sql = f"{_SELECT} WHERE {where} AND id > ? ORDER BY id LIMIT ?"
+        while rows := self._database.read(
+            sql, (split, wanted, last, min(_READ_AT_ONCE, count - len(labels)))
+        ):
             last = rows[-1][0]
-            opened = self._opened(rows)
-            if opened:
-                pieces.append(_join(opened, axes))
-            labels += [UNLABELLED if label is None else label for _, _, _, label in opened]
-        windows = pieces[-1] if len(pieces) == 2 else np.concatenate(pieces)
-        return windows, np.array(labels, dtype=np.int64)
+            for columns, _, window, label in self._opened(rows):
+                stored = np.frombuffer(window, _DTYPES[columns[4]])
+                windows[len(labels)] = stored.reshape(axes)
+                labels.append(UNLABELLED if label is None else label)
+        return windows[: len(labels)], np.array(labels, dtype=np.int64)
 
     def _opened(self, rows: list[Any]) -> list[_Opened]:
         """What rows hold; those that are damaged, or whose key is gone, are dropped."""
@@ -343,13 +348,3 @@ def _next_id(connection: sqlite3.Connection) -> int:
 def _check_label(label: int | None) -> None:
     if label is not None and (isinstance(label, bool) or not 0 <= label <= MAX_LABEL):
         raise DataError(f"no label {label!r}", hint=f"a class number, 0 to {MAX_LABEL}")
-
-
-def _join(rows: list[_Opened], axes: tuple[int, ...]) -> Floats:
-    """One copy: the windows in a row, read as one array (two when both precisions are on disk)."""
-    dtypes = {columns[4] for columns, _, _, _ in rows}
-    if len(dtypes) == 1:
-        joined = np.frombuffer(bytearray().join(row[2] for row in rows), dtype=_DTYPES[dtypes.pop()])
-        return np.ascontiguousarray(joined, dtype=np.float32).reshape(len(rows), *axes)
-    arrays = [np.frombuffer(row[2], dtype=_DTYPES[row[0][4]]).astype(np.float32) for row in rows]
-    return np.stack(arrays).reshape(len(rows), *axes)

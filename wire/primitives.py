@@ -348,6 +348,13 @@ class Aead:
         """Writes ciphertext and tag to `out`, whose length is that of `plaintext` plus 16."""
         self._cipher.encrypt_into(nonce, plaintext, aad, out)
 
+    def open(self, nonce: bytes, ciphertext: memoryview, aad: bytes) -> bytes:
+        """The plaintext; raises like `open_into`."""
+        try:
+            return self._cipher.decrypt(nonce, ciphertext, aad)
+        except (InvalidTag, ValueError) as error:
+            raise EnvelopeError("message does not open", reason="content") from error
+
     def open_into(self, nonce: bytes, ciphertext: memoryview, aad: bytes, out: memoryview) -> None:
         """Writes the plaintext to `out`, whose length is that of `ciphertext` minus 16.
 
