@@ -24,6 +24,7 @@ from wire.transport.broker import BrokerTls, RunningBroker, end_session, start_b
 
 BROKER_PROBE_SECONDS = 5.0
 AUTHORITIES_NAME = "authorities.pem"
+_PURPOSE = "broker"
 SESSIONS_SECONDS = 1.0
 """How often the register is asked whom to disconnect."""
 _CALLED = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where we find what listens everywhere
@@ -103,24 +104,33 @@ def _watch_broker(
 
 
 class _FollowedAuthorities:
-    """Gives a broker of ours the authorities of now. A reload would not do: mosquitto adds what a file says anew and
-    never forgets what it said before, so the broker is started again, which its sessions outlive."""
+    """Gives a broker of ours the authorities and the certificate of now. A reload would not do: mosquitto adds what a
+    file says anew and never forgets what it said before, so the broker is started again, which its sessions outlive."""
 
     def __init__(self, deployment: Deployment, broker: RunningBroker) -> None:
         self._deployment = deployment
         self._broker = broker
         self._used = deployment.authorities
+        self._shown = self._certificate()
 
     def follow(self) -> None:
-        present = self._deployment.authorities
-        if [each.fingerprint for each in present.trusted] == [
+        present, shown = self._deployment.authorities, self._certificate()
+        is_known = [each.fingerprint for each in present.trusted] == [
             each.fingerprint for each in self._used.trusted
-        ]:
+        ]
+        if is_known and shown in (self._shown, b""):
             return
         _broker_tls(self._deployment)
         self._broker.restart()
-        self._used = present
+        self._used, self._shown = present, self._certificate()
         _log.info("broker_follows_authorities", authorities=len(present.trusted))
+
+    def _certificate(self) -> bytes:
+        """What the broker shall show; empty while it is made anew (`remedies/renew.py`)."""
+        try:
+            return (self._deployment.folder.authority / f"{_PURPOSE}.pem").read_bytes()
+        except FileNotFoundError:
+            return b""
 
 
 def _sessions(deployment: Deployment, host: str, port: int, broker: RunningBroker | None) -> RevokedSessions:
@@ -164,7 +174,7 @@ def _list_file(deployment: Deployment) -> Path:
 
 
 def _broker_tls(deployment: Deployment) -> BrokerTls:
-    certificate, key = deployment.server_files("broker")
+    certificate, key = deployment.server_files(_PURPOSE)
     with deployment.database.read() as connection:
         serials = load_revoked_serials(connection, deployment.clock.now())
     authorities, now = deployment.authorities, deployment.clock.now()

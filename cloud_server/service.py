@@ -118,6 +118,9 @@ def run(
         following = _FollowingTransport(deployment, transport)
         loop.follow_authorities(front.follow, following.follow)
         loop.renewers += [front.show_anew, following.show_anew]
+        if deployment.settings.broker.tls and deployment.settings.broker.kind != "external":
+            # Who watches the broker sees another file, and starts it with that.
+            loop.renewers.append(lambda: deployment.server_files("broker"))
         operators_port = 0
         if deployment.settings.operators.listen:
             operators = OperatorsFront(
@@ -190,7 +193,7 @@ class _Loop:
         self._serverapp = serverapp
         self._stop_app: Callable[[], None] = lambda: None
         self._pulse = pulse
-        self.renewers: list[Callable[[], None]] = []
+        self.renewers: list[Callable[[], object]] = []
         self._queue = EventQueue(self._events.qsize, lambda: self._dropped)
         self.health = look_after(
             deployment,

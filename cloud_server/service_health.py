@@ -39,7 +39,7 @@ class Surroundings:
     events: EventQueue
     queue_room: int
     rejoin: Callable[[str], None]
-    renewers: list[Callable[[], None]]
+    renewers: list[Callable[[], object]]
     runner: Callable[[], RoundRunner | None]
 
 

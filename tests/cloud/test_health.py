@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import socket
+import ssl
 import threading
 import time
 import urllib.error
@@ -15,6 +18,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from cloud_server.broker import open_broker
 from cloud_server.cli import main
 from cloud_server.db.audit import load_audit
 from cloud_server.deployment import Deployment, initialise
@@ -181,6 +185,28 @@ def test_service_says_that_it_is_ready_once_the_broker_answers_and_renews_what_i
         assert probe(f"{base}/healthz") == (200, {"status": "ok"})
         wait_for(lambda: certificate.read_bytes() != old, "another certificate")
     assert probe(f"{base}/readyz") is None
+
+
+@pytest.mark.skipif(shutil.which("mosquitto") is None, reason="mosquitto is not installed here")
+def test_broker_shows_its_new_certificate_without_a_restart_of_the_service(tmp_path: Path) -> None:
+    settings = msgspec.structs.replace(SETTINGS, broker=BrokerSettings(kind="mosquitto", port=0, tls=True))
+    with initialise(tmp_path / "state", settings) as made, open_broker(made) as (host, port):
+        before = shown(made, host, port)
+        certificate, _ = made.server_files("broker")
+        certificate.unlink()
+        made.server_files("broker")
+        wait_for(lambda: shown(made, host, port) not in (b"", before), "another certificate")
+
+
+def shown(deployment: Deployment, host: str, port: int) -> bytes:
+    """The certificate (DER) that a server shows; empty while nobody listens."""
+    context = ssl.create_default_context(cadata=deployment.authorities.bundle_pem)
+    context.check_hostname = False
+    try:
+        with socket.create_connection((host, port), 10) as plain, context.wrap_socket(plain) as secured:
+            return secured.getpeercert(binary_form=True) or b""
+    except OSError:
+        return b""
 
 
 def probe(address: str) -> tuple[int, object] | None:

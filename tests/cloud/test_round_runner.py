@@ -551,6 +551,22 @@ def test_paused_run_stays_paused_over_a_restart() -> None:
     assert lab.runner.view().moved == 2
 
 
+def test_held_run_opens_no_round_whatever_an_operator_resumes_and_a_restart_forgets_it() -> None:
+    lab = Lab(3, rounds=2)
+    lab.runner.hold(True)
+    assert lab.runner.tick() == math.inf
+    lab.runner.set_paused(False)
+    assert lab.runner.tick() == math.inf
+    lab.runner.set_paused(True)
+    lab.runner.hold(False)
+    assert lab.runner.tick() == math.inf, "the operator has paused it meanwhile"
+    lab.runner.set_paused(False)
+    lab.runner.hold(True)
+    lab.restart()
+    lab.run()
+    assert lab.runner.view().moved == 2
+
+
 def test_finished_run_does_nothing_after_a_restart() -> None:
     lab = Lab(3, rounds=1)
     head = lab.run()
