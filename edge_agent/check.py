@@ -12,7 +12,7 @@ import http.client
 import os
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -32,6 +32,8 @@ from edge_agent.slots import Slots
 from edge_agent.status import read_status
 from process.clock import Clock
 from process.health import Finding, with_remedies
+from process.version import VERSION
+from wire.agent_versions import TOO_OLD_HINT, is_new_enough
 from wire.errors import ShoalError, TransportError
 from wire.primitives import certificate_validity
 
@@ -65,6 +67,7 @@ def run_checks(folder: Path, settings: EdgeSettings, clock: Clock) -> Iterator[F
     for check in checks.CHECKS[1:]:
         yield _with_remedy(check.judge(facts, limits), facts, settings)
     yield agent
+    yield judge_version(status)
 
 
 def _with_remedy(finding: Finding, facts: Facts, settings: EdgeSettings) -> Finding:
@@ -169,6 +172,18 @@ def _of_status(facts: Facts, status: dict[str, Any]) -> Facts:
         owed=int(outbox.get("open", 0)),
         owed_bytes=int(told.get("shoal_edge_outbox_bytes", 0)),
     )
+
+
+def judge_version(status: Mapping[str, Any]) -> Finding:
+    """Warns when the aggregator said that it asks no agent as old as this one.
+
+    Args:
+        status: as a running agent wrote it last.
+    """
+    least = str(status.get("least_agent_version") or "")
+    if is_new_enough(VERSION, least):
+        return Finding("version", "ok", VERSION)
+    return Finding("version", "warn", f"{VERSION} is older than {least[:64]}", TOO_OLD_HINT)
 
 
 def _agent(folder: Path, status: dict[str, Any]) -> Finding:

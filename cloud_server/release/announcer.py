@@ -63,7 +63,7 @@ class Announcer:
         if timestamp == self._announced:
             return
         announcement = self._publisher.announcement(self._ring)
-        if announcement.release_version:
-            self._downlink.announce(structs.replace(announcement, min_agent_version=self._least_agent))
-            self.announced_total += 1
+        # Before the first release, too: keys that came or went are news to devices that wait for it.
+        self._downlink.announce(structs.replace(announcement, min_agent_version=self._least_agent))
+        self.announced_total += 1
         self._announced = announcement.timestamp

@@ -87,21 +87,29 @@ def release(hall: Hall, publisher: Publisher, tmp_path: Path) -> None:
 
 def test_release_is_announced_once_whoever_signed_it(hall: Hall, tmp_path: Path) -> None:
     hall.tick()
-    assert hall.announced == []
+    assert hall.announced == [0]  # which keys count: that is so before there is a release
     # Another object on the same store: as a command in another process.
     command = Publisher(hall.base.database, hall.base.artefacts, hall.base.repository, hall.time)
     release(hall, command, tmp_path)
     for _ in range(5):
         hall.tick()
-    assert hall.announced == [1]
+    assert hall.announced == [0, 1]
     publisher = hall.base.publisher
     publisher.publish(publisher.propose(make_candidate(2), run="main", round_number=1, metrics={}).version)
     hall.tick()
-    assert hall.announced == [1, 2]
+    assert hall.announced == [0, 1, 2]
     command.rollback()
     hall.tick()
-    assert hall.announced == [1, 2, 1]
-    assert hall.cloud.announcer.announced_total == 3
+    assert hall.announced == [0, 1, 2, 1]
+    assert hall.cloud.announcer.announced_total == 4
+
+
+def test_key_that_a_command_replaced_is_announced_at_once(hall: Hall, tmp_path: Path) -> None:
+    release(hall, hall.base.publisher, tmp_path)
+    hall.tick()
+    hall.base.repository.set_online_keys(b"{}")
+    hall.tick()
+    assert hall.announced == [1, 1]
 
 
 def test_what_is_signed_again_before_it_expires_is_announced_once(hall: Hall, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from msgspec import structs
 
 from edge_agent import actions as do
 from edge_agent import events as on
+from edge_agent.check import judge_version
 from edge_agent.device_state import State
 from edge_agent.state import step
 from edge_agent.status import read_status
@@ -94,10 +95,14 @@ def test_agent_that_is_too_old_is_told_and_shows_it(
         lab.run(100)
         return read_status(tmp_path) or {}
 
-    assert (shown("9.0")["is_too_old"], shown("9.0")["least_agent_version"]) == (True, "9.0")
+    assert shown("9.0")["is_too_old"] is True
+    found = judge_version(shown("9.0"))
+    assert (found.level, found.detail) == ("warn", f"{VERSION} is older than 9.0")
+    assert found.hint.startswith("update the agent")
     assert caplog.text.count("agent_too_old") == 1
     assert agent.infer(np.ones(12, np.float32)).release_version == 1
     assert shown(VERSION)["is_too_old"] is False
+    assert judge_version(shown(VERSION)).level == "ok"
 
 
 def say(lab: Lab, **facts: Any) -> None:
