@@ -6,6 +6,7 @@ import json
 import ssl
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from cryptography import x509
 
+from cloud_server.broker import open_broker
 from cloud_server.cli import main
 from cloud_server.deployment import Deployment, initialise
 from cloud_server.enrolment.authorities import (
@@ -25,7 +27,7 @@ from cloud_server.enrolment.ca import CertificateAuthority
 from cloud_server.enrolment.tokens import mint_token
 from cloud_server.https import HttpsFront
 from cloud_server.keys import LEARN_SECONDS, OVERLAP_SECONDS
-from cloud_server.settings import CloudSettings, EnrolmentSettings, ListenSettings
+from cloud_server.settings import BrokerSettings, CloudSettings, EnrolmentSettings, ListenSettings
 from edge_agent import identity as identity_files
 from edge_agent.enrol import enrol, renew
 from edge_agent.fetcher import HttpsFetcher, MemoryFetcher
@@ -35,8 +37,11 @@ from edge_agent.release_child import Request, _check_with_trust
 from edge_agent.tuf_client import find_authorities
 from process.clock import SystemClock
 from tests.cloud.deployment import NOW, SteppedClock
+from tests.cloud.test_revocation import Member
+from tests.transport.conftest import needs_mosquitto
 from wire.errors import ConfigurationError, EnrolmentError, ReleaseError, TransportError, TrustError
 from wire.primitives import certificate_fingerprints, generate_tls_key, make_csr, write_private
+from wire.transport import Connected, Disconnected
 
 DAY = 86_400.0
 REQUEST = Request(current_version=0)
@@ -290,3 +295,43 @@ def test_enrolment_during_the_overlap_trusts_both(cloud: Cloud, tmp_path: Path) 
     broken = replace(device, ca_pem=b"none")
     with pytest.raises(TrustError):
         identity_files.with_authorities(broken, b"none")
+
+
+# ---- a real broker ----
+
+
+@pytest.mark.mosquitto
+@needs_mosquitto[1]
+def test_broker_follows_both_authorities_and_then_the_new_one_alone(tmp_path: Path) -> None:
+    """The mosquitto that the service starts, without a word to it: clients of the old one stay until it is retired."""
+    settings = CloudSettings(tenant="t", fleet="f", broker=BrokerSettings(kind="mosquitto", port=0, tls=True))
+    with (
+        initialise(tmp_path / "state", settings) as deployment,
+        open_broker(deployment) as (_, port),
+        ExitStack() as stack,
+    ):
+
+        def member(name: str) -> Member:
+            """A client with a certificate of the authority that signs now, which trusts every one that counts."""
+            authorities, key = deployment.authorities, generate_tls_key()
+            issued = authorities.issuing.issue_device(make_csr(key, name).decode(), name, now=time.time())
+            (tmp_path / f"{name}.pem").write_text(issued.pem)
+            write_private(tmp_path / f"{name}.key", key)
+            tls = ssl.create_default_context(cadata=authorities.bundle_pem)
+            tls.load_cert_chain(tmp_path / f"{name}.pem", tmp_path / f"{name}.key")
+            made = Member(name, port, tls)
+            stack.callback(made.transport.stop)
+            made.join("fl/1/t/f/rd/+")
+            return made
+
+        old = member("old")
+        folder = deployment.folder.authority
+        add_authority(folder, name=deployment.authority_name, now=time.time() - 2 * DAY)
+        old.mailbox.next(Disconnected)
+        old.mailbox.next(Connected)
+        new = member("new")
+        assert retire_authorities(folder) == ["ca"]
+        new.mailbox.next(Disconnected)
+        new.mailbox.next(Connected)
+        reasons = [event.reason for event in old.mailbox.take(Disconnected, 2)]
+        assert any("certificate" in reason for reason in reasons), reasons
