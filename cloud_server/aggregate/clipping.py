@@ -1,4 +1,4 @@
-"""Clipping to the cohort's median length, and caps on weights: what the default rule begins with.
+"""Clipping to the cohort's median length: what the default rule begins with. (Weights are capped in `influence.py`.)
 
 An update longer than the median of all keeps its direction and loses its length, so a boosted one is no longer than
 any other. It needs the lengths alone. Source: Sun et al., "Can you really backdoor federated learning?",
@@ -29,16 +29,3 @@ def clip_factors(norms: Sequence[float], limit: float | None = None) -> list[flo
     if limit is None:
         limit = median_length(norms)
     return [1.0 if norm <= limit else limit / norm for norm in norms]
-
-
-def cap_weights(weights: Sequence[int], ratio: float) -> list[int]:
-    """Weights of which none is more than `ratio` times their median, so that nobody counts for a cohort by saying so.
-
-    Args:
-        weights: whole numbers from 1 up.
-        ratio: at least 1.
-    """
-    if not weights:
-        return []
-    limit = max(1, int(ratio * statistics.median(weights)))
-    return [min(weight, limit) for weight in weights]

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from cloud_server.aggregate import rules
 from cloud_server.aggregate.clipped_mean import Rows, Shares, shares_of
-from cloud_server.aggregate.clipping import cap_weights
 from cloud_server.aggregate.sketch import Sketcher
 from cloud_server.flower.records import common_metrics
+from cloud_server.influence import capped_weights
 from process.logs import get_logger
 from wire.errors import ConfigurationError, RoundError
 from wire.norm import l2_norm
@@ -211,7 +211,7 @@ class ClippedMean(RobustStrategy):
             claimed.append(weight)
             lengths.append(l2_norm(update))
             sketches.append(sketcher.sketch(update))
-        weights = cap_weights(claimed, self.max_weight_ratio)
+        weights = capped_weights(claimed, self.max_weight_ratio)
         reference = self._reference()
         shares = shares_of(
             sketches,

@@ -14,7 +14,6 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from numpy.typing import NDArray
 
 from cloud_server.aggregate.clipped_mean import Rows, shares_of
-from cloud_server.aggregate.clipping import cap_weights
 from cloud_server.aggregate.coordinate import coordinate_median, trimmed_mean
 from cloud_server.aggregate.geometric_median import geometric_median
 from cloud_server.aggregate.krum import multi_krum
@@ -24,6 +23,7 @@ from cloud_server.flower.planning import PlanningGrid, seeded
 from cloud_server.flower.private import set_identity
 from cloud_server.flower.robust import ROBUST, ClippedMean, FLTrust, RobustStrategy, flat, like
 from cloud_server.flower.strategies import build_strategy
+from cloud_server.influence import capped_weights
 from cloud_server.rounds.ports import Reply
 from cloud_server.rounds.runner import RoundRunner
 from tests.cloud.round_lab import SHAPES, Lab, make_slots
@@ -113,7 +113,7 @@ def test_fltrust_without_samples_is_refused() -> None:
 def test_clipped_mean_is_the_mean_of_cut_updates_with_capped_weights() -> None:
     """Of updates at right angles, which say nothing of each other; its length is that of a cut to two medians."""
     updates = [np.eye(P, dtype=np.float32)[i] * np.float32(1.0 + i) for i in range(11)]
-    weights = np.array(cap_weights([10 + 3 * i for i in range(11)], 1.2))
+    weights = np.array(capped_weights([10 + 3 * i for i in range(11)], 1.2))
     lengths = np.array([l2_norm(update) for update in updates])
     cut, roomy = np.minimum(lengths, 6.0), np.minimum(lengths, 12.0)
     expected = np.zeros(P)
@@ -132,9 +132,10 @@ def test_clipped_mean_holds_one_reply_at_a_time() -> None:
 
 
 def test_device_that_claims_many_examples_counts_for_four_of_the_others() -> None:
-    assert cap_weights([10, 10, 10, 10**15], 4.0) == [10, 10, 10, 40]
-    assert cap_weights([], 4.0) == []
-    assert cap_weights([1, 1], 1.0) == [1, 1]
+    assert capped_weights([10, 10, 10, 10**15], 4.0) == [10, 10, 10, 40]
+    assert capped_weights([], 4.0) == []
+    assert capped_weights([1, 1], 1.0) == [1, 1]
+    assert capped_weights([10, 10**15], 4.0) == [10, 40]  # of two the louder one may lie
 
 
 def test_stored_replies_tell_their_lengths_and_stay_decoded() -> None:
