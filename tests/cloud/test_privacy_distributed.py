@@ -24,6 +24,7 @@ from cloud_server.rounds.plan import RunPlan, RunPorts
 from cloud_server.rounds.runner import RoundRunner
 from cloud_server.rounds.state import RoundPolicy
 from tests.cloud.helper_lab import HelperLab
+from tests.cloud.round_lab import BlownFuseError, Fuse
 from tests.cloud.test_helped_round import HelpedRun
 from tests.cloud.test_masked_round import MaskedRun, Sent
 from tests.cloud.test_privacy_accountant import DELTA, gaussian_epsilon
@@ -263,6 +264,24 @@ def test_round_that_would_cross_the_budget_does_not_start() -> None:
     assert [row.round for row in lab.rows(schema.privacy_ledger)] == [1, 2]
     assert lab.states() == ["done", "done"]
     assert lab.rows(schema.runs)[0].status == EXHAUSTED
+
+
+@pytest.mark.slow
+def test_noisy_round_comes_out_the_same_and_is_charged_once_wherever_the_process_ends() -> None:
+    straight = NoisyRun(rounds=1)
+    straight.fuse = straight.database.fuse = Fuse()
+    wanted = straight.run()
+    steps = len(straight.fuse.steps)
+    for at in range(0, steps, 6):
+        lab = NoisyRun(rounds=1)
+        lab.fuse = lab.database.fuse = Fuse(at)
+        with pytest.raises(BlownFuseError):
+            lab.run()
+        lab.fuse = lab.database.fuse = Fuse()
+        lab.restart()
+        assert lab.run().sha256 == wanted.sha256, straight.fuse.steps[at]
+        assert [row.round for row in lab.rows(schema.privacy_ledger)] == [1]
+        assert lab.rows(schema.privacy_secrets) == []
 
 
 # ---- with a helper -----------------------------------------------------------------------------------------

@@ -187,6 +187,17 @@ def test_whether_a_node_is_drawn_does_not_depend_on_the_others() -> None:
         assert set(sample_cohort(secret_of(number), range(0, 100, 3), 0.2)) == whole & set(range(0, 100, 3))
 
 
+@pytest.mark.parametrize(
+    "parameters", [{"fraction_train": 0.1}, {"fraction_train": 0.1, "min_train_nodes": 11}]
+)
+def test_no_fraction_and_no_fewest_of_a_strategy_changes_who_is_drawn(parameters: dict[str, Any]) -> None:
+    lab = private_lab(rounds=3, strategy="FedAvg", parameters=parameters)
+    lab.run()
+    for row in lab.rows(schema.rounds):
+        present = lab.present().values()
+        assert set(row.node_ids) == set(sample_cohort(secret_of(row.number), present, 0.5))
+
+
 def test_rate_of_one_draws_everybody() -> None:
     assert sample_cohort(secret_of(1), [3, -1, 2**63 - 1], 1.0) == (-1, 3, 2**63 - 1)
 

@@ -15,7 +15,7 @@ from models import ort
 from models.flat import flatten_params
 from models.task import Task
 from models.train_step import SamplePrivacy, TrainStepExport, export_train_step, verify_train_step
-from models.zoo import ZOO, load
+from models.zoo import load
 from wire.errors import ConfigurationError, ModelError, UnsupportedLayerError
 
 TASK = Task.classification(3)
@@ -168,8 +168,16 @@ def test_privacy_out_of_bounds_is_refused(clip: float, noise: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [
+        ("digits_mlp", "sgd"),
+        ("digits_mlp", "adam"),
+        ("watch_cnn1d", "sgd"),
+        ("fashion_cnn", "sgd"),
+        ("tiny_transformer", "adam"),
+    ],
+)
 def test_zoo_model_has_a_private_step(name: str, optimizer: str) -> None:
     chosen = load(name)
     made = chosen.make_model()
