@@ -40,6 +40,7 @@ from wire.transport.memory import MemoryBroker, MemoryTransport
 DOWN_SECONDS = 20.0
 JOB_SECONDS = (0.2, 1.5)
 SLOW_FACTOR = 60.0
+_INSIDE = ("device.commit", "device.slot", "device.job", "device.selftest", "device.fetch")
 
 
 class NodeClock:
@@ -91,7 +92,7 @@ class DeviceNode:
             name_commit=name_commit,
             name_file=name_file,
             committed=lambda by, changes: around.ledger.device_committed(self.name, by.path, changes),
-            here=self.answer,
+            here=self._here,
         )
         self.agent: Agent | None = None
         self.transport: ChaosTransport | None = None
@@ -263,6 +264,11 @@ class DeviceNode:
             self.is_slow_until = self._around.time.monotonic() + fault.rng().uniform(1.0, 90.0)
         elif fault is not None:
             self.disk.crash(fault)
+
+    def _here(self, point: str) -> None:
+        # Packets pass between two of the agent's steps, after each of which it is asked anyway.
+        if point.startswith(_INSIDE):
+            self.answer()
 
     def answer(self) -> None:
         """Asks the model that serves for an answer, wherever the rest of the agent is just now."""

@@ -68,7 +68,7 @@ class Disk:
         name_commit: the point of a commit, by what it changes; empty for one that is no point.
         name_file: point of an operation (`write`, `rename`, `remove`, `sync`) on a file; empty for none.
         committed: told of every commit that is through.
-        here: called at every point, before anything strikes.
+        here: called with every point that is passed, before anything strikes.
 
     Attributes:
         is_quiet: nothing strikes: whoever acts now is not the node's present life.
@@ -84,7 +84,7 @@ class Disk:
         name_commit: NamePoint,
         name_file: Callable[[str, Path], str],
         committed: Committed,
-        here: Callable[[], None] = lambda: None,
+        here: Callable[[str], None] = lambda point: None,
     ) -> None:
         self.name = name
         self.folder = folder
@@ -130,7 +130,7 @@ class Disk:
         self.check_alive()
         if self.is_quiet:
             return None
-        self._here()
+        self._here(point)
         return self._injector.visit(point, self.name)
 
     def commit(

@@ -1,8 +1,8 @@
 """The aggregate of a round once more, from what devices trained: in float64, with none of the product's folds.
 
 Laws of the file: the set is what is committed as folded; the order is that of the ids and does not matter here; what is
-owed from round to round (the part of a step that its code left out) is part of the sum. Sources: docs/architecture.md
-("Round", heads as patches); Sun et al., arXiv:1911.07963, for the clipped mean.
+owed from round to round (the part of a step that its code left out) is part of the sum, and so is the momentum of a
+strategy that has one. Sources: docs/architecture.md ("Round"); Hsu et al., arXiv:1909.06335 (FedAvgM).
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from wire.codec import ErrorFeedback, decode
 from wire.messages import Update
 
 Vector = NDArray[np.float64]
-MAX_WEIGHT_RATIO = 4.0
 TOLERANCE = 2e-5
 
 
@@ -70,10 +69,13 @@ class FoldCheck:
 
     Args:
         blob: bytes of a blob by its hash (hex).
+        momentum: of the server; 0 for plain averaging.
     """
 
-    def __init__(self, blob: Callable[[str], bytes]) -> None:
+    def __init__(self, blob: Callable[[str], bytes], momentum: float = 0.0) -> None:
         self._blob = blob
+        self._momentum = momentum
+        self._moving: Vector | None = None
         self._owed: Vector | None = None
 
     def compare(self, folded: Folded, replies: Sequence[Update]) -> str:
@@ -87,26 +89,24 @@ class FoldCheck:
         if folded.residual_key:
             left = _residual(self._blob(folded.residual_key), base.size)
         self._owed = left
-        wanted = base + clipped_mean(replies, min(folded.norm_bound, folded.clipping_norm)) + owed
+        step = mean(replies, min(folded.norm_bound, folded.clipping_norm))
+        if self._moving is not None:
+            step = step + self._momentum * self._moving
+        self._moving = step
+        wanted = base + step + owed
         error = float(np.abs(head + left - wanted).max())
         scale = max(1.0, float(np.abs(wanted).max()))
         return "" if error <= TOLERANCE * scale else f"off by {error:.3g}"
 
 
-def clipped_mean(replies: Sequence[Update], bound: float) -> Vector:
-    """The mean of updates that are cut to the bound and then to their median length; float64 [P]."""
-    updates = [decode(each.payload, each.codec, each.params_size).astype(np.float64) for each in replies]
-    cut = [_cut(update, bound) for update in updates]
-    lengths = [float(np.linalg.norm(update)) for update in cut]
-    moving = [length for length in lengths if length > 0.0]
-    limit = float(np.median(moving)) if moving else float("inf")
-    weights = np.array([each.num_examples for each in replies], np.float64)
-    weights = np.minimum(weights, max(1, int(MAX_WEIGHT_RATIO * float(np.median(weights)))))
-    total: Vector = sum(
-        (weight * _cut(update, limit) for weight, update in zip(weights, cut, strict=True)),
-        np.zeros_like(cut[0]),
-    )
-    return total / float(weights.sum())
+def mean(replies: Sequence[Update], bound: float) -> Vector:
+    """The mean of updates that are cut to the bound, by their examples; float64 [P]."""
+    total, examples = np.zeros(replies[0].params_size, np.float64), 0
+    for each in replies:
+        update = decode(each.payload, each.codec, each.params_size).astype(np.float64)
+        total += each.num_examples * _cut(update, bound)
+        examples += each.num_examples
+    return total / examples
 
 
 def _cut(update: Vector, limit: float) -> Vector:

@@ -136,7 +136,7 @@ class World:
         self.ledger = Ledger(
             self.time.monotonic,
             lambda name: self._device_now(name),
-            FoldCheck(lambda sha256: files[f"blobs/{sha256[:2]}/{sha256}"]),
+            FoldCheck(lambda sha256: files[f"blobs/{sha256[:2]}/{sha256}"], momentum_of(seed)),
         )
         for key, data in files.items():
             self.ledger.written(key, data)
@@ -328,7 +328,7 @@ class World:
         operator = make_split(self.seed, "operator")
         setup = CloudSetup(
             bundle=template.bundle,
-            config=run_config(),
+            config=run_config(self.seed),
             keys=template.keys,
             holdout=Holdout(operator.val_x, operator.val_y),
             seed=self.seed,
@@ -388,10 +388,18 @@ class World:
         )
 
 
-def run_config() -> RunConfig:
+def momentum_of(seed: int) -> float:
+    """Every other history has a strategy with a state that must survive the aggregator."""
+    return 0.5 * (seed % 2)
+
+
+def run_config(seed: int) -> RunConfig:
     """Short rounds of a run without end; every fifth head is judged and may be released."""
+    momentum = momentum_of(seed)
     return RunConfig(
         run="chaos",
+        strategy="FedAvgM" if momentum else "FedAvg",
+        strategy_parameters={"server_momentum": momentum} if momentum else {},
         policy=RoundPolicy(
             quorum=2,
             round_seconds=ROUND_SECONDS,
