@@ -27,7 +27,8 @@ from process.pulse import Pulse
 from wire.errors import ConfigurationError, ShoalError, TransportError
 
 _START_SECONDS: Final = 30.0
-_STOP_SECONDS: Final = 5
+# For requests under way; with the rest of a stop less than the ten seconds that a service manager waits.
+_STOP_SECONDS: Final = 3
 _MAX_CONNECTIONS: Final = 1024
 _MAX_HEADER_BYTES: Final = 16_384
 _FIRST_REQUEST_SECONDS: Final = 20.0

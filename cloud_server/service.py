@@ -30,6 +30,7 @@ from cloud_server.listening import check_ports
 from cloud_server.metrics_reading import EventQueue, read_health, read_metrics
 from cloud_server.operators.front import OperatorsFront
 from cloud_server.registry import AGGREGATOR_NAME
+from cloud_server.release.authority_watch import AuthorityWatch
 from cloud_server.release.key_watch import KeyWatch
 from cloud_server.rounds.runner import RoundRunner
 from cloud_server.run_setup import PreparedRun, open_run, prepare_run
@@ -132,14 +133,14 @@ def run(
             operators_port = stack.enter_context(operators).port
             loop.follow_authorities(operators.follow)
             loop.renewers.append(operators.show_anew)
-            stack.callback(operators.begin_stop)
+            loop.enders.append(operators.begin_stop)
         ready = Running(
             front.public_port, front.device_port, broker_host, broker_port, metrics_port, operators_port
         )
         ports = {"public_port": ready.public_port, "device_port": ready.device_port, "broker": broker_port}
         _log.info("service_ready", **ports, metrics=metrics_port, operators=operators_port)
         on_ready(ready)
-        stack.callback(front.begin_stop)
+        loop.enders.append(front.begin_stop)
         with deployment.notary.running():
             loop.run()
     if isinstance(stop, _Signalled) and stop.is_interrupt:
@@ -183,9 +184,9 @@ class _Loop:
             clock=base.clock,
             tenant=settings.tenant,
             fleet=settings.fleet,
-            authorities=deployment.authority_folder,
         )
-        self._followers: list[Callable[[], None]] = []
+        authorities = AuthorityWatch(deployment.authority_folder, base.repository, base.clock)
+        self._followers: list[Callable[[], None]] = [authorities.tick]
         self._next_poll = 0.0
         self._next_model_look = 0.0
         self._runner: RoundRunner | None = None
@@ -193,6 +194,7 @@ class _Loop:
         self._serverapp = serverapp
         self._stop_app: Callable[[], None] = lambda: None
         self._pulse = pulse
+        self.enders: list[Callable[[], None]] = []
         self.renewers: list[Callable[[], object]] = []
         self._queue = EventQueue(self._events.qsize, lambda: self._dropped)
         self.health = look_after(
@@ -243,6 +245,9 @@ class _Loop:
                 wake = aggregator.tick()
         finally:
             self._pulse.stop()
+            # Before anything that takes a while: requests under way end beside it.
+            for begin_stop in self.enders:
+                begin_stop()
             self.close()
             aggregator.stop()
             _log.info("service_stopped", dropped_events=self._dropped)

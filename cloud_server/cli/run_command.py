@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 from importlib import import_module
 
@@ -34,4 +35,6 @@ def _run(options: argparse.Namespace) -> int:
             service = import_module("cloud_server.service")
             manager = ServiceManager.of(os.environ)
             code: int = service.run(deployment, serverapp=options.serverapp, service_manager=manager)
-            return code
+    # The interpreter's last collection would walk through all of torch, for seconds on a small machine.
+    gc.freeze()
+    return code
