@@ -119,11 +119,12 @@ def _run(options: argparse.Namespace) -> int:
     from cloud_server.helper.folder import HelperFolder
     from cloud_server.helper.serving import serve
     from process.logs import configure_logs
+    from process.service_manager import ServiceManager
 
     folder = HelperFolder(options.state)
     log = folder.settings().log
     configure_logs("json" if log.json else "logfmt", log.level)
-    return serve(folder, SystemClock())
+    return serve(folder, SystemClock(), manager=ServiceManager.of(os.environ))
 
 
 def _show(options: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from cloud_server.helper.front import helper_app
 from cloud_server.https import HttpsServer, tls_context
 from process.clock import Clock
 from process.logs import get_logger
+from process.service_manager import ServiceManager
 
 _log = get_logger("cloud.helper")
 
@@ -23,18 +24,20 @@ def serve(
     *,
     stop: threading.Event | None = None,
     on_ready: Callable[[int], None] = lambda port: None,
+    manager: ServiceManager | None = None,
 ) -> int:
     """Serves until `stop` is set, or until SIGTERM or SIGINT where none is given.
 
     Args:
         on_ready: called once with the port, when it answers.
+        manager: is told so, too, and when it stops; None for nobody.
 
     Raises:
         ConfigurationError: (operator) a file of the folder cannot be used, or another helper runs on it.
         TransportError: (operator) the port cannot be had.
         StorageError: (disk) the database cannot be used.
     """
-    ended = stop or threading.Event()
+    ended, told = stop or threading.Event(), manager or ServiceManager()
     if stop is None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: ended.set())
@@ -50,9 +53,11 @@ def serve(
                 facts = {"port": server.port, "devices": len(store.roster()), "least": settings.min_devices}
                 _log.info("helper_ready", **facts)
                 on_ready(server.port)
+                told.ready()
                 while not ended.wait(_LOOK_SECONDS):
                     server.use(tls_context(*folder.server_files(settings, now=clock.now())))
             finally:
+                told.stopping()
                 server.stop()
         finally:
             store.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import ssl
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from cloud_server.secure.helper_client import HttpsHelper, read_helper_file
 from cloud_server.service import Running, run
 from cloud_server.settings import BrokerSettings, CloudSettings, ListenSettings, RunSettings, SecureSettings
 from process.clock import SystemClock
+from process.service_manager import ServiceManager
 from tests.cloud.helper_lab import FLEET, TENANT, HelperLab
 from wire.errors import ConfigurationError, TrustError
 from wire.helper import MAX_QUESTION_BYTES, SUM_PATH, HelperAnswer, HelperRefusal
@@ -230,6 +232,24 @@ def test_init_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(TrustError):
         folder.create(HelperSettings(), algorithm="rsa", now=0.0)
     assert list(folder.root.iterdir()) == []
+
+
+def test_service_manager_hears_of_start_and_stop(tmp_path: Path) -> None:
+    folder, address = made(tmp_path / "helper"), str(tmp_path / "notify")
+    stop = threading.Event()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(address)
+        manager.settimeout(30)
+        code = serve(
+            folder,
+            SystemClock(),
+            stop=stop,
+            on_ready=lambda port: stop.set(),
+            manager=ServiceManager(address),
+        )
+        heard = [manager.recv(100), manager.recv(100)]
+    assert code == 0
+    assert heard == [b"READY=1", b"STOPPING=1"]
 
 
 def test_folder_has_one_helper_that_answers(served: Served) -> None:

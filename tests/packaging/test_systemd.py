@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cloud_server.cli import DEFAULT_STATE as CLOUD_STATE
+from cloud_server.cli.helper_command import DEFAULT_FOLDER as HELPER_STATE
 from edge_agent.cli import DEFAULT_STATE as EDGE_STATE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,12 +27,12 @@ def read(name: str) -> configparser.ConfigParser:
     return unit
 
 
-@pytest.mark.parametrize("name", ["shoal-edge.service", "shoal-cloud.service"])
+@pytest.mark.parametrize("name", ["shoal-edge.service", "shoal-cloud.service", "shoal-helper.service"])
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed here")
 def test_unit_is_understood_by_systemd(name: str, tmp_path: Path) -> None:
     """With a program that is there: whether ours is installed is not the unit's affair."""
     text = (UNITS / name).read_text()
-    program = f"/opt/shoal/bin/{name.removesuffix('.service')}"
+    program = read(name)["Service"]["ExecStart"].split()[0]
     (tmp_path / name).write_text(text.replace(program, sys.executable))
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", str(tmp_path / name)],
@@ -57,3 +58,12 @@ def test_unit_agrees_with_its_program(name: str, state: str) -> None:
     assert f"SHOAL_STATE={state}" in service["Environment"]
     assert f"/var/lib/{service['StateDirectory']}" == state
     assert service["ExecStart"].split()[1:] == ["run"]
+
+
+def test_unit_of_a_helper_agrees_with_its_program() -> None:
+    service = read("shoal-helper.service")["Service"]
+    assert service["Type"] == "notify"
+    assert int(service["TimeoutStopSec"]) <= 10
+    assert f"SHOAL_STATE={HELPER_STATE}" in service["Environment"]
+    assert f"/var/lib/{service['StateDirectory']}" == HELPER_STATE
+    assert service["ExecStart"].split()[1:] == ["helper", "run"]
