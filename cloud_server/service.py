@@ -40,7 +40,7 @@ from process.metrics_port import MetricsPort
 from process.pulse import Pulse
 from process.service_manager import ServiceManager
 from process.vitals import register_vitals
-from wire.errors import ConfigurationError, ModelError, StorageError
+from wire.errors import ConfigurationError, ModelError, ShoalError
 from wire.transport import TransportEvent
 from wire.transport.mqtt import MqttTransport
 
@@ -187,6 +187,7 @@ class _Loop:
         )
         authorities = AuthorityWatch(deployment.authority_folder, base.repository, base.clock)
         self._followers: list[Callable[[], None]] = [authorities.tick]
+        self._complained = ""
         self._next_poll = 0.0
         self._next_model_look = 0.0
         self._runner: RoundRunner | None = None
@@ -308,8 +309,11 @@ class _Loop:
         try:
             for follower in self._followers:
                 follower()
-        except (ConfigurationError, StorageError) as error:
-            _log.error("authorities_not_followed", error=str(error), hint=error.hint)
+            self._complained = ""
+        except ShoalError as error:
+            if str(error) != self._complained:
+                self._complained = str(error)
+                _log.error("authorities_not_followed", error=str(error), hint=error.hint)
 
     def _note_paused(self, is_paused: bool) -> None:
         self._is_paused = is_paused

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cloud_server.downlink import Downlink
-from cloud_server.enrolment.authorities import Authorities, AuthoritySource
 from cloud_server.inbox import Inbox
 from cloud_server.keys import CloudKeys
 from cloud_server.release.expiry import ExpiryAlarm
@@ -26,7 +25,6 @@ class KeyWatch:
 
     Args:
         keys: gives the keys of now: the same object as long as nothing changed.
-        authorities: gives the certificate authorities of now, likewise; None in a simulation, which has no TLS.
     """
 
     def __init__(
@@ -39,7 +37,6 @@ class KeyWatch:
         clock: Clock,
         tenant: str,
         fleet: str,
-        authorities: AuthoritySource | None = None,
     ) -> None:
         self._keys = keys
         self._repository = repository
@@ -47,16 +44,13 @@ class KeyWatch:
         self._inbox = inbox
         self._alarm = ExpiryAlarm(repository, clock)
         self._names = {"tenant": tenant, "fleet": fleet}
-        self._authorities = authorities
         self._followed: CloudKeys | None = None
-        self._followed_authorities: Authorities | None = None
         self._complained = ""
 
     def tick(self) -> None:
         """Does what is due; what fails is said once, and tried again with the next tick."""
         try:
             self._follow()
-            self._follow_authorities()
             self._alarm.tick()
         except ShoalError as error:
             if str(error) != self._complained:
@@ -75,12 +69,3 @@ class KeyWatch:
             _log.info("keys_changed", order=keys.order.key_id.hex(), kem=kem)
         self._followed = keys
         self._complained = ""
-
-    def _follow_authorities(self) -> None:
-        present = self._authorities() if self._authorities is not None else None
-        if present is None or present is self._followed_authorities:
-            return
-        self._repository.set_authorities(present.bundle_pem.encode("ascii"))
-        if self._followed_authorities is not None:
-            _log.info("authorities_changed", trusted=[each.fingerprint[:16] for each in present.trusted])
-        self._followed_authorities = present

@@ -27,6 +27,7 @@ from cloud_server.enrolment.ca import CertificateAuthority
 from cloud_server.enrolment.tokens import mint_token
 from cloud_server.https import HttpsFront
 from cloud_server.keys import LEARN_SECONDS, OVERLAP_SECONDS
+from cloud_server.release.authority_watch import AuthorityWatch
 from cloud_server.settings import BrokerSettings, CloudSettings, EnrolmentSettings, ListenSettings
 from edge_agent import identity as identity_files
 from edge_agent.enrol import enrol, renew
@@ -37,6 +38,7 @@ from edge_agent.release_child import Request, _check_with_trust
 from edge_agent.tuf_client import find_authorities
 from process.clock import SystemClock
 from tests.cloud.deployment import NOW, SteppedClock
+from tests.cloud.deployment import Deployment as Books
 from tests.cloud.test_revocation import Member
 from tests.transport.conftest import needs_mosquitto
 from wire.errors import ConfigurationError, EnrolmentError, ReleaseError, TransportError, TrustError
@@ -80,6 +82,35 @@ def test_takeover_that_stopped_between_two_files_leaves_the_older_one_in_effect(
     third = add_authority(tmp_path / "ca", name="two", now=NOW)
     assert (tmp_path / "ca" / "ca-3.key").exists()
     assert load_authorities(tmp_path / "ca", NOW).trusted[0].fingerprint == third.fingerprint
+
+
+def test_authority_that_nobody_needs_any_more_is_said_once_a_day(
+    deployment: Books, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = deployment.clock
+    folder = AuthorityFolder(tmp_path / "own", clock)
+    CertificateAuthority.create(folder.folder, name="one", now=NOW)
+    watch = AuthorityWatch(folder, deployment.repository, clock)
+    said = []
+    for day in range(12):
+        if day == 1:
+            add_authority(folder.folder, name="two", now=clock.seconds)
+        watch.tick()
+        watch.tick()
+        said.append(caplog.text.count("old_authority_still_counts"))
+        clock.seconds += DAY
+    assert said == [0] * 9 + [1, 2, 3]
+    listed = deployment.repository.read("/targets/" + listed_authorities(deployment))
+    assert listed == folder().bundle_pem.encode()
+
+
+def listed_authorities(deployment: Books) -> str:
+    (name,) = [
+        key.removeprefix("tuf/targets/")
+        for key in deployment.artefacts.keys("tuf/targets/keys")
+        if key.endswith("authorities.pem") and deployment.artefacts.read(key).count(b"BEGIN") == 2
+    ]
+    return name
 
 
 # ---- the commands, the ports and a device ----
