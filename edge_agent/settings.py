@@ -20,6 +20,8 @@ from process.settings import load_settings
 TOKEN_VARIABLE = "SHOAL_ENROLL_TOKEN"
 TOKEN_FILE_VARIABLE = "SHOAL_ENROLL_TOKEN_FILE"
 VARIABLE_PREFIX = "SHOAL_EDGE_"
+WATCH_SECONDS = 5.0
+"""Between two looks at a new release, if something would be done about it."""
 
 
 def _option(sentence: str, **bounds: Any) -> Meta:
@@ -276,6 +278,7 @@ class EdgeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             telemetry_every=self.report.telemetry_seconds,
             report_every=self.report.inference_seconds,
             health_every=self.health.check_seconds,
+            watch_every=WATCH_SECONDS if self.health.remedies != "off" else self.health.check_seconds,
         )
 
 

@@ -51,6 +51,7 @@ _MOVES: dict[tuple[Phase, Cause], Phase] = {
 
 MAX_TASKS = 4
 MAX_HEADS = 2
+_LAST_WORD_SECONDS = 0.5
 
 
 def step(state: State, event: on.Event, now: Moment) -> Outcome:
@@ -231,8 +232,9 @@ def _installed(state: State, event: on.ReleaseInstalled, now: Moment) -> Outcome
         graphs_sha256=event.graphs_sha256,
         keys_version=event.keys_version or state.keys_version,
     )
-    # What was announced while the check ran needs no second one, if this check found it.
-    asked_again = state.check_at if is_behind(state) else inf
+    # What was announced while the check ran needs no second one, if this check found it. Distrust while it ran does:
+    # the check may have come before what the broker shows now.
+    asked_again = state.check_at if is_behind(state) or state.is_distrusted else inf
     state = replace(
         state,
         check_at=min(asked_again, after(state, now, timing.check_every, timing.check_every / 4)),
@@ -426,6 +428,9 @@ def _look_every(state: State) -> float:
 def _confirm_due(state: State, now: Moment) -> Outcome:
     if state.probation_until > now.elapsed:
         return state, []
+    if state.health_at == now.elapsed + _look_every(state):
+        # The last look was just asked for, and may still condemn what would be trusted here.
+        return replace(state, probation_until=now.elapsed + _LAST_WORD_SECONDS), []
     return replace(state, probation_until=inf), [do.ConfirmRelease()]
 
 

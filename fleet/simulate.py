@@ -25,7 +25,7 @@ from cloud_server.rounds.state import RoundPolicy
 from cloud_server.secure.opening import masking_rules
 from cloud_server.settings import TrainSettings
 from edge_agent.ports import JobResult
-from edge_agent.settings import EdgeSettings, ReleaseSettings, ReportSettings
+from edge_agent.settings import EdgeSettings, HealthSettings, ReleaseSettings, ReportSettings
 from fleet.attackers import Conspiracy
 from fleet.attacks import POISONS, TARGET, with_trigger
 from fleet.books import Judge, device_row, read_books, release_rows, round_rows
@@ -199,6 +199,8 @@ def _agent_settings() -> EdgeSettings:
     """Heartbeats of a simulated fleet are rarer: they cost real time and say nothing new."""
     return EdgeSettings(
         release=ReleaseSettings(probation_seconds=30.0),
+        # A simulated device has no machine around it that could be ill.
+        health=HealthSettings(remedies="off", check_seconds=3600.0),
         report=ReportSettings(telemetry_seconds=3600.0, inference_seconds=3600.0),
     )
 

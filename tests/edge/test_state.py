@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -311,8 +312,37 @@ def test_new_release_is_watched_and_confirmed() -> None:
     state, actions = run(state, on.ReleaseInstalled(2, GRAPHS), now=at(2))
     assert actions == [do.PublishBirth()]
     assert state.probation_until == pytest.approx(162.0)
-    _, actions = run(state, on.Tick(), now=at(62))
+    state, actions = run(state, on.Tick(), now=at(62))
+    assert actions == [do.Sweep(), do.CheckHealth()]
+    _, actions = run(state, on.Tick(), now=at(62.5))
     assert do.ConfirmRelease() in actions
+
+
+def test_last_look_of_the_watch_is_heard_before_the_release_is_trusted() -> None:
+    state = replace(started(), probation_until=200.0, health_at=200.0)
+    state, actions = step(state, on.Tick(), at(100.0))
+    assert do.CheckHealth() in actions
+    assert do.ConfirmRelease() not in actions
+    condemned, actions = step(state, on.ServedBadly(1, "strange"), at(100.0))
+    assert do.RollBack("strange") in actions
+    assert do.ConfirmRelease() not in step(condemned, on.Tick(), at(101.0))[1]
+    assert do.ConfirmRelease() in step(state, on.Tick(), at(100.5))[1]
+
+
+@pytest.mark.parametrize("seconds", [1.0, 5.0, 60.0])
+def test_looks_at_a_new_release_do_not_put_off_its_confirmation(seconds: float) -> None:
+    state = replace(
+        started(), timing=Timing(health_every=seconds), probation_until=160.0, health_at=100.0 + seconds
+    )
+    confirmed = looks = 0
+    while state.probation_until < math.inf:
+        now = at(min(state.health_at, state.probation_until) - 100.0)
+        assert now.elapsed < 162.0
+        state, actions = step(state, on.Tick(), now)
+        looks += actions.count(do.CheckHealth())
+        confirmed += actions.count(do.ConfirmRelease())
+    assert confirmed == 1
+    assert looks >= 60.0 / seconds
 
 
 def test_release_that_serves_badly_goes_back_only_on_probation() -> None:
