@@ -72,6 +72,18 @@ def test_distrust_at_the_broker_asks_for_one_check_until_there_is_a_connection_a
     assert state.check_at <= 103.0
 
 
+def test_distrust_during_a_check_asks_for_another_one() -> None:
+    """The check may have looked before the broker showed what it shows now."""
+    state, _ = run(known(7), on.CheckWanted())
+    state, _ = run(state, on.Tick(), now=at(1))
+    assert state.phase == "updating"
+    state, _ = run(state, on.Disconnected(is_distrust=True), on.ReleaseInstalled(1, GRAPHS, 7), now=at(2))
+    assert state.check_at <= 103.0
+    state, _ = run(state, on.Tick(), now=at(3))
+    state, _ = run(state, on.ReleaseInstalled(1, GRAPHS, 7), now=at(4))
+    assert state.check_at > 1000
+
+
 def test_agent_learns_of_a_rotated_key_by_the_announcement(lab: Lab) -> None:
     """Not after six hours: updates are sealed to the new key from now on."""
     agent = lab.agent()
