@@ -103,7 +103,7 @@ class HelperRefusal(Body, frozen=True, kw_only=True):
 
 def helped_context(tenant: str, fleet: str, run: str, round_number: int, terms: HelpedTerms) -> bytes:
     """SHA-256 of everything that a seed is bound to."""
-    named = [terms.helper_key_id, terms.members, terms.ring, terms.value_bits, terms.bound]
+    named = [terms.helper_key_id, terms.life, terms.members, terms.ring, terms.value_bits, terms.bound]
     return sha256(
         encode_canonical(["shoal helped", tenant, fleet, run, round_number, *named, *terms.bound_to])
     )

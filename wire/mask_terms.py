@@ -74,6 +74,8 @@ class HelpedTerms(RingTerms, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     Attributes:
         helper_key_id: of the helper's key that seeds are sealed to; a device has that key from elsewhere.
+        life: of the cloud: one that comes back from a backup has another, and may use round numbers again.
     """
 
     helper_key_id: Annotated[bytes, Meta(min_length=_KEY_ID_BYTES, max_length=_KEY_ID_BYTES)]
+    life: Annotated[int, Meta(ge=0, le=2**53)] = 0

@@ -69,6 +69,11 @@ def reincarnate(connection: Connection, now: float) -> Incarnation:
     return found
 
 
+def load_incarnation(connection: Connection) -> int:
+    """Which life of the cloud this is."""
+    return int(connection.execute(sa.select(meta.c.incarnation)).scalar_one())
+
+
 def _highest(connection: Connection, column: sa.Column[int]) -> int:
     return int(connection.execute(sa.select(sa.func.coalesce(sa.func.max(column), 0))).scalar_one())
 

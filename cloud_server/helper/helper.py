@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cloud_server.helper.store import HelperStore
+from cloud_server.helper.store import HelperStore, RoundName
 from process.clock import Clock
 from process.logs import get_logger
 from wire.envelope import Expect, Signer, open_sealed, peek
@@ -87,9 +87,12 @@ class Helper:
             return self._refuse(question, "terms", detail=str(error))
         if len(question.seeds) > question.terms.members:
             return self._refuse(question, "terms", detail="more devices than the terms have room for")
-        before = self._store.answered(question.run, question.round_number)
+        named = RoundName(question.run, question.terms.life, question.round_number)
+        before = self._store.answered(named)
         if before not in (b"", digest):
             return self._refuse(question, "already_answered")
+        if not before and named.life < self._store.newest_life(named.run):
+            return self._refuse(question, "past_life")
         seeds, unusable = self._open_all(question)
         if unusable:
             return self._refuse(question, "unusable", tuple(unusable))
@@ -100,9 +103,7 @@ class Helper:
         if lonely:
             return self._refuse(question, "unusable", lonely)
         total = _sum_of(question, ring, list(seeds.values()))
-        noted = self._store.note_answered(
-            question.run, question.round_number, digest, devices=len(seeds), now=self._clock.now()
-        )
+        noted = self._store.note_answered(named, digest, devices=len(seeds), now=self._clock.now())
         if not noted:
             return self._refuse(question, "already_answered")
         facts = {"run": question.run, "round": question.round_number, "devices": len(seeds)}

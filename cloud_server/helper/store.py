@@ -23,11 +23,20 @@ CREATE TABLE IF NOT EXISTS devices (
     device TEXT PRIMARY KEY, key BLOB NOT NULL UNIQUE, added_at REAL NOT NULL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS answers (
-    run TEXT NOT NULL, round INTEGER NOT NULL, question BLOB NOT NULL, devices INTEGER NOT NULL,
-    answered_at REAL NOT NULL, PRIMARY KEY (run, round)
+    run TEXT NOT NULL, life INTEGER NOT NULL, round INTEGER NOT NULL, question BLOB NOT NULL,
+    devices INTEGER NOT NULL, answered_at REAL NOT NULL, PRIMARY KEY (run, life, round)
 ) STRICT;
 """
 _WAIT_SECONDS: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class RoundName:
+    """A round as a helper tells rounds apart: `life` is that of the cloud (`wire.mask_terms.HelpedTerms`)."""
+
+    run: str
+    life: int
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,24 +109,31 @@ class HelperStore:
 
     # ---- what was answered -------------------------------------------------------------------------------------
 
-    def answered(self, run: str, round_number: int) -> bytes:
+    def answered(self, named: RoundName) -> bytes:
         """SHA-256 of the question of a round that was answered; empty before."""
         with self._lock, _translated(self._path):
             row = self._connection.execute(
-                "SELECT question FROM answers WHERE run = ? AND round = ?", (run, round_number)
+                "SELECT question FROM answers WHERE run = ? AND life = ? AND round = ?",
+                (named.run, named.life, named.number),
             ).fetchone()
         return bytes(row[0]) if row is not None else b""
 
-    def note_answered(
-        self, run: str, round_number: int, question: bytes, *, devices: int, now: float
-    ) -> bool:
+    def newest_life(self, run: str) -> int:
+        """The newest life of the cloud in which a round of a run was answered; 0 before the first."""
+        with self._lock, _translated(self._path):
+            (life,) = self._connection.execute(
+                "SELECT max(life) FROM answers WHERE run = ?", (run,)
+            ).fetchone()
+        return int(life or 0)
+
+    def note_answered(self, named: RoundName, question: bytes, *, devices: int, now: float) -> bool:
         """Says that this question, and no other of its round, is answered; False when another one is."""
         with self._transaction() as connection:
             connection.execute(
-                "INSERT INTO answers VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
-                (run, round_number, question, devices, now),
+                "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                (named.run, named.life, named.number, question, devices, now),
             )
-        return self.answered(run, round_number) == question
+        return self.answered(named) == question
 
     def summary(self) -> tuple[int, float]:
         """How many rounds were answered, and when the newest of them; 0 before the first."""

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from cloud_server.db import rounds as books
+from cloud_server.db.incarnation import load_incarnation
 from cloud_server.rounds import events as ev
 from cloud_server.rounds.intake import Intake
 from cloud_server.rounds.orders import order_message
@@ -74,6 +75,8 @@ class HelpedPerformer(SummedPerformer):
                 present=len(devices),
             )
         helped = self._helped
+        with self._database.read() as connection:
+            life = load_incarnation(connection)
         ring, noise = self._terms_for(len(devices), dropout=helped.dropout, colluding=helped.colluding)
         terms = HelpedTerms(
             members=len(devices),
@@ -81,6 +84,7 @@ class HelpedPerformer(SummedPerformer):
             value_bits=ring.value_bits,
             bound=ring.bound,
             helper_key_id=helped.helper.key.key_id,
+            life=life,
             noise=noise,
         )
         return {_TERMS: msgspec.to_builtins(terms) | {"helper_key_id": terms.helper_key_id.hex()}}

@@ -108,7 +108,8 @@ class HttpsHelper:
     def take(self, question: bytes) -> HelperAnswer | HelperRefusal | None:
         """See `AskedHelper`."""
         with self._lock:
-            if self._asked != sha256(question):
+            # Looked at in every turn of the loop; a question may be long.
+            if self._result is None or self._asked != sha256(question):
                 return None
             result, self._result = self._result, None
             return result

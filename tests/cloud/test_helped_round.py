@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from cloud_server.db import schema
+from cloud_server.db.incarnation import reincarnate
 from cloud_server.helper.helper import Helper
 from cloud_server.helper.store import HelperStore
 from cloud_server.rounds.plan import RunPlan, RunPorts
@@ -284,6 +285,19 @@ def test_only_approved_devices_are_asked_and_counted(tmp_path: Path) -> None:
     assert {name for name, order in lab.orders if order.kind == "train"} == set(lab.devices) - {"d05"}
     assert lab.train_order().helped is not None
     assert lab.train_order().helped.members == 5  # type: ignore[union-attr]
+
+
+def test_restored_cloud_is_answered_though_it_counts_rounds_again(tmp_path: Path) -> None:
+    """The backup is from before round 1, which the helper has answered in the lost life."""
+    lost = HelpedRun(tmp_path / "h.db", rounds=1)
+    lost.run()
+    lost.store.close()
+    lab = HelpedRun(tmp_path / "h.db", rounds=1)
+    with lab.database.transaction() as connection:
+        reincarnate(connection, lab.clock.now())
+    lab.run()
+    assert lab.states() == ["done"]
+    assert lab.store.summary()[0] == 2
 
 
 @pytest.mark.parametrize("stage", ["before question", "after answer"])

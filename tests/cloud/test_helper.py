@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from cloud_server.helper.store import MEMORY, HelperStore
+from cloud_server.helper.store import MEMORY, HelperStore, RoundName
 from tests.cloud.helper_lab import NOW, HelperLab, Sealer
 from wire.cbor import decode_canonical, encode_canonical
 from wire.errors import ConfigurationError, StorageError
@@ -199,10 +199,25 @@ def test_two_processes_cannot_answer_two_questions(tmp_path: Path) -> None:
     """The database decides, not the process's memory."""
     lab = HelperLab(5, path=tmp_path / "helper.db")
     other = HelperStore(tmp_path / "helper.db")
-    assert other.note_answered("run", 1, b"q" * 32, devices=3, now=NOW)
-    assert not lab.store.note_answered("run", 1, b"p" * 32, devices=3, now=NOW)
+    named = RoundName("run", 0, 1)
+    assert other.note_answered(named, b"q" * 32, devices=3, now=NOW)
+    assert not lab.store.note_answered(named, b"p" * 32, devices=3, now=NOW)
     assert refusal(lab.ask(lab.seeds(lab.names))) == ("already_answered", ())
     other.close()
+
+
+def test_cloud_that_came_back_from_a_backup_goes_on_in_another_life() -> None:
+    """It counts rounds again that the lost life has asked about: devices sealed other seeds, to another life. What is
+    left of the lost one is asked about no more."""
+    lab = HelperLab(4)
+    lost = lab.seeds(lab.names)
+    assert isinstance(lab.ask(lost), HelperAnswer)
+    order = lab.order(life=1)
+    assert isinstance(lab.ask(lab.seeds(lab.names, order), terms=order.helped), HelperAnswer)
+    assert refusal(lab.ask(lab.seeds(lab.names[:3], order), terms=order.helped)) == ("already_answered", ())
+    assert refusal(lab.ask(lab.seeds(lab.names, lab.order(2)), round_number=2)) == ("past_life", ())
+    assert isinstance(lab.ask(lost), HelperAnswer)
+    assert refusal(lab.ask(lost, terms=lab.order(life=2).helped)) == ("unusable", (0, 1, 2, 3))
 
 
 # --- the roster ---
