@@ -19,6 +19,7 @@ from edge_agent import events as on
 from edge_agent.answers import Answers, Split
 from edge_agent.complaints import Complaints
 from edge_agent.device_state import State, wake_at
+from edge_agent.forget import forget_stores
 from edge_agent.health import Health
 from edge_agent.hearing import event_of, job_ended, restored_cloud
 from edge_agent.identity import Identity
@@ -226,6 +227,26 @@ class Agent:
             StorageError: the disk is full.
         """
         return self._answers.feedback(sample_id, label)
+
+    def forget(self, sample_id: int) -> bool:
+        """Erases one window that `observe` kept, in every copy of the database; False when it is not there.
+
+        Raises:
+            StorageError: the disk is full, or damaged.
+        """
+        return self.parts.samples.forget(sample_id, self.parts.clock.now())
+
+    def forget_samples(self) -> int:
+        """Erases all windows, and what was found damaged, in every copy of the database; returns how many there were.
+
+        What was trained on them and is owed to the cloud still goes there.
+
+        Raises:
+            StorageError: something may still be readable.
+        """
+        parts = self.parts
+        now = parts.clock.now()
+        return forget_stores(parts.database, parts.samples, parts.outbox, "samples", now).samples
 
     # --- the loop's thread --------------------------------------------------------------------------------
 

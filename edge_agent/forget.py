@@ -17,7 +17,7 @@ from edge_agent.at_rest import STORES, Store
 from edge_agent.lock import lock_state
 from edge_agent.outbox import Outbox
 from edge_agent.samples import SampleStore
-from edge_agent.storage import DATABASE_NAME, open_database
+from edge_agent.storage import DATABASE_NAME, Database, open_database
 from process.clock import Clock
 from wire.errors import ConfigurationError
 
@@ -38,6 +38,21 @@ class Forgotten:
     updates: int
 
 
+def forget_stores(
+    database: Database, samples: SampleStore, outbox: Outbox, what: What, now: float
+) -> Forgotten:
+    """Destroys the keys of stores that are open, and what they sealed; raises like `forget`."""
+    with database.transaction():
+        forgotten = Forgotten(samples.counts()["samples"], outbox.depth() if what == "everything" else 0)
+        database.vault.forget(_STORES[what])
+        samples.forget_all(now)
+        if what == "everything":
+            outbox.destroy_all("forgotten on demand", now)
+    database.quarantine.empty()
+    database.erase_leftovers()
+    return forgotten
+
+
 def forget(folder: Path, what: What, clock: Clock) -> Forgotten:
     """Destroys a device's at-rest keys and what they sealed. Its identity and its models stay.
 
@@ -53,14 +68,6 @@ def forget(folder: Path, what: What, clock: Clock) -> Forgotten:
     lock = lock_state(folder)
     try:
         with contextlib.closing(open_database(folder, clock=clock)) as database:
-            samples, outbox = SampleStore(database), Outbox(database)
-            forgotten = Forgotten(samples.counts()["samples"], outbox.depth() if what == "everything" else 0)
-            database.vault.forget(_STORES[what])
-            samples.forget_all(clock.now())
-            if what == "everything":
-                outbox.destroy_all("forgotten on demand", clock.now())
-            database.quarantine.empty()
-            database.erase_leftovers()
-            return forgotten
+            return forget_stores(database, SampleStore(database), Outbox(database), what, clock.now())
     finally:
         os.close(lock)

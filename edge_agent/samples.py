@@ -8,6 +8,7 @@ The store is a cache of what the device saw: when it is full the oldest goes, an
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import threading
 from typing import Any, Final, Literal, get_args
@@ -83,6 +84,7 @@ class SampleStore:
         self._bytes = 0
         self.dropped_total = 0
         self.damaged_total = 0
+        self._drop_unreadable()
 
     def add(
         self, window: Floats, label: int | None, now: float, split: Split = "train", *, consent: str = ""
@@ -322,6 +324,19 @@ class SampleStore:
         if damaged:
             self._drop_damaged(damaged)
         return opened
+
+    def _drop_unreadable(self) -> None:
+        """What was sealed with a key that is lost must not count as something to train on."""
+        # A database that is damaged is replaced by the first call that meets it; there is time for that later.
+        with contextlib.suppress(StorageError):
+            keys = [key for (key,) in self._database.read("SELECT DISTINCT at_rest_key_id FROM samples")]
+            lost = [key for key in keys if not self._database.vault.knows(key)]
+            if not lost:
+                return
+            with self._lock, self._database.transaction(durable=False) as connection:
+                dropped = sum(self._drop(connection, "at_rest_key_id = ?", (key,)) for key in lost)
+            self.damaged_total += dropped
+            _log.error("samples_unreadable", dropped=dropped, reason="their key is lost")
 
     def _newest_shape(self, split: str) -> str:
         rows = self._database.read(

@@ -19,6 +19,7 @@ from edge_agent.lock import lock_state
 from edge_agent.outbox import Outbox
 from edge_agent.samples import SampleStore
 from edge_agent.storage import Database, open_database
+from tests.edge.lab import Lab
 from tests.edge.tiny_release import SteppedClock
 from wire.errors import ConfigurationError, StorageError
 from wire.primitives import CONTENT_ALGORITHMS, NONCE_BYTES, ContentAlgorithm
@@ -116,6 +117,24 @@ def test_device_goes_on_after_it_forgot_its_samples_and_still_owes_its_updates(t
     assert store.add(WINDOW, 1, 0.0) == last + 1
     assert store.damaged_total == 0
     assert again.quarantine.entries() == []
+
+
+def test_running_agent_forgets_its_samples_in_every_copy(lab: Lab, tmp_path: Path) -> None:
+    folder, copy = tmp_path / "device", tmp_path / "copy"
+    agent = lab.agent(database=open_database(folder, clock=lab.time))
+    lab.run(2)
+    window = np.linspace(0, 1, 12, dtype=np.float32)
+    for label in range(3):
+        agent.observe(window, label)
+    shutil.copytree(folder, copy)
+    shutil.rmtree(copy / "at_rest")
+    assert agent.forget_samples() == 3
+    assert agent.forget_samples() == 0
+    shutil.copytree(folder / "at_rest", copy / "at_rest")
+    assert stored(open_database(copy, clock=lab.time))[0] == 0
+    agent.observe(window, 1)
+    assert agent.parts.samples.counts()["samples"] == 1
+    assert agent.infer(window).release_version == 1
 
 
 def test_everything_that_was_owed_is_counted_when_it_is_forgotten(tmp_path: Path) -> None:
@@ -336,7 +355,7 @@ def test_lost_keys_cost_the_stores_and_not_the_device(tmp_path: Path, loss: str)
     assert [reason for _, _, reason in again.quarantine.entries()][1:] == [
         "outbox row: its key is lost or was destroyed"
     ]
-    assert len(store.windows("train")[1]) == 0
+    assert store.counts()["samples"] == 0
     assert store.damaged_total == 2
     assert (again.fact("time_floor"), again.epoch) == (5.0, epoch)
     put(outbox, 2)

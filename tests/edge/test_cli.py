@@ -433,8 +433,11 @@ def test_samples_are_forgotten_by_one_command(enrolled: Path, capsys: pytest.Cap
     with Agent.from_folder(enrolled) as agent:
         assert agent.wait_for_model(DEADLINE_SECONDS)
         agent.observe(np.asarray(WINDOW, np.float32), 1)
+        second = agent.observe(np.asarray(WINDOW, np.float32), 2)
         assert main(["forget", "samples", "--state", str(enrolled)]) == 2
-        assert agent.parts.samples.counts()["samples"] == 1
+        assert agent.parts.samples.counts()["samples"] == 2
+        assert agent.forget(second)
+        assert not agent.forget(second)
     assert main(["forget", "samples", "--state", str(enrolled)]) == 0
     assert "forgot 1 samples and 0 updates" in capsys.readouterr().err
     with Agent.from_folder(enrolled) as agent:
