@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from edge_agent.identity import Identity
+from wire.certificate_dates import validity_of
 from wire.errors import TrustError
-from wire.primitives import certificate_validity
 
 SENSORS: Final = Path("/sys/class/thermal")
 _MILLI: Final = 1000.0
@@ -102,7 +102,7 @@ class RealMachine:
         try:
             pem = self._certificate.read_bytes()
             if self._read is None or self._read[0] != pem:
-                self._read = (pem, certificate_validity(pem))
+                self._read = (pem, validity_of(pem))
         except (OSError, TrustError):
             return None
         return self._read[1]
