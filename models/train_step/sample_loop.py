@@ -5,7 +5,8 @@
 
 A gradient is complete where it is clipped, whatever the layers are, so every model that has a train step has this one
 (convolutions, norms within a sample, attention, recurrence), the batch size stays free, and memory does not grow with
-it. The price is that a batch's matrix products are done one by one: two to four times a usual step of 32 samples.
+it. What is the same for every sample is computed once for all of them. The price is that a batch's matrix products are
+done one by one: a step of 32 samples takes one and a half to three times as long as a usual one.
 Source: docs/architecture.md, "Train step graph".
 """
 
@@ -37,6 +38,7 @@ from models.train_step.trace import trace
 _PREFIX = "sample_"
 # Of one sample, in the order of the function's arguments; the last is what the samples before have summed up to.
 _SCANNED = {"x": "x", "y": "y", "weight": "weights"}
+_OUTSIDE = frozenset({"params", "buffers"})
 _SAMPLE_OUTPUTS = ("total_next", "loss", "metric")
 _PER_SAMPLE = ("weights", "losses", "metrics")
 
@@ -62,9 +64,11 @@ def private_step_to_onnx(
     descent = _descent_model(optimizer, privacy, values)
     constants = [*descent.graph.initializer, *_renamed_constants(sample.graph)]
     length = numpy_helper.from_array(np.array([values["params"].numel()], np.int64), "params_length")
+    shared, own = _split_by_sample(sample.graph)
     nodes = [
         helper.make_node("ConstantOfShape", ["params_length"], ["no_gradient"]),
-        _scan(sample.graph),
+        *(_renamed_node(node) for node in shared),
+        _scan(sample.graph, own),
         *descent.graph.node,
         helper.make_node("Identity", ["buffers"], ["buffers_out"]),
     ]
@@ -136,9 +140,22 @@ def _descent_model(
     return to_onnx(graph, example, ("params_out", "opt_state_out", "loss", "metric"), _PER_SAMPLE)
 
 
-def _scan(graph: onnx.GraphProto) -> onnx.NodeProto:
-    """The loop over samples: what it takes of each is cut off along the first axis."""
-    used = {name for node in graph.node for name in node.input}
+def _split_by_sample(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
+    """The nodes that are the same for every sample (views of parameters, mostly), and the others."""
+    known = {"", *_OUTSIDE, *(tensor.name for tensor in graph.initializer)}
+    shared, own = [], []
+    for node in graph.node:
+        if known.issuperset(node.input):
+            known.update(node.output)
+            shared.append(node)
+        else:
+            own.append(node)
+    return shared, own
+
+
+def _scan(graph: onnx.GraphProto, own: Sequence[onnx.NodeProto]) -> onnx.NodeProto:
+    """The loop over samples: what it takes of each is cut off along the first axis; `own` are the nodes inside."""
+    used = {name for node in own for name in node.input}
     scanned = [name for name in _SCANNED if name in used]
     infos = {value.name: value for value in graph.input}
     nodes, inputs = [], [_body_value(infos["total"], _PREFIX + "total")]
@@ -150,13 +167,7 @@ def _scan(graph: onnx.GraphProto) -> onnx.NodeProto:
             nodes.append(
                 helper.make_node("Unsqueeze", [inputs[-1].name, f"{_PREFIX}first_axis"], [_PREFIX + name])
             )
-    outside = {"params": "params", "buffers": "buffers", "": ""}
-    for node in graph.node:
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        copy.input[:] = [outside.get(name, _PREFIX + name) for name in node.input]
-        copy.output[:] = [_PREFIX + name if name else "" for name in node.output]
-        nodes.append(copy)
+    nodes += [_renamed_node(node) for node in own]
     outputs = [_body_value(value, _PREFIX + value.name) for value in graph.output]
     body = helper.make_graph(nodes, "sample", inputs, outputs)
     return helper.make_node(
@@ -166,6 +177,14 @@ def _scan(graph: onnx.GraphProto) -> onnx.NodeProto:
         body=body,
         num_scan_inputs=len(scanned),
     )
+
+
+def _renamed_node(node: onnx.NodeProto) -> onnx.NodeProto:
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    copy.input[:] = [name if name in _OUTSIDE or not name else _PREFIX + name for name in node.input]
+    copy.output[:] = [_PREFIX + name if name else "" for name in node.output]
+    return copy
 
 
 def _renamed_constants(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
