@@ -27,6 +27,7 @@ from cloud_server.db.schema import (
 )
 
 _RELEASES = 1_000_000
+# By this step devices tell a restored cloud from one that only starts again (docs/protocol.md, clause 9.5).
 _FENCES = 1 << 20
 _OPEN_ROUNDS = ("training", "evaluating")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -11,6 +12,7 @@ from cloud_server.db.durability import Promise, newest_promise, note_backup, num
 from cloud_server.db.schema import meta
 from cloud_server.deployment import Deployment, initialise
 from cloud_server.settings import CloudSettings
+from edge_agent.hearing import RESTORED_EPOCHS
 from tests.cloud.deployment import SteppedClock
 from tests.cloud.round_lab import Lab
 
@@ -33,6 +35,16 @@ def test_receipts_promise_nothing_before_the_first_backup_and_then_what_it_holds
         with restored.database.read() as connection:
             assert newest_promise(connection) == Promise(row=3, durable=3)
         assert store(restored) == Promise(row=4, durable=3)
+
+
+def test_devices_can_tell_a_restored_cloud_from_one_that_starts_again(tmp_path: Path) -> None:
+    clock = SteppedClock()
+    with initialise(tmp_path / "state", CloudSettings(), clock=clock) as cloud:
+        make_backup(cloud, tmp_path / "backup")
+        epochs = [cloud.database.claim_writer() for _ in range(3)]
+    assert all(0 < later - before < RESTORED_EPOCHS for before, later in itertools.pairwise(epochs))
+    restored = restore_backup(tmp_path / "backup", tmp_path / "restored", clock=clock)
+    assert restored.incarnation.fence - epochs[-1] >= RESTORED_EPOCHS
 
 
 def test_older_backup_that_ends_later_takes_nothing_back(tmp_path: Path) -> None:
