@@ -171,7 +171,7 @@ class ClippedMean(RobustStrategy):
         standings: by node id, what a device's earlier updates say for it; at most `MOST_STANDINGS` devices.
     """
 
-    def __init__(self, max_weight_ratio: float = 4.0, trimmed_share: float = 0.3, **flower: Any) -> None:
+    def __init__(self, max_weight_ratio: float = 4.0, trimmed_share: float = 0.1, **flower: Any) -> None:
         super().__init__(**flower)
         if not (math.isfinite(max_weight_ratio) and max_weight_ratio >= 1.0):
             raise ConfigurationError(
@@ -248,10 +248,13 @@ class FLTrust(ClippedMean):
 
     Args:
         train_reference: trains on those samples; our driver sets it, a stock ServerApp gives it.
+        trimmed_share: as in the clipped mean. Nothing by default: where few are heard, what few say is what there is.
     """
 
-    def __init__(self, train_reference: TrainReference | None = None, **ours: Any) -> None:
-        super().__init__(**ours)
+    def __init__(
+        self, train_reference: TrainReference | None = None, trimmed_share: float = 0.0, **ours: Any
+    ) -> None:
+        super().__init__(trimmed_share=trimmed_share, **ours)
         self.train_reference = train_reference
 
     def _reference(self) -> NDArray[np.floating] | None:
