@@ -142,8 +142,9 @@ class CloudNode:
     def start(self) -> None:
         """Opens what is on the disk and goes on with the run; a fault may end this at once."""
         if self.disk.is_dead:
-            self.disk.come_back()
+            # First: whoever closes a database last writes its log into its pages.
             self._ledger.cloud_restarted()
+            self.disk.come_back()
         self._guarded(self._open)
 
     def revoke(self, device: str) -> bool:

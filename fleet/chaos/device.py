@@ -120,8 +120,9 @@ class DeviceNode:
         """Opens what is on the disk and starts; a fault may end this at once."""
         if self.disk.is_dead:
             self._rot()
-            self.disk.come_back()
+            # First: whoever closes a database last writes its log into its pages.
             self._around.ledger.device_restarted(self.name)
+            self.disk.come_back()
         self._queue.clear()
         self._is_started = False
         self._guarded(self._begin)

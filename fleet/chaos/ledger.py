@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edge_agent.outbox import ENDED_ROWS_KEPT
+from edge_agent.settings import StorageSettings
 from fleet.chaos.fold_check import FoldCheck, Folded
 from fleet.chaos.network import kind_of
 from fleet.chaos.sqlite import Change
@@ -29,6 +31,10 @@ from wire.transport import Packet
 SOUND = ("stored", "folded", "discarded")
 ENDED = ("stored", "refused", "expired", "evicted", "destroyed")
 _LENGTH_BYTES = 4
+_OPEN_BYTES = (
+    "SELECT total(length(body) + coalesce(length(sealed), 0)) FROM outbox LEFT JOIN sealings USING (row)"
+    " WHERE state = 'open'"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +77,17 @@ class Ledger:
         now: virtual seconds.
         device_now: what a device goes by when it lets an update expire (unix seconds).
         fold_check: refolds every aggregate.
+        caps: what a device may use of its disk.
     """
 
     def __init__(
-        self, now: Callable[[], float], device_now: Callable[[str], float], fold_check: FoldCheck
+        self,
+        now: Callable[[], float],
+        device_now: Callable[[str], float],
+        fold_check: FoldCheck,
+        caps: StorageSettings,
     ) -> None:
+        self._caps = caps
         self._now = now
         self._device_now = device_now
         self._fold_check = fold_check
@@ -175,15 +187,29 @@ class Ledger:
         rows = self._reader(device, path).execute(sql, (first,)).fetchall()
         seen = set()
         self._first_open[device] = rows[-1][0] + 1 if rows else first
+        self._check_room(device, path)
         for row, name, state, reason, deadline in reversed(rows):
             update = name.lower()
             seen.add(update)
             if state == "open":
                 self._first_open[device] = row
             self._note_device(device, update, state, reason, deadline)
+        is_whole = first == 0 and device not in self.rotten and len(seen) < ENDED_ROWS_KEPT
         for update, owner in self.made.items():
-            if owner == device and self.on_device[update] == "open" and update not in seen:
+            if owner != device or update in seen:
+                continue
+            if self.on_device[update] == "open":
                 self.violated(device, f"update {update} is gone from the outbox: lost")
+            if is_whole:
+                self.violated(device, f"the end of update {update} ({self.on_device[update]}) is gone: lost")
+
+    def _check_room(self, device: str, path: Path) -> None:
+        (held,) = self._reader(device, path).execute(_OPEN_BYTES).fetchone()
+        if held > self._caps.outbox_bytes:
+            self.violated(device, f"the outbox holds {held:.0f} bytes of {self._caps.outbox_bytes}")
+        size = path.stat().st_size
+        if size > self._caps.database_bytes:
+            self.violated(device, f"the database has {size} bytes of {self._caps.database_bytes}")
 
     def _note_device(self, device: str, update: str, state: str, reason: str, deadline: float) -> None:
         before = self.on_device.get(update)

@@ -137,6 +137,7 @@ class World:
             self.time.monotonic,
             lambda name: self._device_now(name),
             FoldCheck(lambda sha256: files[f"blobs/{sha256[:2]}/{sha256}"], momentum_of(seed)),
+            agent_settings().storage,
         )
         for key, data in files.items():
             self.ledger.written(key, data)
