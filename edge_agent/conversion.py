@@ -50,7 +50,13 @@ def seal_plain_database(path: Path, vault: Vault) -> None:
         _finish(path)
         if not _is_plain(path):
             return
-        copied = _make_sealed(path, vault)
+        try:
+            copied = _make_sealed(path, vault)
+        except sqlite3.OperationalError as error:
+            # No room for two of them: samples are a cache, what is owed is not, and the device must start.
+            _log.error("samples_dropped", reason=f"no room to seal them: {error}")
+            _drop_partial(path)
+            copied = _make_sealed(path, vault, with_samples=False)
         _put_in_place(path)
     except sqlite3.Error as error:
         raise StorageError(f"cannot seal {path}: {error}") from error
@@ -68,8 +74,12 @@ def _finish(path: Path) -> None:
             sync_folder(path.parent)
         if plain.exists():
             shred(plain)
+    _drop_partial(path)
+
+
+def _drop_partial(path: Path) -> None:
     for suffix in ("", "-journal"):
-        Path(f"{sealed}{suffix}").unlink(missing_ok=True)
+        Path(f"{_beside(path, _SEALED_SUFFIX)}{suffix}").unlink(missing_ok=True)
 
 
 def _is_plain(path: Path) -> bool:
@@ -81,7 +91,7 @@ def _is_plain(path: Path) -> bool:
     return False
 
 
-def _make_sealed(path: Path, vault: Vault) -> dict[str, int]:
+def _make_sealed(path: Path, vault: Vault, *, with_samples: bool = True) -> dict[str, int]:
     sealed = _beside(path, _SEALED_SUFFIX)
     os.close(os.open(sealed, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     with contextlib.closing(_open(path)) as source, contextlib.closing(_open(sealed)) as target:
@@ -90,6 +100,8 @@ def _make_sealed(path: Path, vault: Vault) -> dict[str, int]:
         target.execute("BEGIN IMMEDIATE")
         create(target)
         copied = _copy_rows(source, target, vault)
+        if with_samples:
+            copied["samples"] = _copy_samples(source, target, vault)
         target.execute("COMMIT")
     return copied
 
@@ -104,7 +116,7 @@ def _copy_rows(source: sqlite3.Connection, target: sqlite3.Connection, vault: Va
         "INSERT INTO sealings (row, transfer, kem_key_id, sealed) VALUES (?, ?, x'', ?)",
         _rows(source, "SELECT row, transfer, sealed FROM sealings"),
     )
-    return {"updates": _copy_outbox(source, target, vault), "samples": _copy_samples(source, target, vault)}
+    return {"updates": _copy_outbox(source, target, vault)}
 
 
 def _copy_outbox(source: sqlite3.Connection, target: sqlite3.Connection, vault: Vault) -> int:

@@ -91,11 +91,14 @@ def replace_and_shred(path: Path, data: bytes) -> None:
 def shred(path: Path) -> None:
     """Overwrites a file with zeros and removes it; nothing happens when there is none.
 
+    A disk that cannot overwrite (it writes elsewhere, and is full) still removes.
+
     Raises:
         StorageError: it may still be there.
     """
     try:
-        overwrite(path)
+        with contextlib.suppress(OSError):
+            overwrite(path)
         path.unlink(missing_ok=True)
         sync_folder(path.parent)
     except FileNotFoundError:

@@ -1,6 +1,6 @@
 """Writes `agent.db` as the version before kept it (format 2, in the clear), and dies without closing it.
 
-Arguments: folder, the secret of every row (hex).
+Arguments: folder, the secret of every row (hex), how many more samples (with any, the database is closed).
 """
 
 from __future__ import annotations
@@ -63,15 +63,17 @@ def add_update(connection: sqlite3.Connection, number: int, body: bytes, stored:
     )
 
 
-def write(connection: sqlite3.Connection, secret: bytes) -> None:
+def write(connection: sqlite3.Connection, secret: bytes, samples: int) -> None:
     for name, value in (("epoch", 500), ("reserved_seq", 256)):
         digest = sha256(f"{name}\0int\0{value!r}".encode())
         connection.execute("INSERT INTO facts VALUES (?, ?, ?)", (name, value, digest))
     connection.execute("INSERT INTO facts VALUES ('error_feedback', ?, x'')", (secret,))
     add_sample(connection, 3, 2, secret)
     add_sample(connection, 7, None, secret)
+    for number in range(100, 100 + samples):
+        add_sample(connection, number, 1, secret)
     connection.execute("INSERT INTO tombstones VALUES (9, 1.0)")
-    connection.execute("UPDATE sqlite_sequence SET seq = 9 WHERE name = 'samples'")
+    connection.execute("UPDATE sqlite_sequence SET seq = max(seq, 9) WHERE name = 'samples'")
     add_update(connection, 1, secret, secret, "open")
     add_update(connection, 2, secret, secret[:-1] + b"?", "open")
     add_update(connection, 3, secret, b"", "stored")
@@ -81,15 +83,17 @@ def write(connection: sqlite3.Connection, secret: bytes) -> None:
     connection.execute("INSERT INTO orders VALUES (?, 'train', 'run', 1, NULL, 1.0)", (bytes(16),))
 
 
-def main(folder: str, secret: bytes) -> None:
+def main(folder: str, secret: bytes, samples: int) -> None:
     connection = sqlite3.connect(f"{folder}/agent.db", isolation_level=None)
     connection.execute("PRAGMA page_size = 4096")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.executescript(f"BEGIN; {TABLES}")
-    write(connection, secret)
+    write(connection, secret, samples)
     connection.execute("COMMIT")
+    if samples:
+        connection.close()
     os._exit(0)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], bytes.fromhex(sys.argv[2]))
+    main(sys.argv[1], bytes.fromhex(sys.argv[2]), int(sys.argv[3]))

@@ -18,6 +18,7 @@ from tests.edge.tiny_release import SteppedClock
 
 SECRET = b"what the sensor saw on Tuesday! " * 16
 WINDOW = np.frombuffer(SECRET, "<f4").reshape(8, 16)
+ROOT = Path(__file__).resolve().parents[2]
 WRITER = Path(__file__).with_name("plain_database.py")
 
 
@@ -25,10 +26,12 @@ def files_with(folder: Path, wanted: bytes) -> list[str]:
     return [path.name for path in sorted(folder.rglob("*")) if path.is_file() and wanted in path.read_bytes()]
 
 
-def plain_folder(folder: Path) -> Path:
+def plain_folder(folder: Path, *, samples: int = 0) -> Path:
     """A state folder as the version before left it when it was killed: with a write-ahead log, and a quarantine."""
     folder.mkdir()
-    subprocess.run([sys.executable, str(WRITER), str(folder), SECRET.hex()], check=True, timeout=60)
+    subprocess.run(
+        [sys.executable, str(WRITER), str(folder), SECRET.hex(), str(samples)], check=True, timeout=60
+    )
     (folder / "EPOCH").write_text("500\n")
     kept = folder / "quarantine"
     kept.mkdir()
@@ -90,3 +93,20 @@ def test_power_cut_while_a_database_is_sealed_leaves_one_that_is_whole(
         with pytest.raises(SystemExit):
             open_database(folder, clock=SteppedClock())
     check_converted(folder)
+
+
+def test_disk_without_room_for_two_databases_costs_the_samples_and_not_the_start(tmp_path: Path) -> None:
+    folder = plain_folder(tmp_path / "device", samples=2000)
+    size = (folder / "agent.db").stat().st_size
+    code = (
+        "import resource, sys\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))\n"
+        "from edge_agent.storage import open_database\n"
+        "open_database(sys.argv[1]).close()\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, timeout=60, cwd=ROOT)
+    database = open_database(folder, clock=SteppedClock())
+    assert [row.body for row in Outbox(database).pending()] == [SECRET]
+    assert SampleStore(database).counts()["samples"] == 0
+    assert SampleStore(database).add(WINDOW, 1, 0.0) == 2100
+    assert files_with(folder, SECRET[:16]) == []
