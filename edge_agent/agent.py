@@ -265,7 +265,7 @@ class Agent:
         interrupted = tuple(
             (order.order_id, order.run, order.round_number) for order in self.parts.orders.unanswered()
         )
-        pending = tuple((row.update_id, row.deadline) for row in self.parts.outbox.pending(limit=4096))
+        pending = tuple(self.parts.outbox.owed())
         self._step(
             on.Started(
                 release_version=contents.version if contents else 0,

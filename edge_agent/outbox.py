@@ -167,6 +167,17 @@ class Outbox:
         rows = self._database.read(f"{_SELECT} ORDER BY row LIMIT ?", (limit,))
         return [row for row in map(self._checked, rows) if row is not None]
 
+    def owed(self) -> list[tuple[bytes, float]]:
+        """(update id, deadline) of every open row, oldest first; one body at a time is looked at, as `pending` does."""
+        numbers = self._database.read(f"SELECT row FROM outbox WHERE {_IS_OPEN} ORDER BY row")
+        found = []
+        for number in numbers:
+            for values in self._database.read(f"{_SELECT} AND row = ?", number):
+                row = self._checked(values)
+                if row is not None:
+                    found.append((row.update_id, row.deadline))
+        return found
+
     def find(self, update_id: bytes) -> OutboxRow | None:
         """The open row of an update, or None (unknown, ended, or found damaged just now)."""
         rows = self._database.read(f"{_SELECT} AND update_id = ?", (update_id,))

@@ -287,6 +287,7 @@ def test_damaged_row_is_quarantined_and_the_rest_goes_on(tmp_path: Path, outbox:
         put(outbox, number, b"body %d" % number)
     with outbox._database.transaction() as connection:
         connection.execute("UPDATE outbox SET body = ? WHERE update_id = ?", (b"bodY 2", named(2)))
+    assert outbox.owed() == [(named(1), LATER), (named(3), LATER)]
     assert [row.update_id for row in outbox.pending()] == [named(1), named(3)]
     assert outbox.ended(named(2)) == ("destroyed", "damaged on disk")
     assert outbox.totals()["destroyed"] == 1
