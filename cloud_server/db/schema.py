@@ -352,7 +352,7 @@ privacy_ledger = Table(
     Column("seq", BigInteger, primary_key=True, autoincrement=False),
     Column("run", Id, nullable=False),
     Column("round", Integer, nullable=False),
-    Column("mode", String(16), nullable=False),  # central
+    Column("mode", String(16), nullable=False),  # central | distributed | restored
     Column("noise_multiplier", Double, nullable=False),
     Column("clipping_norm", Double, nullable=False),
     Column("sampling_rate", Double, nullable=False),

@@ -59,7 +59,7 @@ def choose_layout(members: int, dropout: float, colluding: float) -> Layout:
             return layout
     raise QuorumError(
         f"no {members} devices can mask their updates when {lost} drop out and {bad} collude",
-        hint="lower run.secure_dropout or run.secure_colluding, or wait for more devices",
+        hint="lower secure.dropout or secure.colluding, or wait for more devices",
         present=members,
     )
 
