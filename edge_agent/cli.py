@@ -258,7 +258,10 @@ def _quarantine(options: argparse.Namespace) -> int:
     from edge_agent.at_rest import open_vault
     from edge_agent.quarantine import FOLDER_NAME, Quarantine
     from process.clock import SystemClock
+    from wire.errors import ConfigurationError
 
+    if not options.state.is_dir():
+        raise ConfigurationError(f"there is no {options.state}", hint="name the device's --state")
     vault = open_vault(options.state, SystemClock(), is_owner=False)
     quarantine = Quarantine(options.state / FOLDER_NAME, vault=vault)
     if options.read is not None:

@@ -457,6 +457,7 @@ def test_quarantine_is_listed_and_read_beside_a_running_agent(
         assert main(["quarantine", "--read", entry["name"], "--state", str(enrolled)]) == 0
         assert capfdbinary.readouterr().out == b"what lay there"
         assert main(["quarantine", "--read", "../identity/update.key", "--state", str(enrolled)]) == 8
+        assert main(["quarantine", "--state", str(enrolled / "elsewhere")]) == 2
         assert capfdbinary.readouterr().out == b""
 
 
