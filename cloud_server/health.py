@@ -43,12 +43,19 @@ Signatures = Callable[[], Mapping[str, float]]
 def gather(deployment: Deployment, signatures: Signatures | None = None) -> Facts:
     """What can be known from the state folder and the database; the service need not run."""
     now = deployment.clock.now()
-    facts = replace(_of_disk(deployment.folder.root), **_of_certificates(deployment, now))
+    facts = _of_disk(deployment.folder.root)
+    try:
+        facts = replace(facts, **_of_certificates(deployment, now))
+    except ShoalError as error:
+        facts = replace(facts, certificate_trouble=str(error))
     try:
         facts = replace(facts, **_of_database(deployment, now))
     except StorageError as error:
         return replace(facts, database_trouble=str(error))
-    ends = (signatures or deployment.repository.expiries)()
+    try:
+        ends = (signatures or deployment.repository.expiries)()
+    except ShoalError as error:
+        return replace(facts, certificate_trouble=str(error))
     judged = judge_expiries(ends, deployment.repository.expiry, now)
     return replace(
         facts,

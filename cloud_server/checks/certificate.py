@@ -14,6 +14,8 @@ AUTHORITY_DAYS = 365.0
 
 def judge(facts: Facts, limits: HealthSettings) -> Finding:
     """Fails once something has ended; warns when something should have been renewed."""
+    if facts.certificate_trouble:
+        return Finding(NAME, "fail", facts.certificate_trouble, "restore it from the newest backup")
     ended = [name for name, left in (*facts.certificates.items(), *facts.signatures.items()) if left <= 0]
     if ended:
         return Finding(NAME, "fail", f"ended: {', '.join(sorted(ended))}", "shoal-cloud keys expiry")

@@ -31,6 +31,7 @@ class Facts:
         dropped: messages that did not fit into a queue, since the look before.
         stored: updates that wait to be folded.
         signatures: seconds until each TUF role's signature ends, and which of them are due.
+        certificate_trouble: why a certificate or the signed metadata cannot be read, or empty.
         certificates: seconds until each certificate in `ca/` ends; below 0 since then.
         renewable: those of them that the service makes anew by itself, a tenth of their life before their end.
         is_held: no round is opened, by the remedy `pause_training`, for `held_seconds`.
@@ -57,6 +58,7 @@ class Facts:
     stored: int = 0
     signatures: Mapping[str, float] = field(default_factory=dict)
     signatures_due: tuple[str, ...] = ()
+    certificate_trouble: str = ""
     certificates: Mapping[str, float] = field(default_factory=dict)
     renewable: frozenset[str] = frozenset()
     is_held: bool = False

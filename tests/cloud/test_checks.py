@@ -71,6 +71,7 @@ def test_aggregator_that_is_well_has_no_finding_and_needs_nothing() -> None:
         ({"dropped": 1}, {"backlog": "fail"}, []),
         ({"certificates": {"server": -1.0}}, {"certificate": "fail"}, []),
         ({"signatures": {"timestamp": -1.0}}, {"certificate": "fail"}, []),
+        ({"certificate_trouble": "server.pem is no certificate"}, {"certificate": "fail"}, []),
         ({"signatures_due": ("root",)}, {"certificate": "warn"}, []),
         ({"renewable": frozenset(["server"])}, {"certificate": "warn"}, ["renew"]),
         ({"certificates": {"ca": 300 * DAY}}, {"certificate": "warn"}, []),

@@ -35,6 +35,7 @@ from cloud_server.settings import (
 from tests.cloud.deployment import SteppedClock
 from tests.fleet.waiting import wait_for
 from wire.messages import Telemetry
+from wire.primitives import write_private
 
 DAY = 86_400.0
 SETTINGS = CloudSettings(
@@ -157,6 +158,21 @@ def test_check_prints_findings_with_hints_and_says_so_in_its_exit_code(
     found = {each["name"]: each for each in json.loads(capsys.readouterr().out)}
     assert found["database"]["level"] == "fail"
     assert "missing or empty" in found["database"]["detail"]
+
+
+def test_check_of_a_damaged_authority_and_repository_names_what_cannot_be_read(
+    patient: Patient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = str(patient.deployment.folder.root)
+    (timestamp,) = patient.deployment.folder.artefacts.rglob("timestamp.json")
+    kept = timestamp.read_bytes()
+    timestamp.write_bytes(b"{")
+    assert main(["check", "--state", state]) == 1
+    assert "fail  certificate" in capsys.readouterr().out
+    timestamp.write_bytes(kept)
+    write_private(patient.deployment.folder.authority / "extra.pem", b"nothing")
+    assert main(["check", "--state", state]) == 1
+    assert "extra.pem is no certificate" in capsys.readouterr().out
 
 
 # ---- a running service --------------------------------------------------------------------------------------
