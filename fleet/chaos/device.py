@@ -119,7 +119,6 @@ class DeviceNode:
     def start(self) -> None:
         """Opens what is on the disk and starts; a fault may end this at once."""
         if self.disk.is_dead:
-            self._rot()
             # First: whoever closes a database last writes its log into its pages.
             self._around.ledger.device_restarted(self.name)
             self.disk.come_back()
@@ -134,16 +133,6 @@ class DeviceNode:
     def tick(self) -> None:
         """Does what its timers want."""
         self._guarded(self._tick)
-
-    def _rot(self) -> None:
-        """A worn flash card: bits of the database flip while the device is down and owes something."""
-        ledger = self._around.ledger
-        if not ledger.owes(self.name):
-            return
-        fault = self._around.injector.visit("device.disk.rot", self.name)
-        if fault is not None:
-            self.disk.rot(fault.rng())
-            ledger.rotten.add(self.name)
 
     def _begin(self) -> None:
         try:
@@ -231,11 +220,24 @@ class DeviceNode:
         if self.disk.is_of(life):
             self._around.ready(self.name)
 
+    def _wear(self) -> None:
+        """The power goes while the device owes an update, and a worn flash card comes back with other bits."""
+        around = self._around
+        fault = None
+        if around.ledger.owes(self.name):
+            fault = around.injector.visit("device.disk.rot", self.name)
+        if fault is not None:
+            around.ledger.rotten.add(self.name)
+            self.disk.die(fault.rng())
+            self.disk.rot(fault.rng())
+            raise Crash(fault)
+
     def _pump(self) -> None:
         agent = self.agent
         if agent is None:
             return
         self._survived(agent.pump)
+        self._wear()
         while self._queue:
             event = self._queue.popleft()
             fault = None
