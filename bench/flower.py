@@ -60,6 +60,8 @@ class Size:
 
 
 SIZES = (Size("20 kB", 488, 10), Size("10 MB", 2494, 998))
+STRATEGY = "FedAvg"
+"""As the app that Flower's deployment runs: the robust rule that is Shoal's default is work that Flower does not do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +169,7 @@ def _shoal_cost(folder: Path, count: int, size: Size, bundle: Bundle, rounds: in
         seed=1,
         rounds=WARM_UP_ROUNDS + rounds,
         quorum=count,
+        strategy=STRATEGY,
         deadline_seconds=120.0,
         evaluate_every=0,
         paused=True,
