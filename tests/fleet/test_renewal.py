@@ -133,6 +133,7 @@ class Gate:
         place = folder / "identity"
         place.mkdir()
         write_private(place / identity_files.TLS_KEY, self._key)
+        (place / identity_files.CA).write_text(self.authority.certificate_pem)
         self.certificate_path = place / identity_files.CERTIFICATE
         self.folder = place
 
