@@ -24,9 +24,10 @@ from fleet.chaos.faults import POINTS, Fault, make_schedule
 from fleet.chaos.injector import Line
 from fleet.chaos.ledger import Violation
 from fleet.chaos.shrink import shrink
-from fleet.chaos.template import Template, make_bundle, make_template
+from fleet.chaos.template import Template, make_template
 from fleet.chaos.world import Outcome, World
 from models.bundle import Bundle
+from models.thirds import make_bundle
 from process.progress import Progress
 
 DEVICES = 8

@@ -22,10 +22,9 @@ from edge_agent.identity import Identity
 from fleet.simulated_device import FLEET, TENANT, device_key, make_identity
 from fleet.virtual import VirtualTime
 from models.bundle import Bundle
-from models.data.federation import Floats, Labels, Split
+from models.data.federation import Split
+from models.thirds import draw
 
-FEATURES = 12
-LABELS = ("low", "middle", "high")
 KEYS_SEED = hashlib.sha256(b"shoal chaos").digest()
 _PREFIXES = ("blobs", "releases", "tuf")
 
@@ -48,22 +47,6 @@ class Template:
     identities: tuple[Identity, ...]
     slots: Mapping[str, bytes] = field(default_factory=dict)
     release_sha256: str = ""
-
-
-def make_bundle(folder: Path) -> Bundle:
-    """Two linear layers that tell which third of twelve numbers has the largest sum, by the real builder."""
-    import torch
-    from torch import nn
-
-    from models.build import build_bundle
-    from models.task import Task
-
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    module = nn.Sequential(nn.Linear(FEATURES, 16), nn.ReLU(), nn.Linear(16, len(LABELS)))
-    x, _ = _draw(np.random.default_rng(0), 64)
-    task = Task.classification(len(LABELS))
-    return build_bundle(module, task, (FEATURES,), x, name="thirds", labels=LABELS, out_dir=folder)
 
 
 def make_template(bundle: Bundle, folder: Path, devices: int) -> Template:
@@ -97,10 +80,4 @@ def make_template(bundle: Bundle, folder: Path, devices: int) -> Template:
 def make_split(seed: int, name: str) -> Split:
     """A device's data, or the operator's."""
     rng = np.random.default_rng((seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")))
-    return Split(*_draw(rng, 12), *_draw(rng, 4), *_draw(rng, 4))
-
-
-def _draw(rng: np.random.Generator, count: int) -> tuple[Floats, Labels]:
-    """Windows float32 [count, 12] and their labels int64 [count]."""
-    x = rng.standard_normal((count, FEATURES)).astype(np.float32)
-    return x, x.reshape(count, len(LABELS), -1).sum(axis=2).argmax(axis=1)
+    return Split(*draw(rng, 12), *draw(rng, 4), *draw(rng, 4))

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from models import thirds
 from models.bundle import Bundle
 from models.data import smartwatch
 from models.first_bundle import make_first_bundle
-from tests.fleet import thirds
 
 
 @pytest.fixture(scope="session")
