@@ -23,6 +23,7 @@ from cloud_server.deployment import Deployment
 from cloud_server.enrolment.ca import SERVER_DAYS, certificate_ends
 from cloud_server.release.expiry import judge_expiries
 from cloud_server.remedies import RATIONED, pause_training, prescribe
+from process.bulletin import Bulletin
 from process.health import Finding, Prescription, Ration
 from process.logs import get_logger
 from wire.errors import ShoalError, StorageError
@@ -112,7 +113,6 @@ class CloudHealth:
         signatures: see `gather`.
 
     Attributes:
-        findings: of the newest look.
         remedies_total: remedies that were carried out, by name.
     """
 
@@ -133,10 +133,14 @@ class CloudHealth:
         self._ration = Ration()
         self._next_look = 0.0
         self._held_at: float | None = None
-        self._would: frozenset[str] = frozenset()
+        self._bulletin = Bulletin(_log)
         self._unwritten: deque[tuple[float, dict[str, str]]] = deque(maxlen=_UNWRITTEN)
-        self.findings: tuple[Finding, ...] = ()
         self.remedies_total: Counter[str] = Counter()
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """Of the newest look."""
+        return self._bulletin.findings
 
     @property
     def is_database_well(self) -> bool:
@@ -145,8 +149,7 @@ class CloudHealth:
 
     def levels(self) -> dict[str, float]:
         """By check: 0 ok, 1 warn, 2 fail."""
-        numbers = {"ok": 0.0, "warn": 1.0, "fail": 2.0}
-        return {finding.name: numbers[finding.level] for finding in self.findings}
+        return self._bulletin.levels()
 
     def tick(self) -> None:
         """Looks when it is time to."""
@@ -169,32 +172,16 @@ class CloudHealth:
         if self._held_at is not None:
             held_seconds = self._clock.monotonic() - self._held_at
             facts = replace(facts, is_held=True, held_seconds=held_seconds)
-        self._tell(judge_all(facts, self._limits))
+        self._bulletin.tell(judge_all(facts, self._limits))
         wanted = prescribe(facts, self._limits)
         if self._limits.remedies != "on":
-            self._say_what_would_be(wanted)
+            self._bulletin.tell_what_would_be(wanted, self._limits.remedies)
             return
         if not any(each.remedy == pause_training.NAME for each in wanted):
             self._end_hold()
         for prescription in self._allowed(wanted):
             self._carry_out(prescription)
         self._write_books()
-
-    def _tell(self, findings: tuple[Finding, ...]) -> None:
-        before = {finding.name: finding.level for finding in self.findings}
-        self.findings = findings
-        for finding in findings:
-            if finding.level == before.get(finding.name, "ok"):
-                continue
-            say = _log.info if finding.level == "ok" else _log.warning
-            say("health", check=finding.name, found=finding.level, detail=finding.detail, hint=finding.hint)
-
-    def _say_what_would_be(self, wanted: tuple[Prescription, ...]) -> None:
-        if self._limits.remedies == "dry_run":
-            for each in wanted:
-                if each.remedy not in self._would:
-                    _log.info("remedy_would_be", remedy=each.remedy, check=each.check, reason=each.reason)
-        self._would = frozenset(each.remedy for each in wanted)
 
     def _allowed(self, wanted: tuple[Prescription, ...]) -> list[Prescription]:
         rationed = [each for each in wanted if each.remedy in _RATIONED]

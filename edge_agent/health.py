@@ -19,7 +19,8 @@ from edge_agent.device_state import State
 from edge_agent.machine import Machine
 from edge_agent.parts import Parts
 from edge_agent.remedies import RATIONED, pause_training, prescribe, reconnect, renew, roll_back, trim
-from process.health import Finding, Level, Prescription, Ration
+from process.bulletin import Bulletin
+from process.health import Finding, Prescription, Ration
 from process.logs import get_logger
 from wire.errors import ShoalError
 from wire.messages import CheckName, RemedyName
@@ -36,7 +37,6 @@ class Health:
         post: queues an event for the state machine, whose state `state` gives.
 
     Attributes:
-        findings: of the newest look.
         remedies_total: remedies that were carried out, by name.
     """
 
@@ -55,8 +55,7 @@ class Health:
         self._ration = Ration()
         self._paused_at = 0.0
         self._counted = (0, 0, 0)
-        self._would: frozenset[str] = frozenset()
-        self.findings: tuple[Finding, ...] = ()
+        self._bulletin = Bulletin(_log)
         self.remedies_total: Counter[RemedyName] = Counter()
         self._remedies: dict[str, Callable[[str], None]] = {
             trim.NAME: self._trim,
@@ -66,6 +65,11 @@ class Health:
             pause_training.NAME: self._pause,
         }
 
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """Of the newest look."""
+        return self._bulletin.findings
+
     def look(self) -> None:
         """One look, and what follows from it."""
         try:
@@ -73,11 +77,11 @@ class Health:
         except ShoalError as error:
             _log.warning("health_not_known", reason=str(error))
             return
-        self._tell(judge_all(facts, self._limits))
+        self._bulletin.tell(judge_all(facts, self._limits))
         wanted = prescribe(facts, self._limits)
         if self._limits.remedies != "on":
             self._resume()
-            self._say_what_would_be(wanted)
+            self._bulletin.tell_what_would_be(wanted, self._limits.remedies)
             return
         if not any(each.remedy == pause_training.NAME for each in wanted):
             self._resume()
@@ -138,8 +142,7 @@ class Health:
 
     def levels(self) -> dict[str, float]:
         """By check: 0 ok, 1 warn, 2 fail."""
-        numbers: dict[Level, float] = {"ok": 0.0, "warn": 1.0, "fail": 2.0}
-        return {finding.name: numbers[finding.level] for finding in self.findings}
+        return self._bulletin.levels()
 
     def as_dict(self) -> dict[str, Any]:
         """For the status file."""
@@ -148,24 +151,6 @@ class Health:
             "remedies": dict(self.remedies_total),
             "training_paused": self._parts.training_paused,
         }
-
-    def _tell(self, findings: tuple[Finding, ...]) -> None:
-        """A line in the log for every finding that changed."""
-        before = {finding.name: finding.level for finding in self.findings}
-        self.findings = findings
-        for finding in findings:
-            if finding.level == before.get(finding.name, "ok"):
-                continue
-            say = _log.info if finding.level == "ok" else _log.warning
-            say("health", check=finding.name, found=finding.level, detail=finding.detail, hint=finding.hint)
-
-    def _say_what_would_be(self, wanted: tuple[Prescription, ...]) -> None:
-        names = frozenset(each.remedy for each in wanted)
-        if self._limits.remedies == "dry_run":
-            for each in wanted:
-                if each.remedy not in self._would:
-                    _log.info("remedy_would_be", remedy=each.remedy, check=each.check, reason=each.reason)
-        self._would = names
 
     # --- remedies -----------------------------------------------------------------------------------------
 

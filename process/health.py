@@ -15,7 +15,9 @@ Mode = Literal["on", "dry_run", "off"]
 """What is done about a finding: the remedy, a line that says what would be done, or nothing."""
 
 LONGEST_REST_SECONDS: Final = 86_400.0
+DISK: Final = "disk"
 _NAME_WIDTH: Final = 12
+_FULL_SHARE: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,24 @@ class Ration:
 
 def _rest(rest_seconds: float, times: int) -> float:
     return min(rest_seconds * 2.0 ** min(max(times - 1, 0), 32), max(rest_seconds, LONGEST_REST_SECONDS))
+
+
+def judge_room(
+    free_bytes: int | None, min_free_bytes: int, trouble: str, *, hint: str, trouble_hint: str
+) -> Finding:
+    """Of a disk: fails when nothing can be written (`trouble`), or an eighth of what should be free is left.
+
+    Args:
+        free_bytes: None where nobody knows.
+    """
+    if trouble:
+        return Finding(DISK, "fail", trouble, trouble_hint)
+    if free_bytes is None:
+        return Finding(DISK, "ok", "not known")
+    detail = f"{free_bytes // 2**20} MiB free"
+    if free_bytes < min_free_bytes // _FULL_SHARE:
+        return Finding(DISK, "fail", detail, hint)
+    return Finding(DISK, "warn" if free_bytes < min_free_bytes else "ok", detail, hint)
 
 
 def with_remedies(findings: Iterable[Finding], wanted: Sequence[Prescription]) -> list[Finding]:

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from cloud_server.checks.facts import Facts
 from cloud_server.settings import HealthSettings
-from process.health import Finding
+from process.health import DISK, Finding, judge_room
 
-NAME = "disk"
-_FULL_SHARE = 8
+NAME = DISK
 
 
 def judge(facts: Facts, limits: HealthSettings) -> Finding:
     """Fails when nothing can be written, or an eighth of `min_free_bytes` is left."""
-    if facts.disk_trouble:
-        return Finding(
-            NAME, "fail", facts.disk_trouble, "run as the service's user, or change the folder's owner"
-        )
-    if facts.free_bytes is None:
-        return Finding(NAME, "ok", "not known")
-    detail = f"{facts.free_bytes // 2**20} MiB free"
-    hint = f"free some, or move storage.artefacts: {limits.min_free_bytes // 2**20} MiB should be free"
-    if facts.free_bytes < limits.min_free_bytes // _FULL_SHARE:
-        return Finding(NAME, "fail", detail, hint)
-    return Finding(NAME, "warn" if facts.free_bytes < limits.min_free_bytes else "ok", detail, hint)
+    return judge_room(
+        facts.free_bytes,
+        limits.min_free_bytes,
+        facts.disk_trouble,
+        hint=f"free some, or move storage.artefacts: {limits.min_free_bytes // 2**20} MiB should be free",
+        trouble_hint="run as the service's user, or change the folder's owner",
+    )

@@ -25,7 +25,7 @@ from fleet.chaos.disk import Disk
 from fleet.chaos.injector import Crash, Injector
 from fleet.chaos.ledger import Ledger
 from fleet.chaos.network import CLOUD, ChaosTransport, kind_of
-from fleet.chaos.sqlite import Change, CuttableConnection
+from fleet.chaos.sqlite import Change, CuttableConnection, telling
 from fleet.chaos.store import ChaosArtefacts
 from fleet.simulated_device import FLEET, TENANT
 from fleet.virtual import VirtualTime
@@ -107,7 +107,7 @@ class CloudNode:
             folder,
             injector,
             database=DATABASE_NAME,
-            name_commit=name_commit,
+            name_commit=lambda changes: telling(changes, _COMMITS),
             name_file=lambda operation, path: "",
             committed=self._committed,
         )
@@ -289,22 +289,14 @@ def kind_in(event: TransportEvent) -> str:
     return kind_of(event.packet) if isinstance(event, Received) else ""
 
 
-def name_commit(changes: frozenset[Change]) -> str:
-    """The point of a commit of the aggregator's database, by the most telling thing that it changes."""
-    for change, point in _COMMITS:
-        if change in changes:
-            return f"cloud.commit.{point}"
-    return ""
-
-
 _COMMITS: tuple[tuple[Change, str], ...] = (
-    (("INSERT", "checkpoints"), "fold"),
-    (("INSERT", "rounds"), "open"),
-    (("INSERT", "updates"), "update"),
-    (("UPDATE", "rounds"), "round"),
-    (("INSERT", "releases"), "release"),
-    (("UPDATE", "releases"), "release"),
-    (("INSERT", "presence"), "device"),
-    (("UPDATE", "presence"), "device"),
-    (("UPDATE", "devices"), "device"),
+    (("INSERT", "checkpoints"), "cloud.commit.fold"),
+    (("INSERT", "rounds"), "cloud.commit.open"),
+    (("INSERT", "updates"), "cloud.commit.update"),
+    (("UPDATE", "rounds"), "cloud.commit.round"),
+    (("INSERT", "releases"), "cloud.commit.release"),
+    (("UPDATE", "releases"), "cloud.commit.release"),
+    (("INSERT", "presence"), "cloud.commit.device"),
+    (("UPDATE", "presence"), "cloud.commit.device"),
+    (("UPDATE", "devices"), "cloud.commit.device"),
 )

@@ -29,7 +29,7 @@ from fleet.chaos.disk import Disk
 from fleet.chaos.injector import Crash, Injector
 from fleet.chaos.ledger import Ledger
 from fleet.chaos.network import DEVICE, ChaosTransport, harmed, kind_of
-from fleet.chaos.sqlite import Change
+from fleet.chaos.sqlite import Change, telling
 from fleet.virtual import VirtualTime
 from models.data.federation import Split
 from wire.errors import DataError, ModelError, PeerError, RefusedError, StorageError, TransportError
@@ -89,7 +89,7 @@ class DeviceNode:
             folder,
             around.injector,
             database=DATABASE_NAME,
-            name_commit=name_commit,
+            name_commit=lambda changes: telling(changes, _COMMITS),
             name_file=name_file,
             committed=lambda by, changes: around.ledger.device_committed(self.name, by.path, changes),
             here=self._here,
@@ -402,21 +402,13 @@ class _Fetcher:
         return harmed(Packet("fetched", data), kind, rng).payload
 
 
-def name_commit(changes: frozenset[Change]) -> str:
-    """The point of a commit of the agent's database, by the most telling thing that it changes."""
-    for change, point in _COMMITS:
-        if change in changes:
-            return f"device.commit.{point}"
-    return ""
-
-
 _COMMITS: tuple[tuple[Change, str], ...] = (
-    (("INSERT", "outbox"), "outbox"),
-    (("UPDATE", "outbox"), "receipt"),
-    (("INSERT", "sealings"), "sealing"),
-    (("INSERT", "orders"), "order"),
-    (("INSERT", "facts"), "sequence"),
-    (("INSERT", "windows"), "window"),
+    (("INSERT", "outbox"), "device.commit.outbox"),
+    (("UPDATE", "outbox"), "device.commit.receipt"),
+    (("INSERT", "sealings"), "device.commit.sealing"),
+    (("INSERT", "orders"), "device.commit.order"),
+    (("INSERT", "facts"), "device.commit.sequence"),
+    (("INSERT", "windows"), "device.commit.window"),
 )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 import re
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,11 @@ _SYNCHRONOUS = re.compile(r"\s*PRAGMA\s+synchronous\s*=\s*(\w+)", re.IGNORECASE)
 
 Change = tuple[str, str]
 """A verb (`INSERT`, `UPDATE`, `DELETE`) and a table."""
+
+
+def telling(changes: frozenset[Change], points: Sequence[tuple[Change, str]]) -> str:
+    """The point of a commit, by the first of `points` that it changes; empty for a commit that is none."""
+    return next((point for change, point in points if change in changes), "")
 
 
 class CommitWatcher(Protocol):
