@@ -220,9 +220,8 @@ def test_max_pool_breaks_ties_as_torch_does() -> None:
     module = nn.Sequential(nn.Conv2d(1, 3, 1), apart, overlapping, nn.Flatten(), nn.Linear(27, TASK.classes))
     export = export_train_step(module, TASK, (1, 12, 12))
     rng = np.random.default_rng(0)
-    batch = Batch(
-        rng.integers(0, 2, (4, 1, 12, 12)).astype(np.float32), rng.integers(0, 3, 4), np.ones(4, np.float32)
-    )
+    x, y = rng.integers(0, 2, (4, 1, 12, 12)).astype(np.float32), rng.integers(0, 3, 4)
+    batch = Batch(x, y, np.ones(4, np.float32), noise=np.zeros(export.params_size, np.float32))
     state = State(flatten_params(module), np.zeros(export.params_size, np.float32), flatten_buffers(module))
     hyper = Hyper(lr=0.1, momentum=0.9, weight_decay=0.0, mu=0.0)
     after, _, _ = EagerStep(module, TASK, "sgd").run(state, batch, hyper, state.params, 0, 0)
