@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import threading
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ class Observed:
     total: float
 
 
-class Metric:
+class Metric(ABC):
     """What the three kinds share.
 
     Args:
@@ -71,13 +72,13 @@ class Metric:
         self._allowed = tuple(frozenset(values) for values in self.labels.values())
         self._lock = threading.Lock()
 
+    @abstractmethod
     def samples(self) -> list[tuple[str, float]]:
         """Every series as the exposition names it, and its value.
 
         Raises:
             ShoalError: a read function failed.
         """
-        raise NotImplementedError
 
     def _key(self, values: Mapping[str, str]) -> Key:
         if values.keys() != self.labels.keys():

@@ -7,6 +7,7 @@ Source: docs/protocol.md, clauses 13 and 15.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -33,7 +34,7 @@ ENVELOPE_BYTES = 64 * 1024
 """Of a slot, for all that is not the payload."""
 
 
-class SummedPerformer(Performer):
+class SummedPerformer(Performer, ABC):
     """Drives a run by a strategy that sees means only.
 
     Raises:
@@ -100,9 +101,9 @@ class SummedPerformer(Performer):
             raise RoundError(f"{count} devices delivered, the noise is that of {noise.quorum}", count=count)
         return noisy_mean(total, noise, count)
 
+    @abstractmethod
     def _ring(self) -> RingName | None:
         """The ring of the round under way; None where there is none."""
-        raise NotImplementedError
 
     def _expected(self, order: books.OrderRow) -> Expected:
         """A masked update has one size, one weight, and nothing that could be read."""

@@ -15,15 +15,7 @@ import pytest
 from cloud_server.cli import main
 from cloud_server.db.rounds import load_body, load_updates
 from cloud_server.helper.folder import HelperFolder
-from cloud_server.settings import (
-    BrokerSettings,
-    CloudSettings,
-    GateSettings,
-    ListenSettings,
-    RunSettings,
-    SecureSettings,
-    TrainSettings,
-)
+from cloud_server.settings import SecureSettings
 from edge_agent.settings import EdgeSettings, InferenceSettings, NetworkSettings, TrainingSettings
 from edge_agent.status import read_status
 from fleet.local_agent import LocalAgent
@@ -31,11 +23,11 @@ from fleet.local_cloud import LocalCloud, free_port
 from models.bundle import Bundle
 from models.data import smartwatch
 from process.options import render_toml
+from tests.fleet.masked_fleet import DEVICES, settings
 from tests.fleet.waiting import wait_for
 from wire.messages import Update, decode_body
 
-DEVICES = ("person-05-left", "person-05-right", "person-06-left", "person-06-right")
-TENANT, FLEET, RUN = "shoal", "helped", "helped"
+TENANT, RUN = "shoal", "helped"
 
 
 class HelperProcess:
@@ -64,31 +56,6 @@ class HelperProcess:
         self._process = None
 
 
-def settings(helper_port: int) -> CloudSettings:
-    return CloudSettings(
-        tenant=TENANT,
-        fleet=FLEET,
-        listen=ListenSettings(public_port=free_port(), device_port=free_port()),
-        broker=BrokerSettings(kind="embedded", port=free_port()),
-        run=RunSettings(
-            name=RUN,
-            strategy="FedAvg",
-            seed=11,
-            rounds=1,
-            quorum=4,
-            evaluate_every=0,
-            paused=True,
-            deadline_seconds=90.0,
-            max_holdout_drop=1.0,
-        ),
-        secure=SecureSettings(
-            policy="two_server", helper_url=f"https://127.0.0.1:{helper_port}", wait_seconds=90.0
-        ),
-        train=TrainSettings(epochs=1, batch_size=16, learning_rate=0.02),
-        gate=GateSettings(max_operator_drop=1.0),
-    )
-
-
 @pytest.fixture
 def helper(tmp_path: Path) -> Iterator[HelperProcess]:
     process = HelperProcess(tmp_path / "helper")
@@ -102,7 +69,8 @@ def test_helped_round_survives_an_aggregator_and_a_helper_that_are_killed_in_it(
 ) -> None:
     """The helper is away when it is asked, and the aggregator is killed while it waits; both come back."""
     port, federation = free_port(), smartwatch.federation()
-    made = ["--tenant", TENANT, "--fleet", FLEET, "--port", str(port), "--min-devices", "4"]
+    secure = SecureSettings(policy="two_server", helper_url=f"https://127.0.0.1:{port}", wait_seconds=90.0)
+    made = ["--tenant", TENANT, "--fleet", RUN, "--port", str(port), "--min-devices", "4"]
     assert main(["helper", "init", "--state", str(helper.folder), *made]) == 0
     agent_settings = tmp_path / "agent.toml"
     agent_settings.write_text(
@@ -115,7 +83,9 @@ def test_helped_round_survives_an_aggregator_and_a_helper_that_are_killed_in_it(
         )
     )
     with ExitStack() as stack:
-        cloud = stack.enter_context(LocalCloud(tmp_path / "cloud", settings(port), federation))
+        cloud = stack.enter_context(
+            LocalCloud(tmp_path / "cloud", settings(RUN, secure, quorum=4), federation)
+        )
         handed_out = helper.folder / "for-aggregator"
         shutil.copytree(handed_out, cloud.root / "helper")
         assert main(["helper", "trust", str(handed_out / "helper.json"), "--state", str(cloud.root)]) == 0

@@ -8,48 +8,18 @@ from pathlib import Path
 import pytest
 
 from cloud_server.db.rounds import load_body, load_updates
-from cloud_server.settings import (
-    BrokerSettings,
-    CloudSettings,
-    GateSettings,
-    ListenSettings,
-    RunSettings,
-    SecureSettings,
-    TrainSettings,
-)
+from cloud_server.settings import SecureSettings
 from edge_agent.settings import EdgeSettings, InferenceSettings, NetworkSettings, TrainingSettings
 from fleet.local_agent import LocalAgent
-from fleet.local_cloud import LocalCloud, free_port
+from fleet.local_cloud import LocalCloud
 from models.bundle import Bundle
 from models.data import smartwatch
 from process.options import render_toml
+from tests.fleet.masked_fleet import DEVICES, settings
 from tests.fleet.waiting import wait_for
 from wire.messages import Update, decode_body
 
-DEVICES = ("person-05-left", "person-05-right", "person-06-left", "person-06-right")
 RUN = "masked"
-
-
-def settings() -> CloudSettings:
-    return CloudSettings(
-        fleet="masked",
-        listen=ListenSettings(public_port=free_port(), device_port=free_port()),
-        broker=BrokerSettings(kind="embedded", port=free_port()),
-        run=RunSettings(
-            name=RUN,
-            strategy="FedAvg",
-            seed=11,
-            rounds=1,
-            quorum=3,
-            evaluate_every=0,
-            paused=True,
-            deadline_seconds=90.0,
-            max_holdout_drop=1.0,
-        ),
-        secure=SecureSettings(policy="pairwise", dropout=0.3),
-        train=TrainSettings(epochs=1, batch_size=16, learning_rate=0.02),
-        gate=GateSettings(max_operator_drop=1.0),
-    )
 
 
 @pytest.mark.slow
@@ -57,6 +27,7 @@ def test_masked_round_survives_an_aggregator_that_is_killed_in_it(
     tmp_path: Path, watch_bundle: Bundle
 ) -> None:
     federation = smartwatch.federation()
+    secure = SecureSettings(policy="pairwise", dropout=0.3)
     agent_settings = tmp_path / "agent.toml"
     wanted = EdgeSettings(
         inference=InferenceSettings(variant="int8"),
@@ -65,7 +36,9 @@ def test_masked_round_survives_an_aggregator_that_is_killed_in_it(
     )
     agent_settings.write_text(render_toml(wanted))
     with ExitStack() as stack:
-        cloud = stack.enter_context(LocalCloud(tmp_path / "cloud", settings(), federation))
+        cloud = stack.enter_context(
+            LocalCloud(tmp_path / "cloud", settings(RUN, secure, quorum=3), federation)
+        )
         cloud.import_model(watch_bundle)
         cloud.start()
         agents = []
