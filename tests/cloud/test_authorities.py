@@ -364,5 +364,7 @@ def test_broker_follows_both_authorities_and_then_the_new_one_alone(tmp_path: Pa
         assert retire_authorities(folder) == ["ca"]
         new.mailbox.next(Disconnected)
         new.mailbox.next(Connected)
-        reasons = [event.reason for event in old.mailbox.take(Disconnected, 2)]
-        assert any("certificate" in reason for reason in reasons), reasons
+        reasons = []  # the first ones may be of the broker's restart: closed, then nobody there
+        while not any("certificate" in reason for reason in reasons):
+            reasons.append(old.mailbox.next(Disconnected).reason)
+            assert len(reasons) < 20, reasons
