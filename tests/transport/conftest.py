@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.transport.mailbox import Mailbox
+from wire.backoff import Backoff
 from wire.transport import Packet
 from wire.transport.broker import RunningBroker, start_broker
-from wire.transport.dial import Backoff
 from wire.transport.mqtt import MqttTransport
 from wire.transport.selector import SelectorLoop
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import queue
 import random
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from paho.mqtt import client as paho
 
 from tests.transport.conftest import FAST, KINDS, Join
-from tests.transport.mailbox import Mailbox
+from tests.transport.mailbox import DEADLINE_SECONDS, Mailbox
+from wire.backoff import Backoff
 from wire.errors import BackpressureError, ConfigurationError, OversizeError
 from wire.transport import Connected, Disconnected, Packet, Published, Received
 from wire.transport.broker import BrokerLimits, RunningBroker, start_broker
-from wire.transport.dial import Backoff, BoundedSocket
+from wire.transport.dial import BoundedSocket
 from wire.transport.mqtt import MqttTransport
-from wire.transport.selector import SelectorLoop
+from wire.transport.selector import SelectorLoop, Timer
 
 _numbers = itertools.count()
 _PACKETS = (0x20, 0x30, 0x40, 0x50, 0x60, 0x70, 0x90, 0xB0, 0xD0, 0xE0, 0xF0)  # what a server may send
@@ -369,6 +372,65 @@ def _closed_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port: int = server.getsockname()[1]
         return port
+
+
+class _NotingLoop(SelectorLoop):
+    """The real loop, which notes how long a client waits before it connects."""
+
+    def __init__(self) -> None:
+        super().__init__("test-noting")
+        self.waits: queue.Queue[float] = queue.Queue()
+
+    def call_later(self, delay_seconds: float, task: Callable[[], None]) -> Timer:
+        if getattr(task, "__name__", "") == "_connect":
+            self.waits.put(delay_seconds)
+        return super().call_later(delay_seconds, task)
+
+
+@pytest.mark.parametrize(
+    ("packet", "least", "most"),
+    [
+        pytest.param(b"\x20\x03\x00\x89\x00", 15.0, 30.0, id="CONNACK, server busy"),
+        pytest.param(b"\x20\x03\x00\x9f\x00", 15.0, 30.0, id="CONNACK, connection rate exceeded"),
+        pytest.param(b"\x20\x03\x00\x87\x00", 0.0, 0.02, id="CONNACK, not authorised"),
+        pytest.param(
+            b"\x20\x03\x00\x00\x00\x90\x04\x00\x01\x00\x01\xe0\x01\x97",
+            15.0,
+            30.0,
+            id="DISCONNECT, quota exceeded",
+        ),
+    ],
+)
+def test_broker_that_has_too_much_to_do_is_left_alone_for_a_while(
+    packet: bytes, least: float, most: float
+) -> None:
+    loop, events = _NotingLoop(), Mailbox()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = MqttTransport(
+            "x", "127.0.0.1", server.getsockname()[1], loop=loop, backoff=FAST, rng=random.Random(1)
+        )
+        client.start(events, filters=[("a", 1)])
+        peer, _ = server.accept()
+        with peer:
+            peer.recv(1_000)
+            peer.sendall(packet)
+            assert "broker" in events.next(Disconnected).reason
+            assert least <= loop.waits.get(timeout=DEADLINE_SECONDS) <= most
+        client.stop()
+    loop.stop()
+
+
+def test_fleet_that_shall_spread_comes_at_its_own_moments() -> None:
+    loop = _NotingLoop()
+    loop.start()
+    for number in range(8):
+        client = MqttTransport(f"x{number}", "127.0.0.1", 1, loop=loop, rng=random.Random(number))
+        client.spread(40.0)
+        client.start(Mailbox(), filters=[("a", 1)])
+        client.stop()
+    loop.stop()
+    first = [loop.waits.get_nowait() for _ in range(8)]
+    assert 0.0 <= min(first) < 10.0 < 30.0 < max(first) <= 40.0
 
 
 @pytest.mark.parametrize("seed", range(25))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import socket
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from wire.errors import BackpressureError
 from wire.transport import Packet
-from wire.transport.dial import Backoff, BoundedSocket
+from wire.transport.dial import BoundedSocket
 from wire.transport.mqtt import _PahoClient, _publish_properties
 from wire.transport.topic_filters import matches, publish_size_bytes
 from wire.transport.window import SendWindow
@@ -118,14 +117,6 @@ def test_wildcard_made_from_a_topic_matches_it(levels: list[str], mask: int) -> 
     assert matches("/".join(wild), topic) is not system
     assert matches("/".join([*wild, "#"]), topic) is not system
     assert not matches("/".join([*wild, "+"]), topic)
-
-
-def test_back_off_grows_to_its_cap_with_full_jitter() -> None:
-    backoff, rng = Backoff(first_seconds=1.0, cap_seconds=60.0), random.Random(1)
-    for attempt, most in ((0, 1.0), (3, 8.0), (6, 60.0), (10_000, 60.0)):
-        delays = [backoff.delay_seconds(attempt, rng) for _ in range(500)]
-        assert 0.0 <= min(delays) < 0.1 * most
-        assert 0.9 * most < max(delays) <= most
 
 
 def test_bounded_socket_reads_ahead_and_keeps_the_order() -> None:

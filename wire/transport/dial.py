@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import selectors
 import socket
 import ssl
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from wire.transport import REFUSED_IN_TLS, UNTRUSTED
 from wire.transport.selector import SelectorLoop
@@ -27,18 +25,6 @@ _IN_PROGRESS = frozenset({0, errno.EINPROGRESS, errno.EWOULDBLOCK})
 
 Address = tuple[int, tuple[object, ...]]
 Done = Callable[["BoundedSocket | None", str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Backoff:
-    """Exponential back-off with full jitter: a fleet that lost its broker must not return as one."""
-
-    first_seconds: float = 0.5
-    cap_seconds: float = 120.0
-
-    def delay_seconds(self, attempt: int, rng: random.Random) -> float:
-        """The pause before attempt number `attempt` (from 0)."""
-        return rng.uniform(0.0, min(self.cap_seconds, self.first_seconds * 2.0 ** min(attempt, 30)))
 
 
 class BoundedSocket:

@@ -15,9 +15,10 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from wire.backoff import Backoff, Retries
 from wire.errors import ConfigurationError
 from wire.transport import Connected, Deliver, Disconnected, Packet, Published, Received, TransportEvent
-from wire.transport.dial import Backoff, BoundedSocket, Dial
+from wire.transport.dial import BoundedSocket, Dial
 from wire.transport.gate import SendGate
 from wire.transport.selector import SelectorLoop
 
@@ -79,8 +80,7 @@ class Keeper:
         self._address = address
         self._tls = tls
         self._gate = gate
-        self._backoff = backoff
-        self._rng = rng
+        self._retries = Retries(backoff, rng)
         self._now = now
         self._max_packet_bytes = max_packet_bytes
         self._stuck_after_seconds = stuck_after_seconds
@@ -92,7 +92,6 @@ class Keeper:
         self._dial: Dial | None = None
         self._connection: Connection | None = None
         self._tokens: dict[int, int] = {}
-        self._attempt = 0
         self._live_since = 0.0
 
     def start(self, deliver: Deliver, connect_over: Callable[[BoundedSocket], Connection]) -> None:
@@ -106,7 +105,11 @@ class Keeper:
         self._deliver = deliver
         self._connect_over = connect_over
         self.loop.start()
-        self.loop.call_soon(self._connect)
+        first = self._retries.first_seconds()
+        if first:
+            self.loop.call_later(first, self._connect)
+        else:
+            self.loop.call_soon(self._connect)
 
     def publish(self, packet: Packet) -> int:
         """Queues one publication and returns its token. Safe from any thread; raises as `SendGate.admit`
@@ -129,6 +132,10 @@ class Keeper:
     def use_tls(self, tls: ssl.SSLContext) -> None:
         """The context of every later connection. Safe from any thread."""
         self._tls = tls
+
+    def spread(self, seconds: float) -> None:
+        """The fleet shall come back over so many seconds after a connection is lost. Safe from any thread."""
+        self._retries.spread_seconds = seconds
 
     def stop(self, last_words: Packet | None) -> None:
         """Sends what is queued and the last words, then leaves, within the time-out. Safe to call twice."""
@@ -186,8 +193,12 @@ class Keeper:
         oldest = self._gate.oldest_since()
         return oldest is not None and self._now() - oldest > self._stuck_after_seconds
 
-    def lost(self, reason: str) -> None:
-        """Ends the connection or attempt, tells the receiver, and plans the next."""
+    def lost(self, reason: str, asked_seconds: float = 0.0) -> None:
+        """Ends the connection or attempt, tells the receiver, and plans the next.
+
+        Args:
+            asked_seconds: the broker wants to be left alone for so long.
+        """
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
@@ -199,10 +210,8 @@ class Keeper:
             self._end()
             return
         if was_live and self._now() - self._live_since >= _STABLE_SECONDS:
-            self._attempt = 0
-        delay = self._backoff.delay_seconds(self._attempt, self._rng)
-        self._attempt += 1
-        self.loop.call_later(delay, self._connect)
+            self._retries.succeeded()
+        self.loop.call_later(self._retries.failed(asked_seconds=asked_seconds), self._connect)
 
     def _pump_soon(self) -> None:
         if not self._pump_is_due.is_set():

@@ -30,9 +30,10 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from wire.backoff import Backoff
 from wire.errors import ConfigurationError
 from wire.transport import Deliver, Monotonic, Packet
-from wire.transport.dial import CONNECT_TIMEOUT_SECONDS, Backoff, BoundedSocket
+from wire.transport.dial import CONNECT_TIMEOUT_SECONDS, BoundedSocket
 from wire.transport.gate import SendGate
 from wire.transport.keeper import Keeper
 from wire.transport.selector import SelectorLoop
@@ -44,6 +45,10 @@ _log = logging.getLogger("wire.transport.mqtt")
 DEFAULT_MAX_PACKET_BYTES = 131_072  # hosted brokers stop at 128 KB
 _RECEIVE_MAXIMUM = 64  # of what the broker may send us without our acknowledgement
 _EARLY_PACKETS = 1_000  # received between CONNACK and SUBACK
+# What a broker that has too much to do says (MQTT 5, 2.4): server unavailable, server busy, quota exceeded, connection
+# rate exceeded. It names no time, so the least wait is ours; it is doubled with every refusal, like any other.
+_BUSY_CODES = frozenset({0x88, 0x89, 0x97, 0x9F})
+_BUSY_SECONDS = 15.0
 _READS_PER_TURN = 64  # one busy client must not starve the others of its loop
 
 
@@ -158,6 +163,12 @@ class MqttTransport:
         """
         self._keeper.rejoin(reason)
 
+    def spread(self, seconds: float) -> None:
+        """The fleet shall come back over so many seconds after a connection is lost (0: as the back-off says), and
+        when it starts. Safe from any thread; before `start`, too.
+        """
+        self._keeper.spread(seconds)
+
     def use_tls(self, tls: ssl.SSLContext) -> None:
         """Another context from the next connection on; `rejoin` makes that now. Safe from any thread."""
         self._keeper.use_tls(tls)
@@ -219,6 +230,7 @@ class _Connection:
         self._early: list[Packet] = []
         self._is_closed = False
         self._fault = ""
+        self._asked_seconds = 0.0
         client.max_inflight_messages_set(0)  # none of paho's: the window is ours
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
@@ -288,7 +300,8 @@ class _Connection:
         if client.socket() is not None and client.want_write():
             client.loop_write()
         if client.socket() is None:
-            self._owner.lost(self._fault or self._socket.fault or "the broker closed the connection")
+            reason = self._fault or self._socket.fault or "the broker closed the connection"
+            self._owner.lost(reason, self._asked_seconds)
             return
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.want_write() else 0)
         self._loop.modify(self._socket, events, self._ready)
@@ -308,7 +321,8 @@ class _Connection:
             self._owner.lost("the broker did not answer CONNECT or SUBSCRIBE")
 
     def _care_seconds(self) -> float:
-        return max(0.25, self._terms.keepalive_seconds / 4)
+        # The broker may have asked for another one (Server Keep Alive), which paho took.
+        return max(0.25, min(self._terms.keepalive_seconds, self._client.keepalive) / 4)
 
     def _care(self) -> None:
         """Pings, and ends a connection on which nothing is acknowledged any more."""
@@ -334,6 +348,7 @@ class _Connection:
     ) -> None:
         if code.is_failure:
             self._fault = f"the broker refused us: {code}"
+            self._note_busy(code)
             return
         own_limit = self._terms.max_packet_bytes
         limit = min(own_limit, getattr(given, "MaximumPacketSize", own_limit))
@@ -391,6 +406,11 @@ class _Connection:
     ) -> None:
         if flags.is_disconnect_packet_from_server:
             self._fault = f"the broker disconnected us: {code}"
+            self._note_busy(code)
+
+    def _note_busy(self, code: ReasonCode) -> None:
+        if code.value in _BUSY_CODES:
+            self._asked_seconds = _BUSY_SECONDS
 
 
 @functools.lru_cache(maxsize=256)
