@@ -21,11 +21,11 @@ from torch import nn
 
 from bench.flower_deployment import FlowerDeployment, Mark
 from bench.private_network import in_private_network
-from bench.processes import cpu_seconds, loopback_bytes
 from bench.shoal_fleet import ShoalFleet
 from bench.table import Row
 from cloud_server.db import rounds as books
 from cloud_server.settings import RunSettings, TrainSettings
+from fleet.processes import cpu_seconds, loopback_bytes
 from models.build import build_bundle
 from models.bundle import Bundle
 from models.data.federation import Federation, Split

@@ -20,8 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from bench.processes import end_family
 from fleet.local_cloud import free_port
+from fleet.processes import end_family
 from wire.errors import RoundError
 
 APP = Path(__file__).with_name("noise_app")

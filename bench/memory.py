@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 
 from bench import bare_training
 from bench.flower_deployment import FlowerDeployment
-from bench.processes import family, forget_peak, peak_mib, proportional_mib, resident_mib
 from bench.shoal_fleet import ShoalFleet
 from bench.table import Row
 from cloud_server.settings import RunSettings, TrainSettings
 from edge_agent.learning import plan_batches
+from fleet.processes import family, forget_peak, peak_mib, proportional_mib, resident_mib
 from models.build import build_bundle
 from models.bundle import Bundle
 from models.data import smartwatch

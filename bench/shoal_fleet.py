@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from bench.processes import children
 from cloud_server.settings import (
     BrokerSettings,
     CloudSettings,
@@ -24,6 +23,7 @@ from cloud_server.settings import (
 from edge_agent.settings import EdgeSettings, InferenceSettings, ReleaseSettings
 from fleet.local_agent import LocalAgent
 from fleet.local_cloud import LocalCloud, free_port
+from fleet.processes import children
 from models.bundle import Bundle
 from models.data.federation import Federation, Split
 from process.options import render_toml

@@ -70,8 +70,13 @@ class Assignment:
     @property
     def update_id(self) -> bytes:
         """Follows from the device and the order."""
-        named = b"update\0" + self.device.encode() + b"\0" + self.order.order_id
-        return hashlib.sha256(named).digest()[:_UPDATE_ID_BYTES]
+        return update_id_of(self.device, self.order.order_id)
+
+
+def update_id_of(device: str, order_id: bytes) -> bytes:
+    """What the answer of a device to an order is called, always the same."""
+    named = b"update\0" + device.encode() + b"\0" + order_id
+    return hashlib.sha256(named).digest()[:_UPDATE_ID_BYTES]
 
 
 def do_train(

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from edge_agent.at_rest import content_algorithm_here
 from edge_agent.identity import Identity
 from edge_agent.online_keys import OnlineKeys
-from edge_agent.orders import ReplayWindows
-from edge_agent.sequence import Sequence
 from process.clock import Clock
 from wire import envelope
 from wire.chunks import max_payload_bytes, split
@@ -63,6 +61,30 @@ _DOWN_TOPICS: Final = frozenset({"rd", "cm", "ak", "md"})
 _RETAINED: Final = frozenset({Invitation.TYPE, Announcement.TYPE})
 
 
+class Numbers(Protocol):
+    """Where a device's numbers come from; `sequence.Sequence` reserves them on its disk."""
+
+    def next(self) -> tuple[int, int]:
+        """(epoch, seq), which never came before.
+
+        Raises:
+            StorageError: nothing may be sent.
+        """
+        ...
+
+
+class Windows(Protocol):
+    """What of the cloud's messages was heard; `orders.ReplayWindows` keeps it on the disk."""
+
+    def accept(self, kind: str, epoch: int, seq: int) -> None:
+        """Lets a message in once.
+
+        Raises:
+            ReplayError: (peer) seen before, or too old to tell.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class BlobChunk:
     """A piece of a blob, not verified yet: the blob's reference decides."""
@@ -89,8 +111,8 @@ class Speaker:
         self,
         identity: Identity,
         *,
-        sequence: Sequence,
-        windows: ReplayWindows,
+        sequence: Numbers,
+        windows: Windows,
         clock: Clock,
         content_algorithm: ContentAlgorithm | None = None,
     ) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import socket
 
-from bench.processes import loopback_bytes
 from bench.table import Row
+from fleet.processes import loopback_bytes
 
 
 def sent_over_loopback(size_bytes: int) -> list[Row]:

@@ -8,7 +8,7 @@ import pytest
 
 from bench import flower
 from bench.flower_deployment import FlowerDeployment, Mark
-from bench.processes import family
+from fleet.processes import family
 
 
 @pytest.mark.parametrize(("size", "params"), list(zip(flower.SIZES, (5_000, 2_500_000), strict=True)))

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from bench import processes
+from fleet import processes
 
 # A parent whose child lives in a session of its own, as Flower's supervisors do.
 _PARENT = """
