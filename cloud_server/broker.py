@@ -47,7 +47,7 @@ def open_broker(deployment: Deployment) -> Iterator[tuple[str, int]]:
         with _watched(None, sessions):
             yield settings.host, settings.port
         return
-    tls = _broker_tls(deployment) if settings.tls else None
+    tls = broker_tls(deployment) if settings.tls else None
     with start_broker(
         settings.kind, folder=deployment.folder.broker, host=settings.host, port=settings.port, tls=tls
     ) as broker:
@@ -120,7 +120,7 @@ class _FollowedAuthorities:
         ]
         if is_known and shown in (self._shown, b""):
             return
-        _broker_tls(self._deployment)
+        broker_tls(self._deployment)
         self._broker.restart()
         self._used, self._shown = present, self._certificate()
         _log.info("broker_follows_authorities", authorities=len(present.trusted))
@@ -173,7 +173,8 @@ def _list_file(deployment: Deployment) -> Path:
     return deployment.folder.broker / LIST_NAME
 
 
-def _broker_tls(deployment: Deployment) -> BrokerTls:
+def broker_tls(deployment: Deployment) -> BrokerTls:
+    """What a broker of this deployment shows and trusts; its files are made, or made anew."""
     certificate, key = deployment.server_files(_PURPOSE)
     with deployment.database.read() as connection:
         serials = load_revoked_serials(connection, deployment.clock.now())

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from fleet.launch import AGENT, Launch
 from models.data.federation import Split
 from wire.errors import RoundError
 
-_COMMAND = (sys.executable, "-c", "import sys; from edge_agent.cli import main; sys.exit(main())")
 _STOP_SECONDS = 15.0
 
 
@@ -36,10 +36,19 @@ class LocalAgent:
         split: its data: labelled training and validation windows from files, and its later windows, unlabelled, again
             and again on standard input.
         rate_hz: unlabelled windows a second.
+        launch: how the agent is started.
     """
 
     def __init__(
-        self, device: str, state: Path, settings: Path, token: str, split: Split, *, rate_hz: float
+        self,
+        device: str,
+        state: Path,
+        settings: Path,
+        token: str,
+        split: Split,
+        *,
+        rate_hz: float,
+        launch: Launch = AGENT,
     ) -> None:
         self.device = device
         self.state = state
@@ -53,17 +62,18 @@ class LocalAgent:
         state.mkdir(parents=True, exist_ok=True)
         doors = [*self._write_labelled(state.with_suffix(".data")), "-"]
         self.log_file = state.with_suffix(".log")
-        environment = {**os.environ, "SHOAL_ENROLL_TOKEN": token, "OMP_NUM_THREADS": "1"}
-        with self.log_file.open("wb") as log:
+        self._launch = launch
+        with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                [
-                    *(*_COMMAND, "run", "--state", str(state), "--settings", str(settings)),
+                launch.command(
+                    *("run", "--state", str(state), "--settings", str(settings)),
                     *(f"--input={door}" for door in doors),
-                ],
+                ),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=environment,
+                env=launch.variables(SHOAL_ENROLL_TOKEN=token),
+                start_new_session=launch.is_apart,
             )
         self._threads = [
             threading.Thread(target=call, name=f"{device}-{name}", daemon=True)
@@ -130,13 +140,29 @@ class LocalAgent:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+        self._release()
+        return self._process.returncode
+
+    def kill(self) -> None:
+        """Ends the agent as a crash would. Safe to call twice, and on one that ended by itself."""
+        self._stopping.set()
+        self._process.kill()
+        self._process.wait()
+        self._release()
+
+    def end_children(self) -> None:
+        """Ends what an agent that was killed left behind, where it was started apart."""
+        if self._launch.is_apart:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _release(self) -> None:
         for thread in self._threads:
             thread.join(_STOP_SECONDS)
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
-        return self._process.returncode
 
     # ---- the two threads ---------------------------------------------------------------------------------------
 

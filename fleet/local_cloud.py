@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
+import signal
 import socket
 import ssl
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -18,11 +19,11 @@ from cloud_server.db import rounds as books
 from cloud_server.deployment import Deployment, initialise
 from cloud_server.enrolment.tokens import mint_token
 from cloud_server.settings import CloudSettings
+from fleet.launch import CLOUD, Launch
 from models.bundle import Bundle
 from models.data.federation import Federation
 from wire.errors import RoundError
 
-_COMMAND = (sys.executable, "-c", "import sys; from cloud_server.cli import main; sys.exit(main())")
 _START_SECONDS = 60.0
 _STOP_SECONDS = 20.0
 HOLDOUT = "holdout.npz"
@@ -33,10 +34,17 @@ class LocalCloud:
 
     Args:
         started_in: the service's working folder, where a `--serverapp` is looked for.
+        launch: how the service is started.
     """
 
     def __init__(
-        self, root: Path, settings: CloudSettings, federation: Federation, *, started_in: Path | None = None
+        self,
+        root: Path,
+        settings: CloudSettings,
+        federation: Federation,
+        *,
+        started_in: Path | None = None,
+        launch: Launch = CLOUD,
     ) -> None:
         self.root = root
         self.settings = settings
@@ -45,6 +53,7 @@ class LocalCloud:
         operator = federation.operator
         np.savez(root / HOLDOUT, x=operator.val_x, y=operator.val_y)
         self._started_in = started_in
+        self._launch = launch
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -53,21 +62,31 @@ class LocalCloud:
         Raises:
             RoundError: it does not come up; says where its log is.
         """
-        with self.log_file.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*_COMMAND, "run", "--state", str(self.root.absolute())],
-                cwd=self._started_in,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
+        self.launch()
         until = time.monotonic() + _START_SECONDS
-        while not self._answers():
+        while not self.answers():
             self.check()
             if time.monotonic() > until:
                 raise RoundError("the aggregator does not answer", hint=f"see {self.log_file}")
             time.sleep(0.1)
+
+    def launch(self) -> None:
+        """Starts the service and does not wait for it."""
+        with self.log_file.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._launch.command("run", "--state", str(self.root.absolute())),
+                cwd=self._started_in,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._launch.variables(),
+                start_new_session=self._launch.is_apart,
+            )
+
+    @property
+    def process_id(self) -> int:
+        """Of the child; 0 when there is none."""
+        return 0 if self._process is None else self._process.pid
 
     def import_model(self, bundle: Bundle) -> None:
         """Signs the model's graphs and keeps its bundle, as `shoal-cloud model import` does."""
@@ -134,6 +153,9 @@ class LocalCloud:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+            if self._launch.is_apart:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
         self._process = None
 
     def __enter__(self) -> LocalCloud:
@@ -145,7 +167,8 @@ class LocalCloud:
         self.stop()
         self.deployment.close()
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
+        """Whether the service answers over HTTPS."""
         context = ssl.create_default_context(cadata=self.deployment.authority.certificate_pem)
         context.check_hostname = False
         listen = self.settings.listen
@@ -153,7 +176,7 @@ class LocalCloud:
         try:
             connection.request("GET", "/healthz")
             return connection.getresponse().status == 200
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return False
         finally:
             connection.close()

@@ -84,16 +84,16 @@ class FoldCheck:
         head = Checkpoint.from_bytes(self._blob(folded.head_sha256)).params.astype(np.float64)
         if not replies:
             return "nothing was folded"
-        owed = np.zeros_like(base) if self._owed is None else self._owed
+        before = np.zeros_like(base) if self._owed is None else self._owed
         left = np.zeros_like(base)
         if folded.residual_key:
-            left = _residual(self._blob(folded.residual_key), base.size)
+            left = owed(self._blob(folded.residual_key), base.size)
         self._owed = left
         step = mean(replies, min(folded.norm_bound, folded.clipping_norm))
         if self._moving is not None:
             step = step + self._momentum * self._moving
         self._moving = step
-        wanted = base + step + owed
+        wanted = base + step + before
         error = float(np.abs(head + left - wanted).max())
         scale = max(1.0, float(np.abs(wanted).max()))
         return "" if error <= TOLERANCE * scale else f"off by {error:.3g}"
@@ -114,5 +114,6 @@ def _cut(update: Vector, limit: float) -> Vector:
     return update if length <= limit else update * (limit / length)
 
 
-def _residual(data: bytes, size: int) -> Vector:
+def owed(data: bytes, size: int) -> Vector:
+    """What the code of a step left out; float64 [P]."""
     return ErrorFeedback.from_bytes(data, size).residual.astype(np.float64)
