@@ -8,6 +8,7 @@ import sys
 
 from cloud_server.cli import add_json, add_state
 from cloud_server.cli.output import print_facts, print_json, print_table
+from cloud_server.db.grid_steps import begin_anew, load_steps
 from cloud_server.db.overview import list_rounds, list_runs, show_round
 from cloud_server.db.rounds import load_run, set_run_status
 from cloud_server.deployment import Deployment
@@ -32,7 +33,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     pause.set_defaults(handler=lambda options: _set_status(options, "paused"))
     resume = actions.add_parser("resume", help="go on with opening rounds")
     resume.set_defaults(handler=lambda options: _set_status(options, "active"))
-    for command in (pause, resume):
+    anew = actions.add_parser(
+        "anew", help="let a stock ServerApp begin again from its start, at its next start"
+    )
+    anew.set_defaults(handler=_begin_anew)
+    for command in (pause, resume, anew):
         command.add_argument("--run", default="", help="the run; the one of the settings, if left away")
         add_state(command)
     for command in (listing, show):
@@ -70,6 +75,26 @@ def _set_status(options: argparse.Namespace, status: str) -> int:
     return 0
 
 
+def _begin_anew(options: argparse.Namespace) -> int:
+    """Forgets what an app did so far in its run; a service that runs elsewhere may write nothing more."""
+    with Deployment.open(options.state, os.environ) as deployment:
+        run = options.run or deployment.settings.run.name
+        with deployment.database.read() as connection:
+            if not load_steps(connection, run):
+                raise ConfigurationError(
+                    f"there is no record of an app in run {run}",
+                    hint="it is kept while a run with --serverapp, or run.serverapp, goes on",
+                )
+        with deployment.folder.lock("service").at_once("the aggregator is running: stop it first"):
+            fence = deployment.database.claim_writer()
+            with deployment.database.transaction(fence=fence) as connection:
+                keys = begin_anew(connection, run, deployment.clock.now())
+        for key in keys:
+            deployment.artefacts.delete_blob(key)
+    print(f"the app of run {run} begins anew with the next `shoal-cloud run`", file=sys.stderr)
+    return 0
+
+
 def _show(options: argparse.Namespace) -> int:
     with Deployment.open(options.state, os.environ) as deployment, deployment.database.read() as connection:
         runs = list_runs(connection)
@@ -88,5 +113,6 @@ def _show(options: argparse.Namespace) -> int:
     print()
     print_table(orders, ("device", "kind", "state", "reason"))
     print()
-    print_table(updates, ("device", "kind", "state", "num_examples", "size_bytes", "metrics", "reason"))
+    columns = ("device", "kind", "state", "num_examples", "staleness", "size_bytes", "metrics", "reason")
+    print_table(updates, columns)
     return 0

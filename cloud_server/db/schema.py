@@ -30,7 +30,7 @@ from sqlalchemy import (
 )
 
 FORMAT = 1
-HEAD = "0007"
+HEAD = "0008"
 """The newest migration, which these tables are."""
 
 metadata = MetaData(
@@ -376,6 +376,20 @@ privacy_secrets = Table(
     Column("run", Id, primary_key=True),
     Column("round", Integer, primary_key=True, autoincrement=False),
     Column("secret", LargeBinary, nullable=False),
+)
+
+# ---- a stock ServerApp --------------------------------------------------------------------------------------
+
+# What the app asked of its grid and was told; a row is there before the app knows. Gone with the end of its run.
+grid_steps = Table(
+    "grid_steps",
+    metadata,
+    Column("run", Id, primary_key=True),
+    Column("position", Integer, primary_key=True, autoincrement=False),  # from 1
+    Column("kind", String(16), nullable=False),  # nodes | push | pull | anew
+    Column("asked", JSON, nullable=False),
+    Column("answer", JSON, nullable=False),
+    Column("at", Double, nullable=False),
 )
 
 # ---- people ------------------------------------------------------------------------------------------------

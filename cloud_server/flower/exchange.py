@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flwr.app import Message
@@ -16,6 +16,20 @@ from flwr.app import Message
 from wire.errors import QuorumError, RoundError, ShoalError
 
 MakeReply = Callable[[], Message]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Given:
+    """One reply for the app.
+
+    Attributes:
+        message_id: of the message that it replies to.
+        name: of what it is made from: the id of an update (hex), or `error`.
+    """
+
+    message_id: str
+    name: str
+    make: MakeReply
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,11 +56,10 @@ class Board:
         self._wake = wake
         self._changed = threading.Condition()
         self._waiting: deque[Exchange] = deque()
-        self._replies: dict[str, MakeReply] = {}
+        self._replies: dict[str, Given] = {}
         self._answered: set[str] = set()
         self._failures: dict[str, ShoalError] = {}
         self._node_ids: tuple[int, ...] = ()
-        self._recorded: dict[int, tuple[int, ...]] = {}
         self._last_number = 0
         self._closed: ShoalError | None = None
         self._is_ended = False
@@ -59,18 +72,15 @@ class Board:
         return self._last_number + 1
 
     def node_ids(self, quorum: int, seconds: float) -> tuple[int, ...]:
-        """Who is there; in a run that is played back, who was there then.
+        """Who is there.
 
         Raises:
             QuorumError: fewer than `quorum` for so many seconds.
             RoundError: the board was closed.
         """
         with self._changed:
-            recorded = self._recorded.get(self.next_number)
-            if recorded is not None:
-                return recorded
             self._changed.wait_for(lambda: len(self._node_ids) >= quorum or self._closed, seconds)
-            self._check_open()
+            self.check_open()
             present = len(self._node_ids)
             if present < quorum:
                 raise QuorumError(f"{present} of {quorum} nodes are present", present=present, needed=quorum)
@@ -79,37 +89,50 @@ class Board:
     def submit(self, messages: Sequence[Message], seconds: float | None) -> Exchange:
         """Hands messages over; returns at once."""
         with self._changed:
-            self._check_open()
+            self.check_open()
             self._last_number += 1
             exchange = Exchange(self._last_number, tuple(messages), seconds)
             self._waiting.append(exchange)
         self._wake()
         return exchange
 
-    def wait(self, exchange: Exchange) -> None:
-        """Until every message of an exchange has its reply.
+    def wait(self, ids: Sequence[str]) -> None:
+        """Until every one of these messages has its reply, or cannot be sent.
 
         Raises:
-            RoundError: the exchange cannot be made, or the board was closed.
+            RoundError: the board was closed.
         """
-        ids = exchange.message_ids
         with self._changed:
             self._changed.wait_for(
                 lambda: self._closed or all(i in self._replies or i in self._failures for i in ids)
             )
-            self._check_open()
+            self.check_open()
 
-    def take(self, message_ids: Sequence[str]) -> list[MakeReply]:
-        """The replies that are there, each once.
+    def look(self, message_ids: Sequence[str]) -> list[Given]:
+        """The replies that are there; `drop` them once they count as given.
 
         Raises:
-            RoundError: the exchange of one of them cannot be made.
+            RoundError: the exchange of one of them cannot be made, or the board was closed.
         """
         with self._changed:
             for message_id in message_ids:
                 if message_id in self._failures:
-                    raise self._failures.pop(message_id)
-            return [self._replies.pop(i) for i in message_ids if i in self._replies]
+                    raise self._failures[message_id]
+            self.check_open()
+            return [self._replies[i] for i in message_ids if i in self._replies]
+
+    def drop(self, message_ids: Sequence[str]) -> None:
+        """What was given, or told, is given once."""
+        with self._changed:
+            for message_id in message_ids:
+                self._replies.pop(message_id, None)
+                self._failures.pop(message_id, None)
+
+    def break_off(self, error: ShoalError) -> None:
+        """Whatever the app does from now on, it is told this."""
+        with self._changed:
+            self._closed = self._closed or error
+            self._changed.notify_all()
 
     def end(self, error: ShoalError | None = None) -> None:
         """The app has returned, or failed."""
@@ -131,10 +154,10 @@ class Board:
         """Why the app failed."""
         return self._closed
 
-    def set_recorded(self, node_ids: Mapping[int, tuple[int, ...]]) -> None:
-        """Who was there at each exchange of an earlier process."""
+    def begin_after(self, number: int) -> None:
+        """The next exchange is the one after this number."""
         with self._changed:
-            self._recorded = dict(node_ids)
+            self._last_number = number
 
     def set_node_ids(self, node_ids: Sequence[int]) -> None:
         with self._changed:
@@ -146,13 +169,13 @@ class Board:
         with self._changed:
             return self._waiting.popleft() if self._waiting else None
 
-    def deliver(self, message_id: str, make_reply: MakeReply) -> None:
+    def deliver(self, reply: Given) -> None:
         """One reply; the first for a message counts."""
         with self._changed:
-            if message_id in self._answered:
+            if reply.message_id in self._answered:
                 return
-            self._answered.add(message_id)
-            self._replies[message_id] = make_reply
+            self._answered.add(reply.message_id)
+            self._replies[reply.message_id] = reply
             self._changed.notify_all()
 
     def refuse(self, exchange: Exchange, error: ShoalError) -> None:
@@ -167,6 +190,7 @@ class Board:
             self._closed = self._closed or RoundError("the aggregator stops")
             self._changed.notify_all()
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raises why the board was closed, if it was."""
         if self._closed is not None:
             raise self._closed

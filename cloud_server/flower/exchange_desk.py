@@ -1,8 +1,8 @@
 """Drives a run for a stock ServerApp: each of its exchanges becomes a recorded round on our transport.
 
 Laws of the file: an exchange is committed before its orders leave, and its replies are kept until the run ends, so
-that after a restart the app is run again from its start and is given the recorded replies as long as it asks the
-same; an app that asks something else is stopped. The newest arrays that the app sends out are the head. Source:
+that after a restart the app is run again from its start (`tape.py`) and its replies come out of the books; no device is
+asked twice for an exchange that is done. The newest arrays that the app sends out are the head. Source:
 DESIGN.md (Flower is joined at the `Grid`).
 """
 
@@ -16,10 +16,12 @@ from typing import Any
 import msgspec
 from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
 
+from cloud_server.db import grid_steps
 from cloud_server.db import rounds as books
-from cloud_server.flower.exchange import Board, Exchange
+from cloud_server.flower.exchange import Board, Exchange, Given, MakeReply
 from cloud_server.flower.private import NODE_UNAVAILABLE
 from cloud_server.flower.records import AppArrays, to_config
+from cloud_server.flower.tape import Tape
 from cloud_server.rounds import events as ev
 from cloud_server.rounds.chronicle import EXCHANGE_DONE, note_round
 from cloud_server.rounds.desk import Desk
@@ -80,6 +82,7 @@ class ExchangeDesk(Desk):
     """Performs the exchanges of one app.
 
     Args:
+        tape: of the app; loaded here, then the app's.
         start: starts the app's thread, with the run's seed; called unless the run is finished.
         seconds: longest wait for the replies of each kind of exchange.
     """
@@ -91,12 +94,14 @@ class ExchangeDesk(Desk):
         intake: Intake,
         *,
         board: Board,
+        tape: Tape,
         start: Callable[[int], None],
         seconds: Mapping[str, float],
     ) -> None:
         super().__init__(plan, ports, intake)
         self._seconds = seconds
         self._board = board
+        self._tape = tape
         self._start = start
         self._active: Request | None = None
         self._recorded: dict[int, books.RoundRow] = {}
@@ -108,7 +113,9 @@ class ExchangeDesk(Desk):
         self._restore_head(row)
         with self._database.read() as connection:
             rounds = books.load_rounds(connection, row.run)
-        self._recorded = {each.number: each for each in rounds}
+            steps = grid_steps.load_steps(connection, row.run)
+        self._tape.load(steps)
+        self._recorded = {each.number: each for each in rounds if each.number > self._tape.after}
         self._last_number = rounds[-1].number if rounds else 0
         self.metrics = rounds[-1].metrics if rounds else {}
         if row.status == "finished":
@@ -117,7 +124,9 @@ class ExchangeDesk(Desk):
             # What its devices send is taken from now on, before the app has asked for it again.
             self._round = rounds[-1]
             self._restore_collection(rounds[-1], _OPEN[rounds[-1].state], RoundState())
-        self._board.set_recorded({each.number: _present(each) for each in rounds})
+        self._board.begin_after(self._tape.after)
+        if steps:
+            _log.info("serverapp_played_back", run=row.run, steps=len(steps), exchanges=len(self._recorded))
         self._start(row.seed)
         done = sum(each.state == "done" for each in rounds)
         return RoundState(round_number=done, moved=sum(bool(each.head_sha256) for each in rounds))
@@ -150,8 +159,10 @@ class ExchangeDesk(Desk):
         """Begins an exchange, goes on with one, or answers one from the books (then there is no event)."""
         request = read_request(exchange, self._plan, self.head.buffers)
         row = self._recorded.get(exchange.number)
-        if row is None:
+        if row is None and exchange.number > self._last_number:
             return self._begin(request)
+        if row is None:
+            raise RoundError("these messages could not be sent before the restart")
         if row.config.get("request") != request.digest:
             raise RoundError(
                 "the app asks for something else than before the restart",
@@ -193,7 +204,6 @@ class ExchangeDesk(Desk):
             config={
                 "train": msgspec.to_builtins(request.train),
                 "request": request.digest,
-                "present": sorted(devices),
                 **self._committed_norm(),
             },
             seed=seed,
@@ -263,8 +273,8 @@ class ExchangeDesk(Desk):
             books.update_round(connection, self._plan.run, row.number, metrics=metrics, **values)
             kind = "train" if self._active is None else self._active.kind
             replies = books.load_updates(connection, self._plan.run, row.number, kind)
-            facts = {"head": row.head_sha256.hex(), "asked": kind}
-            note_round(connection, EXCHANGE_DONE, self._plan.run, row, replies, now, **facts)
+            head, run = row.head_sha256.hex(), self._plan.run
+            note_round(connection, EXCHANGE_DONE, run, row, replies, now, head=head, asked=kind)
         if self._active is not None:
             self._deliver_errors(self._active.exchange)
         self._round, self._orders, self._active = None, {}, None
@@ -274,12 +284,15 @@ class ExchangeDesk(Desk):
         """An app that failed leaves its run open: started again, it goes on where it was."""
         if self._board.error is not None:
             error = self._board.error
-            _log.error("serverapp_failed", run=self._plan.run, reason=str(error), hint=error.hint)
+            position = error.facts.get("position", self._tape.position)
+            facts = {"step": position, "reason": str(error), "hint": error.hint}
+            _log.error("serverapp_failed", run=self._plan.run, **facts)
             self._invite(is_open=False, deadline=0.0)
             return
         with self._database.transaction(fence=self._ports.fence) as connection:
             keys = books.load_artefact_keys(connection, self._plan.run)
             books.end_run_updates(connection, self._plan.run, "folded")
+            grid_steps.drop_steps(connection, self._plan.run)
         for key in keys:
             self._ports.blobs.delete_blob(key)
         super()._finish_run(action)
@@ -292,7 +305,8 @@ class ExchangeDesk(Desk):
             message = messages.get(self._ports.nodes.node_id(each.device))
             if message is not None:
                 update = self._update_of(row, each) if request.kind == "train" else None
-                self._board.deliver(message.metadata.message_id, _maker(message, each, update, request))
+                maker = _maker(message, each, update, request)
+                self._board.deliver(Given(message.metadata.message_id, each.update_id.hex(), maker))
 
     def _update_of(self, row: books.RoundRow, update: books.UpdateRow) -> StoredReplies:
         """One stored update, read and decoded when the app reads it."""
@@ -317,7 +331,7 @@ class ExchangeDesk(Desk):
         """An error reply for every message that has no other."""
         for message in exchange.messages:
             error = Error(NODE_UNAVAILABLE, "no usable answer before the deadline")
-            self._board.deliver(message.metadata.message_id, _error_maker(message, error))
+            self._board.deliver(Given(message.metadata.message_id, "error", _error_maker(message, error)))
 
 
 def read_request(exchange: Exchange, plan: RunPlan, buffers: Vector) -> Request:
@@ -376,7 +390,7 @@ def _train_of(train: TrainConfig, config: Mapping[str, Scalar]) -> TrainConfig:
 
 def _maker(
     message: Message, row: books.UpdateRow, update: StoredReplies | None, request: Request
-) -> Callable[[], Message]:
+) -> MakeReply:
     """Makes the reply when it is read: an update is decoded then, and not kept."""
 
     def make() -> Message:
@@ -393,10 +407,5 @@ def _maker(
     return make
 
 
-def _error_maker(message: Message, error: Error) -> Callable[[], Message]:
+def _error_maker(message: Message, error: Error) -> MakeReply:
     return lambda: Message(error, reply_to=message)
-
-
-def _present(row: books.RoundRow) -> tuple[int, ...]:
-    found: list[int] = row.config.get("present", [])
-    return tuple(found)

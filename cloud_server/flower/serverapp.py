@@ -1,27 +1,34 @@
 """Runs a stock Flower ServerApp: `--serverapp module:app`, in a thread of its own, over our grid.
 
 Laws of the file: the user's folder is appended to `sys.path`, never put in front (his package may be called
-`models`); the app is a plain callable `app(grid, context)`; whatever it raises ends the app and not the service.
+`models`); the app is a plain callable `app(grid, context)`; whatever it raises ends the app and not the service; the
+global generators are seeded before it begins, so that an app which seeds none still does the same after a restart.
 """
 
 from __future__ import annotations
 
 import importlib
+import random
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flwr.app import Context, RecordDict
 from flwr.serverapp import ServerApp as ServerApp
 
+from cloud_server.db.grid_steps import GridStep, insert_step
 from cloud_server.flower.exchange import Board
 from cloud_server.flower.exchange_desk import ExchangeDesk
 from cloud_server.flower.grid import ShoalGrid
 from cloud_server.flower.private import RUN_ID, SERVER_NODE_ID
+from cloud_server.flower.tape import Tape
+from cloud_server.rounds.draws import draw_seed
 from cloud_server.rounds.plan import RunPlan, RunPorts
 from cloud_server.rounds.runner import RoundRunner
 from process.logs import get_logger
@@ -71,9 +78,12 @@ def load_server_app(spec: str, folder: Path) -> ServerApp:
 class ServerAppThread:
     """The app in its thread. `board` tells the other side how it ended."""
 
-    def __init__(self, app: ServerApp, board: Board, config: Config, *, quorum: int, seconds: float) -> None:
+    def __init__(
+        self, app: ServerApp, board: Board, tape: Tape, config: Config, *, quorum: int, seconds: float
+    ) -> None:
         self._app = app
         self._board = board
+        self._tape = tape
         self._config = config
         self._quorum = quorum
         self._seconds = seconds
@@ -81,9 +91,11 @@ class ServerAppThread:
 
     def start(self, seed: int) -> None:
         """Starts the app from its beginning."""
-        grid = ShoalGrid(self._board, seed=seed, quorum=self._quorum, quorum_seconds=self._seconds)
+        grid = ShoalGrid(
+            self._board, self._tape, seed=seed, quorum=self._quorum, quorum_seconds=self._seconds
+        )
         # A daemon: the service must be able to stop while an app computes.
-        self._thread = threading.Thread(target=self._run, args=(grid,), name="serverapp", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(grid, seed), name="serverapp", daemon=True)
         self._thread.start()
 
     def join(self, seconds: float) -> bool:
@@ -93,11 +105,13 @@ class ServerAppThread:
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    def _run(self, grid: ShoalGrid) -> None:
+    def _run(self, grid: ShoalGrid, seed: int) -> None:
         context = Context(RUN_ID, SERVER_NODE_ID, {}, RecordDict(), dict(self._config))
         error: ShoalError | None = None
         try:
+            seed_generators(draw_seed(seed, "serverapp"))
             self._app(grid, context)
+            self._tape.check_end()
         except ShoalError as raised:
             error = raised
         except Exception as raised:  # noqa: BLE001  the outermost loop of the user's program
@@ -105,6 +119,16 @@ class ServerAppThread:
             error = RoundError(f"the ServerApp raised {type(raised).__name__}: {raised}")
             error.__cause__ = raised
         self._board.end(error)
+
+
+def seed_generators(seed: int) -> None:
+    """Seeds what an app that knows nothing of restarts draws its first model and its cohorts from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    # Not imported here: an app that draws from torch has imported it.
+    torch: Any = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(seed)
 
 
 def make_serverapp_runner(
@@ -129,10 +153,16 @@ def make_serverapp_runner(
     """
     board = Board(wake)
     policy = plan.policy
-    thread = ServerAppThread(app, board, config or {}, quorum=policy.quorum, seconds=quorum_seconds)
+
+    def keep(step: GridStep) -> None:
+        with ports.database.transaction(fence=ports.fence) as connection:
+            insert_step(connection, plan.run, step, ports.clock.now())
+
+    tape = Tape(keep, patience_seconds=quorum_seconds, monotonic=time.monotonic)
+    thread = ServerAppThread(app, board, tape, config or {}, quorum=policy.quorum, seconds=quorum_seconds)
     # The machine opens no round by itself, and a deadline may be that of the longer collection.
     seconds = {"train": policy.round_seconds, "evaluate": policy.evaluate_seconds}
     driven = replace(policy, quorum=_NEVER, goal=0, rounds=0, evaluate_seconds=max(seconds.values()))
-    desk: Any = partial(ExchangeDesk, board=board, start=thread.start, seconds=seconds)
+    desk: Any = partial(ExchangeDesk, board=board, tape=tape, start=thread.start, seconds=seconds)
     runner = RoundRunner(replace(plan, policy=driven), ports, make_desk=desk)
     return runner, board.close

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from cloud_server.cli import main
+from cloud_server.db.grid_steps import ANEW, GridStep, insert_step, load_steps
 from cloud_server.deployment import Deployment
 from cloud_server.enrolment.service import Welcome
 from cloud_server.layout import StateFolder
@@ -472,6 +473,25 @@ def test_rounds_are_listed_and_shown(made: Run, tmp_path: Path) -> None:
     people = made("round", "show", "1").out
     assert "accuracy=0.75" in people
     assert "folded" in people
+
+
+def test_record_of_an_app_is_forgotten_by_a_word_and_not_beside_a_running_service(
+    made: Run, tmp_path: Path
+) -> None:
+    refused = made("round", "anew", "--run", "spring")
+    assert (refused.code, "no record of an app" in refused.err) == (2, True)
+    with Deployment.open(state_folder(tmp_path)) as deployment:
+        with deployment.database.transaction() as connection:
+            insert_step(connection, "spring", GridStep(position=1, kind="nodes", answer={"nodes": [4]}), 1.0)
+        with deployment.folder.lock("service"):
+            refused = made("round", "anew", "--run", "spring")
+            assert (refused.code, "stop it first" in refused.err) == (2, True)
+        fence = deployment.database.claim_writer()
+        assert made("round", "anew", "--run", "spring").code == 0
+        with deployment.database.read() as connection:
+            assert [step.kind for step in load_steps(connection, "spring")] == [ANEW]
+        # A service elsewhere writes nothing more.
+        assert deployment.database.current_fence() > fence
 
 
 def test_settings_with_an_unknown_key_name_the_nearest(made: Run, tmp_path: Path) -> None:

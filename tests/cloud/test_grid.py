@@ -17,6 +17,7 @@ from cloud_server.flower.exchange import Board
 from cloud_server.flower.grid import LazyReplies, ShoalGrid
 from cloud_server.flower.planning import PlanningGrid
 from cloud_server.flower.records import as_named, to_record
+from tests.cloud.app_lab import empty_tape
 from tests.cloud.round_lab import SHAPES, make_slots
 from wire.errors import RoundError
 
@@ -83,7 +84,7 @@ def test_collections_are_cheap_only_inside() -> None:
 
 
 def test_empty_run_is_what_grid_run_answers() -> None:
-    assert ShoalGrid(Board(), seed=1).run.run_id == private.RUN_ID
+    assert ShoalGrid(Board(), empty_tape(), seed=1).run.run_id == private.RUN_ID
     assert PlanningGrid([1]).run.run_id == private.RUN_ID
 
 
@@ -117,7 +118,7 @@ def test_strategies_have_the_attributes_that_their_state_lives_in() -> None:
 
 
 def test_sending_nothing_waits_for_nothing() -> None:
-    grid = ShoalGrid(Board(), seed=1)
+    grid = ShoalGrid(Board(), empty_tape(), seed=1)
     assert list(grid.send_and_receive([])) == []
     assert list(grid.push_messages([])) == []
     assert list(grid.pull_messages([])) == []
@@ -143,6 +144,6 @@ def test_sampling_from_the_grid_follows_from_its_seed() -> None:
 
     board = Board()
     board.set_node_ids(range(100))
-    drawn = [sample(list(ShoalGrid(board, seed=seed).get_node_ids()), 10) for seed in (1, 1, 2)]
+    drawn = [sample(list(ShoalGrid(board, empty_tape(), seed=seed).get_node_ids()), 10) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1]
     assert drawn[0] != drawn[2]

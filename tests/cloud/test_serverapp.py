@@ -1,4 +1,4 @@
-"""A stock ServerApp over our grid: Flower's own loop, our devices, restarts, and every way to go wrong."""
+"""A stock ServerApp over our grid: Flower's own loop, our devices, and every way to go wrong."""
 
 from __future__ import annotations
 
@@ -12,110 +12,33 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg, FedMedian, Strategy
+from flwr.serverapp.strategy import FedMedian
 
 from cloud_server.db import schema
 from cloud_server.flower.exchange import Board
 from cloud_server.flower.grid import ShoalGrid
-from cloud_server.flower.serverapp import load_server_app, make_serverapp_runner
-from cloud_server.rounds.plan import RunPlan, RunPorts
-from cloud_server.rounds.runner import RoundRunner
-from cloud_server.rounds.state import Phase
-from tests.cloud.round_lab import Lab, make_manifest
+from cloud_server.flower.serverapp import load_server_app
+from tests.cloud.app_lab import (
+    MANIFEST,
+    PATIENCE_SECONDS,
+    AppLab,
+    app_labs,
+    empty_tape,
+    fed_avg,
+    flat,
+    initial_arrays,
+    start_params,
+    training,
+)
 from wire.codec import decode
 from wire.errors import ConfigurationError, QuorumError, RoundError
 from wire.messages import Join
 
-MANIFEST = make_manifest()
-PATIENCE_SECONDS = 60.0
-Main = Callable[[Grid, Context], Any]
-
-
-class AppLab(Lab):
-    """The lab with an app in place of a strategy."""
-
-    def __init__(self, devices: int, main: Main, **options: Any) -> None:
-        self.main = main
-        self.results: list[Any] = []
-        self.woken = threading.Event()
-        self.stops: list[Callable[[], None]] = []
-        super().__init__(devices, make_runner=self._make_app_runner, **options)
-
-    def _make_app_runner(self, plan: RunPlan, ports: RunPorts) -> RoundRunner:
-        app = ServerApp()
-
-        @app.main()
-        def main(grid: Grid, context: Context) -> None:
-            self.results.append(self.main(grid, context))
-
-        runner, stop = make_serverapp_runner(
-            plan, ports, app, config={"num-rounds": 2}, quorum_seconds=PATIENCE_SECONDS, wake=self.woken.set
-        )
-        self.stops.append(stop)
-        return runner
-
-    def step(self) -> None:
-        self.woken.clear()
-        self.runner.tick()
-        if self.inbox:
-            self.deliver_one()
-        elif self.runner.phase is Phase.EVALUATING:
-            self.clock.time = max(self.clock.time, self.runner.next_tick)
-        elif not self.runner.is_finished and not self.woken.wait(PATIENCE_SECONDS):
-            raise AssertionError("the app asks for nothing")
-
-    def stop(self) -> None:
-        for stop in self.stops:
-            stop()
-
 
 @pytest.fixture
 def make_lab() -> Iterator[Callable[..., AppLab]]:
-    labs: list[AppLab] = []
-
-    def make(devices: int, main: Main, **options: Any) -> AppLab:
-        labs.append(AppLab(devices, main, **options))
-        return labs[-1]
-
-    yield make
-    for lab in labs:
-        lab.stop()
-
-
-def initial_arrays(lab_params: np.ndarray[Any, Any]) -> ArrayRecord:
-    return ArrayRecord(
-        {
-            slot.name: Array(lab_params[slot.offset : slot.offset + slot.size].reshape(slot.shape))
-            for slot in MANIFEST.params
-        }
-    )
-
-
-def start_params() -> np.ndarray[Any, Any]:
-    return np.random.default_rng(4).normal(0, 0.1, MANIFEST.params_size).astype(np.float32)
-
-
-def flat(record: ArrayRecord) -> np.ndarray[Any, Any]:
-    return np.concatenate([record[slot.name].numpy().ravel() for slot in MANIFEST.params])
-
-
-def training(strategy: Callable[[], Strategy], rounds: int = 2, timeout: float = 3600) -> Main:
-    """Flower's own loop."""
-
-    def main(grid: Grid, context: Context) -> Any:
-        return strategy().start(
-            grid,
-            initial_arrays(start_params()),
-            num_rounds=rounds,
-            timeout=timeout,
-            train_config=ConfigRecord({"lr": 0.25, "local-epochs": 3}),
-        )
-
-    return main
-
-
-def fed_avg(**options: Any) -> Callable[[], Strategy]:
-    return lambda: FedAvg(min_train_nodes=3, min_evaluate_nodes=3, min_available_nodes=3, **options)
+    with app_labs() as make:
+        yield make
 
 
 # ---- good runs ---------------------------------------------------------------------------------------------
@@ -274,7 +197,7 @@ def test_node_that_is_gone_is_an_error_reply(make_lab: Callable[..., AppLab]) ->
 def test_app_that_waits_for_more_nodes_than_there_are_is_stopped() -> None:
     board, now = Board(), [0.0]
     board.set_node_ids([1, 2])
-    grid = ShoalGrid(board, seed=1, quorum_seconds=600.0, monotonic=lambda: now[0])
+    grid = ShoalGrid(board, empty_tape(), seed=1, quorum_seconds=600.0, monotonic=lambda: now[0])
     assert list(grid.get_node_ids()) == [1, 2]
     now[0] = 599.0
     assert list(grid.get_node_ids()) == [1, 2]
@@ -291,89 +214,12 @@ def test_quorum_that_does_not_come_is_an_error() -> None:
         board.node_ids(2, 0.0)
 
 
-# ---- restarts ----------------------------------------------------------------------------------------------
-
-
-def run_with_restarts(lab: AppLab, at: list[int]) -> None:
-    """A new process whenever so many replies are in the books."""
-    left = list(at)
-    while left:
-        lab.step()
-        if len(lab.rows(schema.updates)) >= left[0]:
-            del left[0]
-            assert not lab.runner.is_finished
-            lab.stops[-1]()
-            lab.restart()
-    lab.run()
-
-
-@pytest.mark.parametrize("at", [[1], [2, 3], [3], [3, 8, 9], [16], [1, 2, 3, 4, 5, 8, 11, 12]])
-def test_app_goes_on_after_restarts_with_the_same_result(
-    at: list[int], make_lab: Callable[..., AppLab]
-) -> None:
-    main = training(fed_avg(fraction_train=0.6), rounds=3)
-    expected = make_lab(5, main).run().sha256
-    lab = make_lab(5, main)
-    run_with_restarts(lab, at)
-    assert lab.runner.head.sha256 == expected
-    assert [row.state for row in lab.rows(schema.rounds)] == ["done"] * 6
-    receipts = [receipt.verdict for device in lab.devices.values() for receipt in device.receipts]
-    assert set(receipts) <= {"stored", "duplicate"}
-
-
-def test_app_that_asks_for_something_else_after_a_restart_is_stopped(make_lab: Callable[..., AppLab]) -> None:
-    runs: list[int] = []
-
-    def main(grid: Grid, context: Context) -> Any:
-        runs.append(1)
-        arrays = initial_arrays(start_params() + np.float32(len(runs)))
-        return fed_avg()().start(grid, arrays, num_rounds=2)
-
-    lab = make_lab(3, main)
-    while not lab.rows(schema.updates):
-        lab.step()
-    lab.stops[-1]()
-    lab.restart()
-    lab.run()
-    assert lab.results == []
-    assert lab.rows(schema.runs)[0].status == "active"
-
-
-def test_finished_app_is_not_started_again(make_lab: Callable[..., AppLab]) -> None:
-    lab = make_lab(3, training(fed_avg(), rounds=1))
-    head = lab.run()
-    lab.restart()
-    lab.runner.tick()
-    assert lab.runner.is_finished
-    assert len(lab.results) == 1
-    assert lab.runner.head.sha256 == head.sha256
-
-
-def test_app_that_fails_leaves_its_run_open_and_may_be_started_again(make_lab: Callable[..., AppLab]) -> None:
-    attempts: list[int] = []
-
-    def main(grid: Grid, context: Context) -> Any:
-        result = training(fed_avg(), rounds=1)(grid, context)
-        attempts.append(1)
-        if len(attempts) == 1:
-            raise OSError("no space left for the user's own file")
-        return result
-
-    lab = make_lab(3, main)
-    lab.run()
-    assert lab.results == []
-    assert lab.rows(schema.runs)[0].status == "active"
-    sent = len(lab.orders)
-    lab.restart()
-    lab.run()
-    assert len(lab.results) == 1
-    assert len(lab.orders) == sent
-    assert lab.rows(schema.runs)[0].status == "finished"
+# ---- the end ------------------------------------------------------------------------------------------------
 
 
 def test_stop_wakes_an_app_that_waits() -> None:
     board = Board()
-    grid = ShoalGrid(board, seed=1)
+    grid = ShoalGrid(board, empty_tape(), seed=1)
     raised: list[BaseException] = []
 
     def wait() -> None:
