@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from process.arguments import CommandParser, path
+from process.arguments import CommandParser, path, whole_number
 from process.exits import run_cli
 
 if TYPE_CHECKING:
@@ -63,6 +63,13 @@ def _parser() -> CommandParser:
     enroll = commands.add_parser("enroll", parents=[state], help="make this machine a device of a fleet")
     enroll.add_argument("token", nargs="?", metavar="-", help="read the enrolment token from standard input")
     enroll.add_argument("--token-file", type=path, metavar="FILE", help="a file that holds the token")
+    enroll.add_argument(
+        "--wait",
+        type=whole_number(0, 86_400),
+        default=0,
+        metavar="SECONDS",
+        help="go on asking for so long while the aggregator is busy, or not there (default: ask once)",
+    )
     enroll.add_argument("--name", metavar="DEVICE", help="the device's name, where the token leaves it open")
     run = commands.add_parser("run", parents=[state], help="run the agent")
     run.add_argument(
@@ -103,10 +110,16 @@ def _settings(options: argparse.Namespace) -> EdgeSettings:
 
 
 def _enroll(options: argparse.Namespace) -> int:
-    from edge_agent.enrol import enrol
-    from process.clock import SystemClock
+    import random
 
-    identity = enrol(_token(options), options.state, name=options.name, clock=SystemClock())
+    from edge_agent.enrol import enrol
+    from edge_agent.patience import Patience
+    from process.clock import SystemClock
+    from wire.backoff import Backoff, Retries
+
+    clock = SystemClock()
+    patience = Patience(options.wait, Retries(Backoff(), random.SystemRandom()), clock)
+    identity = enrol(_token(options), options.state, name=options.name, clock=clock, patience=patience)
     print(f"enrolled {identity.device} in {identity.tenant}/{identity.fleet}", file=sys.stderr)
     if identity.is_waiting:
         approve = f"shoal-cloud device approve {identity.device}"

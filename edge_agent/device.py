@@ -137,6 +137,8 @@ def open_agent(
         identity.mqtt_port,
         tls=tls,
         keepalive_seconds=settings.network.keepalive_seconds,
+        backoff=settings.backoff(),
+        rng=random.SystemRandom(),
     )
     certificate = CertificateInUse(identity, tls, transport)
     engine = LazyEngine()

@@ -8,23 +8,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from math import inf
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from edge_agent.ports import Moment
+from wire.backoff import Backoff
 from wire.messages import Invitation, Order
 
 Phase = Literal["idle", "training", "evaluating", "updating"]
+_ASK_BACKOFF: Final = Backoff(2.0, 30.0)
+_RECEIPT_BACKOFF: Final = Backoff(10.0, 300.0)
+_CHECK_BACKOFF: Final = Backoff(15.0, 3600.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Every wait of the machine, in seconds. A wait that repeats doubles up to its `…_at_most` and is
-    jittered.
+    """Every wait of the machine, in seconds. What repeats backs off with full jitter (`wire/backoff.py`); before it
+    lies the time in which an answer may come.
 
     Attributes:
         ask_after: silence after which the missing chunks of a head are asked for.
         ask_spread: a fleet's devices ask for a head that is sent on need only within this time.
         receipt_timeout: silence after which an update is sent again.
+        receipt_backoff, ask_backoff: between repetitions of an update and of a request for chunks.
+        check_backoff: between release checks that fail.
         keep_after_deadline: how long after its round's deadline an update is still offered.
         check_every: a release check without an announcement.
         announcement_spread: a fleet's devices start their downloads within this time.
@@ -33,14 +39,13 @@ class Timing:
     """
 
     ask_after: float = 2.0
-    ask_after_at_most: float = 30.0
+    ask_backoff: Backoff = _ASK_BACKOFF
     ask_spread: float = 0.5
     receipt_timeout: float = 10.0
-    receipt_timeout_at_most: float = 300.0
+    receipt_backoff: Backoff = _RECEIPT_BACKOFF
     keep_after_deadline: float = 600.0
     check_every: float = 6 * 3600.0
-    check_retry: float = 15.0
-    check_retry_at_most: float = 3600.0
+    check_backoff: Backoff = _CHECK_BACKOFF
     announcement_spread: float = 1.0
     telemetry_every: float = 60.0
     report_every: float = 300.0
@@ -190,11 +195,6 @@ def after(state: State, now: Moment, wait: float, spread: float) -> float:
     """
     mixed = (state.salt ^ (int(now.elapsed * 1e6) * 0x9E3779B1)) * 0x85EBCA6B & 0xFFFFFFFF
     return now.elapsed + wait + spread * ((mixed ^ (mixed >> 15)) / 0x100000000)
-
-
-def backed_off(first: float, times: int, at_most: float) -> float:
-    """The wait after `times` fruitless tries."""
-    return float(min(first * 2.0 ** min(times, 32), at_most))
 
 
 def is_behind(state: State) -> bool:

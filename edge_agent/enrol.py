@@ -20,8 +20,16 @@ import msgspec
 
 from edge_agent import identity as identity_files
 from edge_agent.disk import write_durably
-from edge_agent.https import HttpsConnection, exchange, identity_context, unverified_context, verified_context
+from edge_agent.https import (
+    BUSY,
+    HttpsConnection,
+    exchange,
+    identity_context,
+    unverified_context,
+    verified_context,
+)
 from edge_agent.identity import Identity
+from edge_agent.patience import Patience
 from process.clock import Clock
 from wire.enrolment import (
     MAX_BODY_BYTES,
@@ -83,12 +91,20 @@ def parse_token(text: str) -> EnrolmentToken:
     return EnrolmentToken.parse(text)
 
 
-def enrol(token: str, folder: Path, *, name: str | None = None, clock: Clock) -> Identity:
+def enrol(
+    token: str,
+    folder: Path,
+    *,
+    name: str | None = None,
+    clock: Clock,
+    patience: Patience | None = None,
+) -> Identity:
     """Makes this machine a device of the fleet that the token is for.
 
     Args:
         folder: the state folder; `identity/` appears in it.
         name: the device's name; None takes the token's.
+        patience: how long an aggregator that is busy, or not there, is asked again; None asks once.
 
     Raises:
         EnrolmentError: the token is damaged, expired, used, or for another name; or the server is not the one
@@ -102,6 +118,12 @@ def enrol(token: str, folder: Path, *, name: str | None = None, clock: Clock) ->
     if parsed.expires and parsed.expires < clock.now():
         raise EnrolmentError("the enrolment token has expired", hint=_HINTS["token_expired"])
     identity_files.refuse_second(folder)
+    if patience is None:
+        return _enrol_once(parsed, device, folder)
+    return patience.keep_trying(lambda: _enrol_once(parsed, device, folder))
+
+
+def _enrol_once(parsed: EnrolmentToken, device: str, folder: Path) -> Identity:
     ca_pem = _fetch_ca(parsed)
     tls_key, update_key = _keys_of_attempt(folder, parsed.token_id)
     csr = make_csr(tls_key, device).decode("ascii")
@@ -265,6 +287,10 @@ def _fetch_ca(token: EnrolmentToken) -> bytes:
     """The CA certificate, over a connection that proves nothing: only the pinned hash decides."""
     connection = HttpsConnection(token.url, tls_name=token.tls_name, context=unverified_context())
     status, data = exchange(connection, "GET", CA_PATH, limit_bytes=_MAX_CA_BYTES)
+    if status in BUSY:
+        raise TransportError(
+            f"{token.url} is busy: {status}", hint=_HINTS["busy"], asked_seconds=connection.asked_seconds
+        )
     found = _CERTIFICATE.search(data.decode("ascii", "replace")) if status == http.client.OK else None
     if found is not None:
         try:
@@ -298,4 +324,5 @@ def _post(connection: HttpsConnection, path: str, body: bytes, kind: type[R]) ->
         hint=_HINTS.get(refusal.error, ""),
         code=refusal.error[:64],
         status=status,
+        asked_seconds=connection.asked_seconds,
     )

@@ -120,11 +120,13 @@ class MaskingFailed:
 
 @dataclass(frozen=True, slots=True)
 class JobFailed:
-    """A job ended without an answer; `key` is the order's id, empty for a release check."""
+    """A job ended without an answer; `key` is the order's id, empty for a release check. `asked_seconds`: the server
+    wants to be left alone for so long."""
 
     kind: JobKind
     key: bytes
     reason: str
+    asked_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,20 +9,32 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import random
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final, Protocol
 
-from edge_agent.https import TIMEOUT_SECONDS, USER_AGENT, HttpsConnection, identity_context
+from edge_agent.https import (
+    BUSY,
+    TIMEOUT_SECONDS,
+    USER_AGENT,
+    HttpsConnection,
+    identity_context,
+    retry_after_seconds,
+)
 from edge_agent.identity import Identity
+from edge_agent.patience import asked_of
 from process.clock import Clock, SystemClock
+from wire.backoff import Backoff, Retries
 from wire.errors import PeerError, RefusedError, TransportError
 
 CHUNK_BYTES: Final = 256 * 1024
 MAX_ATTEMPTS: Final = 5
 FIRST_PAUSE_SECONDS: Final = 0.5
+MAX_ASKED_SECONDS: Final = 60.0
+"""Who is asked for more comes back with another check."""
 # Below this rate over a whole fetch (after one time-out's grace) the server is given up.
 MIN_BYTES_PER_SECOND: Final = 512
 _MAX_REFUSAL_BYTES: Final = 65_536
@@ -77,7 +89,8 @@ class HttpsFetcher:
 
     Args:
         url: another port than the one with mutual TLS. context: other TLS than the identity's.
-        pause: waits that many seconds between attempts (0.5 s, doubled each time).
+        pause: waits that many seconds between attempts.
+        backoff: how many those are; a server that is busy may ask for more (`Retry-After`).
     """
 
     def __init__(
@@ -89,6 +102,8 @@ class HttpsFetcher:
         timeout_seconds: float = TIMEOUT_SECONDS,
         attempts: int = MAX_ATTEMPTS,
         pause: Callable[[float], None] = time.sleep,
+        backoff: Backoff | None = None,
+        rng: random.Random | None = None,
         clock: Clock | None = None,
     ) -> None:
         self._identity = identity
@@ -97,6 +112,8 @@ class HttpsFetcher:
         self._timeout_seconds = timeout_seconds
         self._attempts = attempts
         self._pause = pause
+        self._backoff = backoff or Backoff(FIRST_PAUSE_SECONDS, 60.0, MAX_ASKED_SECONDS)
+        self._rng = rng or random.SystemRandom()
         self._clock = clock or SystemClock()
         self._idle: list[HttpsConnection] = []
         self._lock = threading.Lock()
@@ -107,21 +124,22 @@ class HttpsFetcher:
         count.
         """
         done = 0
-        failures = 0
+        retries = Retries(self._backoff, self._rng)
         started = self._clock.monotonic()
         while True:
             try:
                 for piece in self._attempt(path, offset + done, limit_bytes - done):
                     done += len(piece)
-                    failures = 0
+                    retries.succeeded()
                     self._refuse_drip(path, done, started)
                     yield piece
                 return
-            except TransportError:
-                failures += 1
-                if failures >= self._attempts:
+            except TransportError as error:
+                wait = retries.failed(asked_seconds=asked_of(error))
+                if retries.failures >= self._attempts or asked_of(error) > MAX_ASKED_SECONDS:
                     raise
-                self._pause(FIRST_PAUSE_SECONDS * 2 ** (failures - 1))
+                self._pause(wait)
+                started += wait  # what we waited is not held against the server
 
     def close(self) -> None:
         """Closes kept connections; the fetcher may be used again."""
@@ -218,6 +236,7 @@ def _check_status(path: str, response: http.client.HTTPResponse, offset: int) ->
         if content_range.startswith(f"bytes {offset}-"):
             return
         raise PeerError(f"the server answered another range of {path}: {content_range[:100]}")
-    if status in (429, 502, 503, 504):
-        raise TransportError(f"the server is busy: {status} for {path}", status=status)
+    if status in BUSY:
+        asked = retry_after_seconds(response.getheader("Retry-After", ""), time.time())
+        raise TransportError(f"the server is busy: {status} for {path}", status=status, asked_seconds=asked)
     raise RefusedError(f"the server refused {path}: {status} {response.reason}", status=status)

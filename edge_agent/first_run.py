@@ -18,6 +18,8 @@ from process.exits import run_cli
 from wire.errors import EnrolmentError
 
 TIMEOUT_SECONDS: Final = 300.0
+PATIENCE_SECONDS: Final = 240.0
+"""A device that boots before its network, with all others of its site: it goes on asking for so long."""
 _MAX_TOKEN_CHARS: Final = 65_536
 _AGAIN: Final = "start it again: the same token serves until its answer has arrived"
 
@@ -48,14 +50,20 @@ def enrol_in_child(token: str, folder: Path) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """The child: enrols, and says so or why not."""
+    import random
+
     from edge_agent.enrol import enrol
+    from edge_agent.patience import Patience
     from process.clock import SystemClock
+    from wire.backoff import Backoff, Retries
 
     (folder,) = arguments
+    clock = SystemClock()
+    patience = Patience(PATIENCE_SECONDS, Retries(Backoff(cap_seconds=30.0), random.SystemRandom()), clock)
 
     def work() -> None:
         token = sys.stdin.readline(_MAX_TOKEN_CHARS).strip()
-        identity = enrol(token, Path(folder), clock=SystemClock())
+        identity = enrol(token, Path(folder), clock=clock, patience=patience)
         print(f"enrolled {identity.device} in {identity.tenant}/{identity.fleet}", file=sys.stderr)
 
     return run_cli(work)

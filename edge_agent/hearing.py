@@ -135,7 +135,8 @@ def job_ended(result: JobResult, parts: Parts) -> on.Event:
     """
     if result.error:
         _log.warning("job_failed", job=result.kind, reason=result.error)
-        return on.JobFailed(result.kind, result.key, result.error)
+        asked = min(result.asked_seconds, parts.settings.network.hint_cap_seconds)
+        return on.JobFailed(result.kind, result.key, result.error, asked)
     value: Any = result.value
     if isinstance(value, Checked):
         return _checked(value, parts)

@@ -8,15 +8,20 @@ hash, or by TUF.
 
 from __future__ import annotations
 
+import email.utils
 import http.client
+import math
 import socket
 import ssl
+import time
 from pathlib import Path
 from typing import Any, Final
 
 from edge_agent.identity import Identity, parse_https_url
 from wire.errors import PeerError, TransportError, TrustError
 
+BUSY: Final = frozenset({429, 502, 503, 504})
+"""A server that may answer later."""
 TIMEOUT_SECONDS: Final = 30.0
 USER_AGENT: Final = "shoal-edge"
 
@@ -60,7 +65,11 @@ def _context() -> ssl.SSLContext:
 
 
 class HttpsConnection(http.client.HTTPSConnection):
-    """A connection to `url` that expects the certificate of `tls_name`, which need not be the URL's host."""
+    """A connection to `url` that expects the certificate of `tls_name`, which need not be the URL's host.
+
+    Attributes:
+        asked_seconds: how long its last answer asked to be left alone (`Retry-After`).
+    """
 
     def __init__(
         self, url: str, *, tls_name: str, context: ssl.SSLContext, timeout_seconds: float = TIMEOUT_SECONDS
@@ -68,6 +77,7 @@ class HttpsConnection(http.client.HTTPSConnection):
         host, port = parse_https_url(url)
         super().__init__(host, port, timeout=timeout_seconds, context=context)
         self.url = url
+        self.asked_seconds = 0.0
         self._tls_name = tls_name
         self._tls = context
 
@@ -112,6 +122,23 @@ class HttpsConnection(http.client.HTTPSConnection):
             return
 
 
+def retry_after_seconds(text: str, now: float) -> float:
+    """What a `Retry-After` asks for (RFC 9110 §10.2.3: seconds, or a date); 0 where it asks for nothing that can be
+    read. Whoever waits bounds it (`wire/backoff.py`).
+
+    Args:
+        now: unix seconds, for a date.
+    """
+    text = text.strip()
+    if text.isascii() and text.isdigit():
+        return float(text[:12])
+    try:
+        wanted = email.utils.parsedate_to_datetime(text).timestamp() - now
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+    return max(0.0, wanted) if math.isfinite(wanted) else 0.0
+
+
 def exchange(
     connection: HttpsConnection,
     method: str,
@@ -135,12 +162,14 @@ def exchange(
         response = connection.getresponse()
         data = response.read(limit_bytes + 1)
         left = response.length
+        asked = response.getheader("Retry-After", "")
     except (OSError, http.client.HTTPException) as error:
         raise TransportError(
             f"{method} {connection.url}{path} failed: {error or type(error).__name__}"
         ) from error
     finally:
         connection.close()
+    connection.asked_seconds = retry_after_seconds(asked, time.time())
     if len(data) > limit_bytes:
         raise PeerError(f"the answer of {connection.url}{path} is too long", limit_bytes=limit_bytes)
     if left:

@@ -149,12 +149,14 @@ class JobResult:
         key: the caller's name of the job (an order id, or empty).
         value: what the job's function returned.
         error: why it failed, one line, or empty.
+        asked_seconds: how long whoever refused it wants to be left alone.
     """
 
     kind: JobKind
     key: bytes
     value: Any = None
     error: str = ""
+    asked_seconds: float = 0.0
 
 
 class Worker(Protocol):

@@ -21,6 +21,7 @@ from edge_agent import tuf_client
 from edge_agent.child import ChildTimeoutError, run_child
 from edge_agent.identity import Identity
 from edge_agent.online_keys import OnlineKeys
+from edge_agent.patience import asked_of
 from edge_agent.release_source import Held, Known, Offer
 from process.clock import Clock, SystemClock
 from process.logs import get_logger
@@ -77,6 +78,7 @@ class Failed(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     error: str
     message: Annotated[str, Meta(max_length=2000)]
     hint: str = ""
+    asked_seconds: float = 0.0
     renewal_failure: str = ""
 
 
@@ -152,7 +154,7 @@ class ChildReleases:
         if isinstance(result, Found):
             return result
         kind = getattr(errors, result.error) if result.error in _RAISED else ReleaseError
-        raise kind(result.message, hint=result.hint)
+        raise kind(result.message, hint=result.hint, asked_seconds=result.asked_seconds)
 
 
 class _FixedClock:
@@ -287,7 +289,12 @@ def main(arguments: Sequence[str]) -> int:
         result = _check_with_trust(folder, now, request, identity)
         code = 0
     except ShoalError as error:
-        result = Failed(error=type(error).__name__, message=str(error)[:2000], hint=error.hint)
+        result = Failed(
+            error=type(error).__name__,
+            message=str(error)[:2000],
+            hint=error.hint,
+            asked_seconds=asked_of(error),
+        )
     except (OSError, ValueError) as error:
         result = Failed(error="StorageError", message=str(error)[:2000])
     print(msgspec.json.encode(structs.replace(result, renewal_failure=failure)).decode("ascii"))

@@ -16,6 +16,7 @@ from edge_agent.device_state import Timing
 from edge_agent.learning import TrainPolicy
 from process.health import Mode
 from process.settings import load_settings
+from wire.backoff import Backoff
 
 TOKEN_VARIABLE = "SHOAL_ENROLL_TOKEN"
 TOKEN_FILE_VARIABLE = "SHOAL_ENROLL_TOKEN_FILE"
@@ -113,6 +114,15 @@ class ReleaseSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     check_seconds: Annotated[
         float, _option("Seconds between release checks without an announcement.", ge=1.0, le=2_592_000.0)
     ] = 21_600.0
+    retry_cap_seconds: Annotated[
+        float,
+        _option(
+            "A wait before a failed check is made again is drawn from nothing to 15 seconds, doubled each time up to"
+            " this.",
+            ge=1.0,
+            le=86_400.0,
+        ),
+    ] = 3600.0
     spread_seconds: Annotated[
         float,
         _option("Seconds over which a fleet spreads its downloads of a new release.", ge=0.0, le=86_400.0),
@@ -180,6 +190,32 @@ class NetworkSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     keepalive_seconds: Annotated[
         int, _option("Longest silence towards the broker, in seconds.", ge=1, le=65_535)
     ] = 30
+    retry_first_seconds: Annotated[
+        float,
+        _option(
+            "A wait before coming back to the broker is drawn from nothing to this, and to twice as much each time.",
+            ge=0.01,
+            le=3600.0,
+        ),
+    ] = 0.5
+    retry_cap_seconds: Annotated[
+        float,
+        _option(
+            "What that is drawn from at most, in seconds; between repetitions of an update and of a request for chunks,"
+            " too.",
+            ge=0.01,
+            le=86_400.0,
+        ),
+    ] = 120.0
+    hint_cap_seconds: Annotated[
+        float,
+        _option(
+            "Longest wait that a broker or server may ask for, and longest time that the aggregator may spread its"
+            " fleet over.",
+            ge=0.0,
+            le=86_400.0,
+        ),
+    ] = 900.0
     receipt_seconds: Annotated[
         float, _option("Seconds without a receipt after which an update is sent again.", ge=0.1, le=86_400.0)
     ] = 10.0
@@ -266,11 +302,19 @@ class EdgeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     log: LogSettings = field(default_factory=LogSettings)
 
+    def backoff(self) -> Backoff:
+        """Between attempts to reach the broker."""
+        network = self.network
+        return Backoff(network.retry_first_seconds, network.retry_cap_seconds, network.hint_cap_seconds)
+
     def timing(self) -> Timing:
         """The waits of the state machine."""
         return Timing(
             ask_after=self.network.ask_seconds,
+            ask_backoff=Backoff(self.network.ask_seconds, min(30.0, self.network.retry_cap_seconds)),
             receipt_timeout=self.network.receipt_seconds,
+            receipt_backoff=Backoff(self.network.receipt_seconds, self.network.retry_cap_seconds),
+            check_backoff=Backoff(15.0, self.release.retry_cap_seconds, self.network.hint_cap_seconds),
             keep_after_deadline=self.network.late_seconds,
             check_every=self.release.check_seconds,
             announcement_spread=self.release.spread_seconds,

@@ -22,7 +22,6 @@ from edge_agent.device_state import (
     Task,
     Upload,
     after,
-    backed_off,
     head_of,
     is_behind,
     is_missed,
@@ -216,9 +215,9 @@ def _masking_failed(state: State, event: on.MaskingFailed, now: Moment) -> Outco
 def _job_failed(state: State, event: on.JobFailed, now: Moment) -> Outcome:
     state, task = _end_job(state, event.key)
     if event.kind == "update":
-        timing, failures = state.timing, state.check_failures
-        wait = backed_off(timing.check_retry, failures, timing.check_retry_at_most)
-        return replace(state, check_failures=failures + 1, check_at=after(state, now, wait, wait / 2)), []
+        failures, asked = state.check_failures, event.asked_seconds
+        spread = max(state.timing.check_backoff.ceiling_seconds(failures), asked)
+        return replace(state, check_failures=failures + 1, check_at=after(state, now, asked, spread)), []
     return state, [] if task is None else [_decline(task.order, event.reason)]
 
 
@@ -379,8 +378,8 @@ def _ask_due(state: State, now: Moment) -> Outcome:
     actions: list[do.Action] = []
     for head in state.heads:
         if state.connected and is_missed(state, head) and head.ask_at <= now.elapsed:
-            wait = backed_off(state.timing.ask_after, head.asked + 1, state.timing.ask_after_at_most)
-            ask_at = after(state, now, wait, wait / 2)
+            timing = state.timing
+            ask_at = after(state, now, timing.ask_after, timing.ask_backoff.ceiling_seconds(head.asked))
             state = with_head(state, head.sha256, ask_at=ask_at, asked=head.asked + 1)
             actions.append(do.AskMissing(head.sha256))
     return state, actions
@@ -391,8 +390,8 @@ def _send_due(state: State, now: Moment) -> Outcome:
     for upload in state.uploads:
         if state.connected and upload.send_at <= now.elapsed:
             timing = state.timing
-            wait = backed_off(timing.receipt_timeout, upload.sends, timing.receipt_timeout_at_most)
-            send_at = after(state, now, wait, wait / 2)
+            spread = timing.receipt_backoff.ceiling_seconds(upload.sends)
+            send_at = after(state, now, timing.receipt_timeout, spread)
             state = with_upload(state, upload.update_id, send_at=send_at, sends=upload.sends + 1)
             actions.append(do.SendUpdate(upload.update_id))
     return state, actions

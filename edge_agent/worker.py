@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from edge_agent.child import end_children
 from edge_agent.freed_memory import give_back
+from edge_agent.patience import asked_of
 from edge_agent.ports import JobKind, JobResult
 from wire.errors import ShoalError
 
@@ -33,7 +34,7 @@ def run_job(kind: JobKind, key: bytes, work: Callable[[], Any]) -> JobResult:
     try:
         return JobResult(kind, key, value=work())
     except ShoalError as error:
-        return JobResult(kind, key, error=f"{type(error).__name__}: {error}")
+        return JobResult(kind, key, error=f"{type(error).__name__}: {error}", asked_seconds=asked_of(error))
     except (OSError, MemoryError) as error:
         return JobResult(kind, key, error=f"{type(error).__name__}: {error}")
 

@@ -29,6 +29,7 @@ class Script:
         post: POST path to a function of the body and the client certificate's common name.
         cut_after: bytes of body after which the connection is cut.
         statuses: answered instead of the file.
+        retry_after: what a refusal asks for.
         ignores_ranges: answers 200 and the whole file to a range request.
         requests: (method, path, Range header) as they came.
     """
@@ -37,6 +38,7 @@ class Script:
     post: dict[str, Callable[[bytes, str], tuple[int, bytes]]] = field(default_factory=dict)
     cut_after: list[int] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
+    retry_after: str = ""
     ignores_ranges: bool = False
     wrong_range: bool = False
     requests: list[tuple[str, str, str]] = field(default_factory=list)
@@ -89,6 +91,8 @@ class Handler(BaseHTTPRequestHandler):
         script = self.server.script
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
+        if status >= 400 and script.retry_after:
+            self.send_header("Retry-After", script.retry_after)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.end_headers()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import random
 import select
 import time
 from collections.abc import Iterator
@@ -27,8 +28,10 @@ from edge_agent.enrol import (
 from edge_agent.fetcher import HttpsFetcher
 from edge_agent.https import HttpsConnection, exchange, identity_context
 from edge_agent.identity import Identity
+from edge_agent.patience import Patience
 from tests.edge.https_server import TLS_NAME, Script, https_server
 from tests.edge.tiny_release import SteppedClock
+from wire.backoff import Backoff, Retries
 from wire.enrolment import (
     Challenge,
     EnrolmentToken,
@@ -329,6 +332,46 @@ def test_nobody_there_says_so(tmp_path: Path, aggregator: Aggregator) -> None:
     with pytest.raises(TransportError) as caught:
         enrol(aggregator.token(url="https://127.0.0.1:9"), tmp_path / "state", clock=CLOCK)
     assert "aggregator" in caught.value.hint
+
+
+def patient(seconds: float, pauses: list[float]) -> Patience:
+    """On a clock that only its own waits move."""
+
+    class Clock:
+        def now(self) -> float:
+            return NOW
+
+        def monotonic(self) -> float:
+            return sum(pauses)
+
+    return Patience(seconds, Retries(Backoff(), random.Random(2)), Clock(), pause=pauses.append)
+
+
+def test_aggregator_that_is_busy_is_asked_again_when_it_said(tmp_path: Path, aggregator: Aggregator) -> None:
+    enrolled, refusals = aggregator.script.post["/v1/enroll"], [503, 429]
+    busy = encode_json(Refusal(error="busy", message="later"))
+    aggregator.script.retry_after = "7"
+    aggregator.script.post["/v1/enroll"] = lambda body, client: (
+        (refusals.pop(), busy) if refusals else enrolled(body, client)
+    )
+    pauses: list[float] = []
+    identity = enrol(aggregator.token(), tmp_path, clock=CLOCK, patience=patient(60.0, pauses))
+    assert identity.device == "device-1"
+    assert len(pauses) == 2
+    assert all(7.0 <= pause <= 14.0 for pause in pauses)
+
+
+def test_patience_has_an_end_and_is_for_what_may_mend_only(tmp_path: Path, aggregator: Aggregator) -> None:
+    pauses: list[float] = []
+    nowhere = aggregator.token(url="https://127.0.0.1:9")
+    with pytest.raises(TransportError):
+        enrol(nowhere, tmp_path, clock=CLOCK, patience=patient(300.0, pauses))
+    assert 100.0 < sum(pauses) <= 300.0
+    aggregator.refuse("token_used")
+    tried = len(pauses)
+    with pytest.raises(EnrolmentError):
+        enrol(aggregator.token(), tmp_path, clock=CLOCK, patience=patient(300.0, pauses))
+    assert len(pauses) == tried
 
 
 @pytest.mark.parametrize(
