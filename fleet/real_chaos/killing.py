@@ -17,8 +17,8 @@ from fleet.real_chaos.scenario import Scenario, Task
 from fleet.real_chaos.waves import Fault, play_waves
 
 _DOWN_SECONDS = (0.0, 1.0)
-_STOPPED_SECONDS = (0.2, 6.0)
-"""Past the keepalive of 5 s now and then, but not past the broker's patience of one and a half of it each time."""
+_STOPPED_SECONDS = (0.2, 4.0)
+"""Past the keepalive of 2 s, and past the broker's patience of one and a half of it, every now and then."""
 BROKER, CLOUD = "broker", "aggregator"
 
 
@@ -88,12 +88,12 @@ def _play(name: str, faults: Callable[[RealFleet], Sequence[Fault]], task: Task)
 
 _KINDS: tuple[tuple[str, str, Callable[[RealFleet], list[Fault]]], ...] = (
     ("agent_kill", "agents get kill -9 and start again", agent_kills),
-    ("agent_stop", "agents stand still for up to six seconds (SIGSTOP)", agent_stops),
+    ("agent_stop", "agents stand still for up to four seconds (SIGSTOP)", agent_stops),
     ("broker_kill", "the broker gets kill -9 and starts again", broker_kills),
     ("broker_wipe", "the broker gets kill -9, its disk is wiped, and it starts with nothing", broker_wipes),
-    ("broker_stop", "the broker stands still for up to six seconds (SIGSTOP)", broker_stops),
+    ("broker_stop", "the broker stands still for up to four seconds (SIGSTOP)", broker_stops),
     ("cloud_kill", "the aggregator gets kill -9 and starts again", cloud_kills),
-    ("cloud_stop", "the aggregator stands still for up to six seconds (SIGSTOP)", cloud_stops),
+    ("cloud_stop", "the aggregator stands still for up to four seconds (SIGSTOP)", cloud_stops),
 )
 
 SCENARIOS = tuple(Scenario(name, sentence, partial(_play, name, faults)) for name, sentence, faults in _KINDS)

@@ -44,7 +44,8 @@ class Outcome:
         faults: faults that hit work in flight.
         idle: faults that were done and hit nothing, which are not counted.
         struck: counted faults by what they were (`agent kill`, `link resets`).
-        drains: seconds from the end of the last fault of a wave until what was owed then had ended, for each wave.
+        drains: for each wave, seconds until what was owed had ended, from when everybody answered again.
+        recoveries: the same, from the end of the wave's last fault: with the starts of all that was killed.
         rounds: rounds that moved the head.
         refusals: inference requests that were answered with an error.
         complaints: what is wrong beside the books: a process that ended by itself, a queue that did not drain.
@@ -58,6 +59,7 @@ class Outcome:
     idle: int = 0
     struck: Mapping[str, int] = field(default_factory=Counter)
     drains: tuple[float, ...] = ()
+    recoveries: tuple[float, ...] = ()
     rounds: int = 0
     refusals: int = 0
     seconds: float = 0.0
@@ -85,6 +87,7 @@ class Outcome:
             "owed": books.owed,
             "places": dict(sorted(books.places.items())),
             "drains": [round(seconds, 3) for seconds in self.drains],
+            "recoveries": [round(seconds, 3) for seconds in self.recoveries],
             "rounds": self.rounds,
             "refusals": self.refusals,
             "seconds": round(self.seconds, 1),

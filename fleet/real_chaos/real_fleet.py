@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,6 +42,7 @@ from fleet.launch import CLOUD, Launch
 from fleet.local_agent import LocalAgent
 from fleet.local_cloud import LocalCloud, free_port
 from fleet.real_chaos.ledger import DeviceFiles, Ledger
+from fleet.real_chaos.proxy import FaultProxy
 from fleet.real_chaos.scenario import Task
 from models.data.federation import Federation, Split
 from models.thirds import FEATURES, LABELS
@@ -51,10 +52,11 @@ from wire.errors import RoundError
 from wire.transport.broker import RunningBroker, start_broker
 
 RUN = "chaos"
+AGENTS, HTTPS, AGGREGATOR = "agents", "https", "aggregator"
 LIMIT_SECONDS = 240.0
 """For whatever is waited for: a loaded machine is slow, and a fleet that hangs is a finding."""
 POLL_SECONDS = 0.05
-_RATE_HZ = 2.0
+_RATE_HZ = 4.0
 _WITNESS = "fleet.real_chaos.witness"
 
 
@@ -67,21 +69,21 @@ class FleetPlan:
         agent: how a device's agent is started, from what it would be started with.
         cloud: how the aggregator is started.
         home: where a device's state folder is; None for one beside the others.
-        reroute: what devices are told of (`mqtt`, `https`) instead of the real port.
+        is_linked: whether a fault proxy stands between agents and broker, agents and HTTPS, aggregator and broker.
     """
 
     edge: EdgeSettings = field(default_factory=lambda: edge_settings())
     agent: Callable[[str, Launch], Launch] = lambda device, launch: launch
     cloud: Launch = field(default_factory=lambda: replace(CLOUD, is_apart=True))
     home: Callable[[str], Path] | None = None
-    reroute: Callable[[str, int], int] = lambda what, port: port
+    is_linked: bool = False
 
 
 def edge_settings() -> EdgeSettings:
     """Of agents whose rounds are short and whose patience is."""
     return EdgeSettings(
         inference=InferenceSettings(variant="int8"),
-        network=NetworkSettings(keepalive_seconds=5, receipt_seconds=1.0, ask_seconds=0.5),
+        network=NetworkSettings(keepalive_seconds=2, receipt_seconds=1.0, ask_seconds=0.5),
         release=ReleaseSettings(spread_seconds=0.2, probation_seconds=5.0),
         report=ReportSettings(telemetry_seconds=5.0),
     )
@@ -190,6 +192,7 @@ class RealFleet:
 
     Attributes:
         cloud, broker, agents: what there is to break.
+        proxy: its links (`AGENTS`, `HTTPS`, `AGGREGATOR`), where the plan asks for some.
         ledger: the books.
     """
 
@@ -197,6 +200,7 @@ class RealFleet:
         self.task = task
         self.plan = plan or FleetPlan()
         self.agents: dict[str, RealAgent] = {}
+        self.proxy: FaultProxy | None = None
         self._stack = ExitStack()
         names = [f"device-{number}" for number in range(task.devices)]
         self._federation = Federation(
@@ -274,14 +278,18 @@ class RealFleet:
     def _start(self, stack: ExitStack) -> None:
         folder = self.task.folder
         folder.mkdir(parents=True)
-        settings = self._cloud_settings()
+        broker_port, device_port = free_port(), free_port()
+        if self.plan.is_linked:
+            targets = {AGENTS: broker_port, HTTPS: device_port, AGGREGATOR: broker_port}
+            self.proxy = stack.enter_context(FaultProxy(targets, self.task.seed))
+        settings = self._cloud_settings(broker_port, device_port)
         self.cloud = stack.enter_context(
             LocalCloud(folder / "cloud", settings, self._federation, launch=self.plan.cloud)
         )
         stack.callback(self.cloud.kill)
         tls = broker_tls(self.cloud.deployment) if settings.broker.tls else None
         self.broker: RunningBroker = stack.enter_context(
-            start_broker(self.task.broker, folder=folder / "broker", port=settings.broker.port, tls=tls)
+            start_broker(self.task.broker, folder=folder / "broker", port=broker_port, tls=tls)
         )
         stack.callback(_continue, lambda: self.broker.process_id)
         self.cloud.import_model(self.task.bundle)
@@ -304,7 +312,9 @@ class RealFleet:
         for device, split in self._federation.devices.items():
             state = self.plan.home(device) if self.plan.home else self.task.folder / device
             enrol(self.cloud.token(device), state, clock=SystemClock())
-            _reroute(state / "identity" / "enrolment.json", self.plan.reroute)
+            if self.proxy is not None:
+                links = {"broker_url": self.proxy.port(AGENTS), "url_api": self.proxy.port(HTTPS)}
+                _reroute(state / "identity" / "enrolment.json", links)
             witness = (self.task.folder / device).with_suffix(".witness")
             program = (sys.executable, "-m", _WITNESS, str(witness))
             launch = self.plan.agent(device, Launch(program, is_apart=True))
@@ -315,13 +325,14 @@ class RealFleet:
             self.ledger.watch(device, agent.files)
             agent.start()
 
-    def _cloud_settings(self) -> CloudSettings:
+    def _cloud_settings(self, broker_port: int, device_port: int) -> CloudSettings:
         is_guarded = self.task.broker == "mosquitto"
+        port = broker_port if self.proxy is None else self.proxy.port(AGGREGATOR)
         return CloudSettings(
             tenant="shoal",
             fleet="chaos",
-            listen=ListenSettings(public_port=free_port(), device_port=free_port()),
-            broker=BrokerSettings(kind="external", port=free_port(), tls=is_guarded),
+            listen=ListenSettings(public_port=free_port(), device_port=device_port),
+            broker=BrokerSettings(kind="external", port=port, tls=is_guarded),
             run=RunSettings(
                 name=RUN,
                 strategy="FedAvg",
@@ -338,12 +349,11 @@ class RealFleet:
         )
 
 
-def _reroute(path: Path, reroute: Callable[[str, int], int]) -> None:
+def _reroute(path: Path, ports: Mapping[str, int]) -> None:
     """Writes other ports into what a device was told when it was let in."""
     plain = msgspec.json.decode(path.read_bytes())
-    for key, what in (("broker_url", "mqtt"), ("url_api", "https")):
-        where, _, port = plain[key].rpartition(":")
-        plain[key] = f"{where}:{reroute(what, int(port))}"
+    for key, port in ports.items():
+        plain[key] = f"{plain[key].rpartition(':')[0]}:{port}"
     path.write_bytes(msgspec.json.encode(plain))
 
 

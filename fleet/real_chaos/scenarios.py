@@ -5,7 +5,9 @@ Law of the file: a list; a scenario is added here and in no other place.
 
 from __future__ import annotations
 
-from fleet.real_chaos import killing
+from fleet.real_chaos import cutting, killing, mixing
 from fleet.real_chaos.scenario import Scenario
 
-SCENARIOS: dict[str, Scenario] = {each.name: each for each in (*killing.SCENARIOS,)}
+SCENARIOS: dict[str, Scenario] = {
+    each.name: each for each in (*killing.SCENARIOS, *cutting.SCENARIOS, *mixing.SCENARIOS)
+}

@@ -69,6 +69,7 @@ class Waves:
         self.struck: Counter[str] = Counter()
         self.idle = 0
         self.drains: list[float] = []
+        self.recoveries: list[float] = []
 
     def play(self, count: int) -> None:
         """Waves until so many faults have hit work in flight, or until the time is up.
@@ -80,8 +81,10 @@ class Waves:
         while self.struck.total() < count and not self._fleet.task.is_over and idle_waves < 3:
             before = self.struck.total()
             self._wave(min(self._most, count - before))
+            ended = time.monotonic()
             self._fleet.wait_until_up()
             self.drains.append(self._fleet.drain())
+            self.recoveries.append(time.monotonic() - ended)
             self._fleet.task.tell(self.struck.total())
             idle_waves = 0 if self.struck.total() > before else idle_waves + 1
 
@@ -140,12 +143,19 @@ def play_waves(
     task: Task,
     faults: Callable[[RealFleet], Sequence[Fault]],
     fleet: RealFleet,
+    *,
+    most: int = 3,
 ) -> Outcome:
-    """Starts a fleet, breaks it in waves, lets it come to rest, and closes its books."""
+    """Starts a fleet, breaks it in waves, lets it come to rest, and closes its books.
+
+    Args:
+        faults: what is drawn from, once the fleet is there.
+        most: faults of one wave, at most.
+    """
     started = time.monotonic()
     complaints: tuple[str, ...] = ()
     with fleet:
-        waves = Waves(fleet, faults(fleet))
+        waves = Waves(fleet, faults(fleet), most=most)
         try:
             waves.play(task.faults)
             fleet.rest()
@@ -161,6 +171,7 @@ def play_waves(
             idle=waves.idle,
             struck=waves.struck,
             drains=tuple(waves.drains),
+            recoveries=tuple(waves.recoveries),
             rounds=fleet.ledger.rounds_done(),
             refusals=sum(agent.errors for agent in fleet.agents.values()),
             seconds=time.monotonic() - started,
