@@ -27,6 +27,7 @@ MAX_ROUNDS = 1_000_000
 MAX_SEED = 2**31 - 1
 MAX_ATTACKERS = 0.9
 MAX_FAULTS = 10_000
+MAX_LOAD = 50_000
 EXIT_VIOLATION = 1
 ATTACKS = ("sign_flip", "boost", "label_flip", "alie", "ipm", "noise", "backdoor")
 """Those of `fleet.attacks`, which is not imported before it is needed."""
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     options = _parser().read(arguments)
-    handler = {"demo": _demo, "simulate": _simulate, "chaos": _chaos}[options.command]
+    handler = {"demo": _demo, "simulate": _simulate, "chaos": _chaos, "load": _load}[options.command]
     return handler(options)
 
 
@@ -104,6 +105,29 @@ def _parser() -> CommandParser:
         help="with --seed: print what happened, line by line, to standard error",
     )
     chaos.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
+    load = commands.add_parser(
+        "load", help="thousands of light agents on real connections, one round, one release"
+    )
+    load.add_argument(
+        "--devices",
+        type=whole_number(1, MAX_LOAD),
+        default=1_000,
+        help="light agents, all live at once (1000)",
+    )
+    load.add_argument(
+        "--seconds",
+        type=whole_number(0, 86_400),
+        default=60,
+        help="of heartbeats alone before the round (60)",
+    )
+    load.add_argument(
+        "--processes", type=whole_number(0, 1024), default=0, help="of agents; 0 for one a core (0)"
+    )
+    load.add_argument("--plain", action="store_true", help="without TLS, to see what it costs")
+    load.add_argument(
+        "--out", type=path, default=Path("build/load"), help="folder for all it makes (build/load)"
+    )
+    load.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
     return parser
 
 
@@ -164,6 +188,30 @@ def _chaos(options: argparse.Namespace) -> int:
         report = replay(seed=options.seed, faults=options.faults, tell=tell)
     print(report.to_json() if options.json else render(report), end="")
     return EXIT_VIOLATION if report.violations else 0
+
+
+def _load(options: argparse.Namespace) -> int:
+    from fleet.load.campaign import LoadPlan, make_empty, run_load
+    from fleet.load.open_files import allow_open_files
+    from fleet.load.report import render
+    from models.data import digits
+    from models.first_bundle import make_first_bundle
+
+    # Said now, and not after a model was trained for it.
+    allow_open_files(options.devices)
+    make_empty(options.out)
+    federation = digits.federation(devices=2)
+    bundle = make_first_bundle(federation, "digits_mlp", options.out / "bundle", seed=1)
+    plan = LoadPlan(
+        devices=options.devices,
+        seconds=options.seconds,
+        processes=options.processes,
+        is_tls=not options.plain,
+    )
+    report = run_load(plan, options.out, bundle, federation)
+    (options.out / "report.json").write_text(report.to_json(), encoding="utf-8")
+    print(report.to_json() if options.json else render(report), end="")
+    return 0 if report.is_good else EXIT_VIOLATION
 
 
 @contextmanager

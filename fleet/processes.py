@@ -16,7 +16,7 @@ from pathlib import Path
 
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 _PROC = Path("/proc")
-_PARENT, _USER, _CHILDREN_SYSTEM = 1, 11, 14  # fields of `stat` behind the name
+_PARENT, _USER, _SYSTEM, _CHILDREN_SYSTEM = 1, 11, 12, 14  # fields of `stat` behind the name
 MIB = 2**20
 
 
@@ -47,6 +47,12 @@ def cpu_seconds(roots: Iterable[int]) -> float:
     return ticks / _TICKS_PER_SECOND
 
 
+def own_cpu_seconds(process_id: int) -> float:
+    """CPU time, user and system, of one process without its children; 0 when it has ended."""
+    fields = _stat(process_id)
+    return sum(int(value) for value in fields[_USER : _SYSTEM + 1]) / _TICKS_PER_SECOND
+
+
 def resident_mib(process_id: int) -> float:
     """RSS of one process, MiB; 0 when it has ended."""
     return _status_mib(process_id, "VmRSS:")
@@ -65,6 +71,14 @@ def proportional_mib(process_id: int) -> float:
 def forget_peak(process_id: int) -> None:
     """Sets the peak of a process of ours back to what it holds now (`clear_refs`, proc_pid_clear_refs(5))."""
     (_PROC / str(process_id) / "clear_refs").write_text("5", encoding="ascii")
+
+
+def machine_cpu_seconds() -> float:
+    """CPU time that this machine has spent on anything since its start, proc_stat(5)."""
+    user, nice, system, _idle, _wait, irq, soft_irq = (
+        int(value) for value in (_PROC / "stat").read_text(encoding="ascii").split("\n")[0].split()[1:8]
+    )
+    return (user + nice + system + irq + soft_irq) / _TICKS_PER_SECOND
 
 
 def loopback_bytes() -> int:
