@@ -6,6 +6,7 @@ run, or when the operator begins the app anew; what an app before that got ends 
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,8 @@ from sqlalchemy import Connection
 from cloud_server.db.rounds import load_artefact_keys
 from cloud_server.db.schema import grid_steps, orders, rounds, updates
 
-ANEW = "anew"
+BEGIN = "begin"
+"""The first step of every record: what the app draws from, and the exchange after which it counts."""
 _BEGUN_ANEW = "the app was begun anew"
 _ENDED_ROUNDS = ("done", "failed")
 _OPEN_ORDERS = ("committed", "sent", "accepted")
@@ -68,5 +70,6 @@ def begin_anew(connection: Connection, run: str, now: float) -> list[str]:
     failed = {"state": "failed", "ended": now, "reason": _BEGUN_ANEW}
     connection.execute(sa.update(rounds).where(going).values(**failed))
     drop_steps(connection, run)
-    insert_step(connection, run, GridStep(position=1, kind=ANEW, answer={"after": after}), now)
+    answer = {"after": after, "seed": secrets.randbelow(2**63 - 1) + 1}
+    insert_step(connection, run, GridStep(position=1, kind=BEGIN, answer=answer), now)
     return keys

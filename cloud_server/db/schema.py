@@ -386,7 +386,7 @@ grid_steps = Table(
     metadata,
     Column("run", Id, primary_key=True),
     Column("position", Integer, primary_key=True, autoincrement=False),  # from 1
-    Column("kind", String(16), nullable=False),  # nodes | push | pull | anew
+    Column("kind", String(16), nullable=False),  # begin | nodes | push | pull
     Column("asked", JSON, nullable=False),
     Column("answer", JSON, nullable=False),
     Column("at", Double, nullable=False),

@@ -90,7 +90,12 @@ class ServerAppThread:
         self._thread: threading.Thread | None = None
 
     def start(self, seed: int) -> None:
-        """Starts the app from its beginning."""
+        """Starts the app from its beginning.
+
+        Raises:
+            StorageError: its beginning cannot be put down.
+        """
+        seed = self._tape.begin(seed)
         grid = ShoalGrid(
             self._board, self._tape, seed=seed, quorum=self._quorum, quorum_seconds=self._seconds
         )

@@ -18,7 +18,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from cloud_server.db.grid_steps import ANEW, GridStep
+from cloud_server.db.grid_steps import BEGIN, GridStep
 from wire.errors import RoundError
 
 NODES, PUSH, PULL = "nodes", "push", "pull"
@@ -61,9 +61,21 @@ class Tape:
 
     def load(self, steps: Sequence[GridStep]) -> None:
         """Takes what an earlier process kept."""
-        is_anew = bool(steps) and steps[0].kind == ANEW
-        self._steps, self._done = list(steps), int(is_anew)
-        self.after = int(steps[0].answer["after"]) if is_anew else 0
+        self._steps, self._done = list(steps), 0
+        self.after = int(steps[0].answer["after"]) if steps else 0
+
+    def begin(self, seed: int) -> int:
+        """What the app draws from: as before, or this seed (a run that comes out of a backup has another one).
+
+        Raises:
+            StorageError: the step cannot be kept.
+        """
+        if self.is_played:
+            self._append(BEGIN, {}, {"after": self.after, "seed": seed})
+            return seed
+        first = self._steps[0]
+        self._advance()
+        return int(first.answer["seed"])
 
     @property
     def is_played(self) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cloud_server.cli import main
-from cloud_server.db.grid_steps import ANEW, GridStep, insert_step, load_steps
+from cloud_server.db.grid_steps import BEGIN, GridStep, insert_step, load_steps
 from cloud_server.deployment import Deployment
 from cloud_server.enrolment.service import Welcome
 from cloud_server.layout import StateFolder
@@ -489,7 +489,7 @@ def test_record_of_an_app_is_forgotten_by_a_word_and_not_beside_a_running_servic
         fence = deployment.database.claim_writer()
         assert made("round", "anew", "--run", "spring").code == 0
         with deployment.database.read() as connection:
-            assert [step.kind for step in load_steps(connection, "spring")] == [ANEW]
+            assert [step.kind for step in load_steps(connection, "spring")] == [BEGIN]
         # A service elsewhere writes nothing more.
         assert deployment.database.current_fence() > fence
 

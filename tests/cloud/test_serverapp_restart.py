@@ -15,7 +15,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid
 
 from cloud_server.db import schema
-from cloud_server.db.grid_steps import ANEW, GridStep, begin_anew
+from cloud_server.db.grid_steps import BEGIN, GridStep, begin_anew
 from cloud_server.flower.tape import NODES, PULL, PUSH, Tape
 from tests.cloud.app_lab import (
     PATIENCE_SECONDS,
@@ -237,6 +237,21 @@ def test_app_that_seeds_nothing_draws_the_same_after_a_restart(make_lab: Callabl
     assert lab.rows(schema.runs)[0].status == "finished"
 
 
+def test_app_of_a_cloud_that_comes_out_of_a_backup_draws_what_it_drew(
+    make_lab: Callable[..., AppLab],
+) -> None:
+    lab = make_lab(5, training(fed_avg(fraction_train=0.6), rounds=2))
+    while len([row for row in lab.rows(schema.rounds) if row.state == "done"]) < 2:
+        lab.step()
+    with lab.database.transaction() as connection:
+        # As `reincarnate` does, so that no order is given twice.
+        connection.execute(schema.runs.update().values(seed=99))
+    lab.crash()
+    lab.run()
+    assert [row.state for row in lab.rows(schema.rounds)] == ["done"] * 4
+    assert lab.rows(schema.runs)[0].status == "finished"
+
+
 # ---- an app that does something else -----------------------------------------------------------------------
 
 
@@ -253,18 +268,18 @@ def ask(grid: Grid, kind: str = "train", scale: float = 1.0, most: int = 9, **co
 @pytest.mark.parametrize(
     ("then", "said"),
     [
-        (lambda grid: ask(grid, scale=2.0), "at step 5 .* with other arrays"),
-        (lambda grid: ask(grid, lr=0.5), "at step 5 .* with another configuration"),
-        (lambda grid: ask(grid, most=2), "at step 5 .* to another number of nodes"),
-        (lambda grid: ask(grid, kind="evaluate"), "at step 5 .* of another type"),
-        (lambda grid: grid.push_messages([]), "at step 4 .* it asked who is there, and now it returned"),
+        (lambda grid: ask(grid, scale=2.0), "at step 6 .* with other arrays"),
+        (lambda grid: ask(grid, lr=0.5), "at step 6 .* with another configuration"),
+        (lambda grid: ask(grid, most=2), "at step 6 .* to another number of nodes"),
+        (lambda grid: ask(grid, kind="evaluate"), "at step 6 .* of another type"),
+        (lambda grid: grid.push_messages([]), "at step 5 .* it asked who is there, and now it returned"),
         (
             lambda grid: list(grid.get_node_ids()),
-            "at step 5 .* it sent messages .exchange 2, train., and now it returned",
+            "at step 6 .* it sent messages .exchange 2, train., and now it returned",
         ),
         (
             lambda grid: grid.push_messages([Message(content(), 1, "train")]),
-            "at step 4 .* now it sent messages",
+            "at step 5 .* now it sent messages",
         ),
     ],
 )
@@ -293,7 +308,7 @@ def test_app_that_does_something_else_after_a_restart_is_told_where(
         return None
 
     lab = make_lab(3, main)
-    while len(lab.steps()) < 6:
+    while len(lab.steps()) < 7:
         lab.step()
     lab.crash()
     sent = len(lab.orders)
@@ -303,7 +318,7 @@ def test_app_that_does_something_else_after_a_restart_is_told_where(
     (failure,) = [record for record in caplog.records if record.getMessage() == "serverapp_failed"]
     fields = failure.__dict__["fields"]
     assert re.search(said, fields["reason"])
-    assert fields["step"] in (4, 5)
+    assert fields["step"] in (5, 6)
     assert "shoal-cloud round anew" in fields["hint"]
 
 
@@ -336,6 +351,9 @@ def test_app_that_is_begun_anew_goes_from_its_start_and_nothing_of_before_counts
     assert lab.rows(schema.runs)[0].status == "finished"
 
 
+BEGUN = GridStep(position=1, kind=BEGIN, answer={"after": 0, "seed": 1})
+
+
 # ---- the tape ----------------------------------------------------------------------------------------------
 
 
@@ -343,14 +361,15 @@ def test_app_that_waits_in_vain_for_what_the_record_has_not_is_told_so() -> None
     now = [0.0]
     tape = Tape(lambda step: None, patience_seconds=60.0, monotonic=lambda: now[0])
     asked = {"exchange": 1, "type": "train"}
-    tape.load([GridStep(position=1, kind=PUSH, asked=asked)])
+    tape.load([BEGUN, GridStep(position=2, kind=PUSH, asked=asked)])
+    tape.begin(1)
     # An app that gave up by its clock asks like this, too.
     assert tape.told_pull(["1-0"]) == []
     now[0] = 59.0
     assert tape.told_pull(["1-0"]) == []
     now[0] = 61.0
     with pytest.raises(
-        RoundError, match=r"at step 1 of 1 it sent messages .exchange 1, train., and now it waits"
+        RoundError, match=r"at step 2 of 2 it sent messages .exchange 1, train., and now it waits"
     ):
         tape.told_pull(["1-0"])
 
@@ -374,7 +393,8 @@ def test_polls_that_bring_nothing_new_are_not_kept() -> None:
     # A fleet of many is written down once.
     assert [step.answer.get("nodes") for step in kept if step.kind == NODES] == [[1], [1, 2], None]
     again = Tape(kept.append, patience_seconds=60.0, monotonic=time.monotonic)
-    again.load(kept)
+    again.load([BEGUN, *kept])
+    again.begin(1)
     assert [again.told_nodes(), again.told_nodes()] == [(1,), (1, 2)]
     again.push(1, [Message(content(), 1, "train")])
     assert again.told_nodes() == (1, 2)
@@ -387,12 +407,14 @@ def test_refusal_is_told_again() -> None:
     tape = Tape(kept.append, patience_seconds=60.0, monotonic=time.monotonic)
     tape.keep_refusal("no such type")
     again = Tape(kept.append, patience_seconds=60.0, monotonic=time.monotonic)
-    again.load(kept)
+    again.load([BEGUN, *kept])
+    again.begin(1)
     with pytest.raises(RoundError, match="no such type"):
         again.told_pull(["1-0"], is_waiting=True)
 
 
-def test_record_that_was_begun_anew_starts_after_what_was() -> None:
+def test_record_that_was_begun_anew_starts_after_what_was_and_draws_from_its_own_seed() -> None:
     tape = Tape(lambda step: None, patience_seconds=60.0, monotonic=time.monotonic)
-    tape.load([GridStep(position=1, kind=ANEW, answer={"after": 7})])
+    tape.load([GridStep(position=1, kind=BEGIN, answer={"after": 7, "seed": 5})])
+    assert tape.begin(9) == 5
     assert (tape.is_played, tape.after, tape.position) == (True, 7, 2)
