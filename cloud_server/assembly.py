@@ -17,7 +17,13 @@ from cloud_server.audit.notary import Notary, list_key
 from cloud_server.db.engine import Database
 from cloud_server.downlink import Downlink
 from cloud_server.flower.driver import StrategyDriver
-from cloud_server.flower.strategies import WRAPPERS, build_strategy, is_folded
+from cloud_server.flower.strategies import (
+    WRAPPERS,
+    build_strategy,
+    is_differentially_private,
+    is_folded,
+    needs_reference,
+)
 from cloud_server.keys import CloudKeys
 from cloud_server.metrics import CloudMetrics
 from cloud_server.privacy.budget import PrivateRun
@@ -32,6 +38,7 @@ from cloud_server.release.publish import DEFAULT_RING, Publisher
 from cloud_server.release.releaser import CalibratingFinisher, GatedReleaser, Holdout
 from cloud_server.release.tuf_repository import TufRepository
 from cloud_server.release.tuf_signing import TufExpiry
+from cloud_server.rounds.buffered import check_buffered
 from cloud_server.rounds.plan import RunPlan, RunPorts
 from cloud_server.rounds.state import RoundPolicy
 from cloud_server.secure.opening import MaskingRules, check_strategy
@@ -186,6 +193,17 @@ def assemble(
     return Assembled(aggregator, downlink, sender, announcer, metrics)
 
 
+def check_bases(config: RunConfig, strategy: Any, *, has_app: bool) -> None:
+    """Raises `ConfigurationError` where updates of several bases do not go with the rest of the run."""
+    check_buffered(
+        with_masks(config.policy, config.masking),
+        is_private=config.privacy is not None,
+        is_adding_noise=is_differentially_private(strategy),
+        has_app=has_app,
+        needs_reference=needs_reference(strategy),
+    )
+
+
 def make_run_parts(
     base: Base,
     cloud: Assembled,
@@ -211,6 +229,7 @@ def make_run_parts(
     chosen = build_strategy(config.strategy, config.strategy_parameters)
     if config.masking is not None:
         check_strategy(chosen)
+    check_bases(config, chosen, has_app=False)
     strategy = StrategyDriver(
         chosen,
         manifest.params,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cloud_server.aggregate.fold import choose_device
-from cloud_server.assembly import Assembled, Base, RunConfig, make_run_parts, with_masks
+from cloud_server.assembly import Assembled, Base, RunConfig, check_bases, make_run_parts, with_masks
 from cloud_server.db.releases import load_models
 from cloud_server.deployment import Deployment
 from cloud_server.flower.serverapp import load_server_app, make_serverapp_runner
@@ -80,6 +80,7 @@ def prepare_run(deployment: Deployment, serverapp: str = "") -> PreparedRun | No
     strategy = build_strategy(config.strategy, config.strategy_parameters)
     is_central = config.privacy is not None and config.privacy.plan.mode == CENTRAL
     check_quorum(strategy, config.policy.quorum)
+    check_bases(config, strategy, has_app=app is not None)
     check_setup(config.masking, strategy, has_app=app is not None, is_central=is_central)
     helper = open_helper(deployment)
     is_trusting = needs_reference(strategy)
@@ -182,6 +183,9 @@ def run_config(deployment: Deployment) -> RunConfig:
         policy=RoundPolicy(
             quorum=run.quorum,
             goal=run.goal,
+            mode=run.mode,
+            max_staleness=run.max_staleness,
+            staleness_exponent=run.staleness_exponent,
             rounds=run.rounds,
             round_seconds=run.deadline_seconds,
             evaluate_seconds=run.evaluate_seconds,

@@ -46,9 +46,10 @@ class Refusal(StrEnum):
     ALREADY_ANSWERED = "already_answered"
     REPLAYED = "replayed"
     ROUND_CLOSED = "round_closed"
+    TOO_STALE = "too_stale"
 
 
-LATE = frozenset({Refusal.ROUND_CLOSED})
+LATE = frozenset({Refusal.ROUND_CLOSED, Refusal.TOO_STALE})
 """Refusals that say nothing against the device: the reply was sound, and too late."""
 
 TRAIN_METRICS: Final = frozenset({"loss_first", "loss_last", "update_norm"})

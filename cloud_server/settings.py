@@ -161,6 +161,29 @@ class RunSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     goal: Annotated[
         int, _option("Updates that close a round at once; 0 for all of the cohort.", ge=0, le=10**6)
     ] = 0
+    mode: Annotated[
+        Literal["sync", "buffered"],
+        _option(
+            "Whether a round folds updates of its own base only (sync), or the first `goal` updates that come, whatever"
+            " heads they were trained on (buffered)."
+        ),
+    ] = "sync"
+    max_staleness: Annotated[
+        int,
+        _option(
+            "Buffered: heads that may have come after the one that an update was trained on; a staler one is refused.",
+            ge=0,
+            le=1000,
+        ),
+    ] = 10
+    staleness_exponent: Annotated[
+        float,
+        _option(
+            "Buffered: (1 + staleness) to minus this is how much of a stale update's step counts; 0 for all of it.",
+            ge=0.0,
+            le=10.0,
+        ),
+    ] = 0.5
     deadline_seconds: Annotated[
         float, _option("Longest wait for updates, in seconds.", gt=0.0, le=2_592_000.0)
     ] = 600.0

@@ -73,6 +73,20 @@ class RunScenario(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     quorum_share: Annotated[
         float, _option("Share of the devices that opens and closes a round.", gt=0.0, le=1.0)
     ] = 0.5
+    goal_share: Annotated[
+        float,
+        _option("Share of the devices whose updates close a round at once; 0 for all.", ge=0.0, le=1.0),
+    ] = 0.0
+    mode: Annotated[
+        Literal["sync", "buffered"],
+        _option("Whether a round folds updates of its own base only, or the first ones that come."),
+    ] = "sync"
+    max_staleness: Annotated[
+        int, _option("Buffered: heads after which an update is refused.", ge=0, le=1000)
+    ] = 10
+    staleness_exponent: Annotated[
+        float, _option("Buffered: see `run.staleness_exponent` of the aggregator.", ge=0.0, le=10.0)
+    ] = 0.5
     deadline_seconds: Annotated[float, _option("Longest wait for updates.", gt=0.0, le=86_400.0)] = 120.0
     evaluate_every: Annotated[int, _option("Rounds between evaluations; 0 for never.", ge=0, le=10**6)] = 5
     max_operator_drop: Annotated[

@@ -85,12 +85,17 @@ def run_config(scenario: Scenario, *, devices: int, rounds: int, seed: int = 0) 
         seed: of the noise and the cohorts of a private run, which a simulation must be able to repeat.
     """
     run = scenario.run
+    quorum, goal = max(1, int(devices * run.quorum_share)), int(devices * run.goal_share)
     return RunConfig(
         run=RUN,
         strategy=run.strategy,
         strategy_parameters=run.parameters,
         policy=RoundPolicy(
-            quorum=max(1, int(devices * run.quorum_share)),
+            quorum=min(quorum, goal) if goal else quorum,
+            goal=goal,
+            mode=run.mode,
+            max_staleness=run.max_staleness,
+            staleness_exponent=run.staleness_exponent,
             rounds=rounds,
             round_seconds=run.deadline_seconds,
             evaluate_every=run.evaluate_every,

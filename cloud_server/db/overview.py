@@ -13,6 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from cloud_server.db.carried import load_moved, staleness
 from cloud_server.db.releases import HELD, RELEASED, ROLLED_BACK
 from cloud_server.db.schema import meta, orders, releases, rollouts, rounds, runs, updates
 
@@ -33,7 +34,10 @@ def list_rounds(connection: Connection, run: str = "", *, last: int = 0) -> list
 
 
 def show_round(connection: Connection, run: str, number: int) -> dict[str, Any] | None:
-    """One round with what became of each order and update; None where there is none."""
+    """One round with what became of each order and update; None where there is none.
+
+    Of each update it says on which base it was trained, in answer to which round, and how many heads came in between.
+    """
     found = connection.execute(sa.select(rounds).where((rounds.c.run == run) & (rounds.c.number == number)))
     row = found.one_or_none()
     if row is None:
@@ -52,10 +56,15 @@ def show_round(connection: Connection, run: str, number: int) -> dict[str, Any] 
         updates.c.size_bytes,
         updates.c.metrics,
         updates.c.received_at,
-    ).where((updates.c.run == run) & (updates.c.round == number))
+        orders.c.round.label("asked_in"),
+        orders.c.head_sha256.label("base_sha256"),
+    ).join_from(updates, orders, updates.c.order_id == orders.c.order_id)
+    update = update.where((updates.c.run == run) & (updates.c.round == number))
     facts["orders"] = [dict(one._mapping) for one in connection.execute(mine)]
+    moved = load_moved(connection, run)
     facts["updates"] = [
-        dict(one._mapping) for one in connection.execute(update.order_by(updates.c.received_at))
+        {**one._mapping, "staleness": staleness(moved, one.asked_in, number)}
+        for one in connection.execute(update.order_by(updates.c.received_at))
     ]
     return facts
 

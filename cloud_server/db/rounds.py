@@ -333,12 +333,6 @@ def load_orders(connection: Connection, run: str, round_number: int, kind: str) 
     ]
 
 
-def load_order_device(connection: Connection, order_id: bytes) -> str | None:
-    """Whose order it is, of whatever round."""
-    query = sa.select(orders.c.device).where(orders.c.order_id == order_id.hex())
-    return connection.execute(query).scalar_one_or_none()
-
-
 def set_order_state(
     connection: Connection, order_id: bytes, state: str, now: float, reason: str = ""
 ) -> None:

@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from cloud_server.db import carried
 from cloud_server.db import rounds as books
+from cloud_server.db.engine import Connection
 from cloud_server.influence import capped_weights
 from cloud_server.privacy.budget import EXHAUSTED
 from cloud_server.rounds import events as ev
+from cloud_server.rounds.chronicle import Origin
 from cloud_server.rounds.head_step import StepTaken
 from cloud_server.rounds.intake import Intake
 from cloud_server.rounds.orders import expected_reply, order_message, round_norm, round_train
@@ -95,6 +98,10 @@ class Desk(ABC):
         """What came from elsewhere than the fleet since the last turn."""
         return None
 
+    def note_accepted(self, order: books.OrderRow) -> None:
+        """A device is at work on its order."""
+        return
+
     def take_masking(self, device: str, body: Body) -> ev.Event | None:
         """What a device sent for a masked round; a run without masks has no use for it."""
         return None
@@ -106,7 +113,8 @@ class Desk(ABC):
     # ---- actions ----
 
     def _send_orders(self, action: ev.SendOrders) -> None:
-        orders = [self._orders[device] for device in action.devices]
+        # Who is at work on the order of an earlier round is not sent it again.
+        orders = [self._orders[device] for device in action.devices if device in self._orders]
         if not orders:
             return
         self._invite(is_open=True, deadline=orders[0].deadline)
@@ -120,7 +128,7 @@ class Desk(ABC):
         row, now = self._open_row(), self._ports.clock.now()
         kind, state = ("train", "folding") if row.state == "training" else ("evaluate", "deciding")
         with self._database.transaction(fence=self._ports.fence) as connection:
-            books.expire_orders(connection, self._plan.run, row.number, kind, now)
+            self._end_orders(connection, row, kind, now)
             books.update_round(connection, self._plan.run, row.number, state=state)
         self._round = replace(row, state=state)
         self._intake.close()
@@ -133,6 +141,10 @@ class Desk(ABC):
         _log.info("run_finished", run=self._plan.run, status=status, reason=action.reason)
 
     # ---- parts ----
+
+    def _end_orders(self, connection: Connection, row: books.RoundRow, kind: str, now: float) -> None:
+        """Ends what is still open of a collection, in the transaction that closes it."""
+        books.expire_orders(connection, self._plan.run, row.number, kind, now)
 
     def _open_row(self) -> books.RoundRow:
         if self._round is None:
@@ -240,17 +252,50 @@ class Desk(ABC):
         """The committed updates of a round."""
         with self._database.read() as connection:
             rows = books.load_updates(connection, self._plan.run, row.number, "train")
-            orders = books.load_orders(connection, self._plan.run, row.number, "train")
-        train = round_train(row)
-        nodes = self._ports.nodes
-        bound = round_norm(row)
-        expected = {
-            order.order_id: expected_reply(self._plan, order, train, nodes.max_examples(order.device), bound)
+            orders = list(carried.load_orders_of_stored(connection, self._plan.run, row.number).values())
+            origins = self._origins(connection, row)
+        exponent = float(row.config.get("buffered", {}).get("exponent", 0.0))
+        return StoredReplies(
+            self._database,
+            self._ports.blobs,
+            rows,
+            self._expectations(orders, round_norm(row)),
+            {order.device: self._ports.nodes.node_id(order.device) for order in orders},
+            self._intake.kept,
+            {update_id: origin.factor(exponent) for update_id, origin in origins.items()},
+        )
+
+    def _expectations(
+        self, orders: Sequence[books.OrderRow], norm_bound: float = math.inf
+    ) -> dict[bytes, Expected]:
+        """What the replies to training orders must be like, each as its own round asked; by order id."""
+        if not orders:
+            return {}
+        oldest = min(order.round_number for order in orders)
+        with self._database.read() as connection:
+            known = books.load_rounds(connection, self._plan.run, last=self._last_number - oldest + 1)
+        train = {row.number: round_train(row) for row in known if row.number >= oldest}
+        cap = self._ports.nodes.max_examples
+        return {
+            order.order_id: expected_reply(
+                self._plan, order, train[order.round_number], cap(order.device), norm_bound
+            )
             for order in orders
         }
-        node_ids = {order.device: nodes.node_id(order.device) for order in orders}
-        kept = self._intake.kept
-        return StoredReplies(self._database, self._ports.blobs, rows, expected, node_ids, kept)
+
+    def _origins(self, connection: Connection, row: books.RoundRow) -> dict[bytes, Origin]:
+        """Where the stored updates of a round come from, if it is a buffered one; by update id."""
+        if "buffered" not in row.config:
+            return {}
+        run = self._plan.run
+        moved = carried.load_moved(connection, run)
+        orders = carried.load_orders_of_stored(connection, run, row.number)
+        found = {}
+        for update in books.load_updates(connection, run, row.number, "train"):
+            order = orders[update.order_id]
+            stale = carried.staleness(moved, order.round_number, row.number)
+            found[update.update_id] = Origin(order.head_sha256, order.round_number, stale)
+        return found
 
     def _forget(self, keys: Iterable[str]) -> None:
         """After the commit; a blob that stays behind because the process ends here is only space."""

@@ -36,10 +36,17 @@ class RunPaused:
 
 @dataclass(frozen=True, slots=True)
 class RoundOpened:
-    """The round with its orders is committed."""
+    """The round with its orders is committed.
+
+    Attributes:
+        carried: who is still at work on an order of an earlier round, in a buffered run.
+        answered: whose update is in the buffer already.
+    """
 
     devices: tuple[str, ...]
     deadline: float
+    carried: tuple[str, ...] = ()
+    answered: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cloud_server.db import rounds as books
+from cloud_server.db.carried import TOO_STALE, load_past_order
 from cloud_server.db.devices import QUARANTINED, load_status
 from cloud_server.db.durability import Promise, newest_promise, number_update
 from cloud_server.db.engine import Connection, Database
@@ -84,6 +85,8 @@ class Intake:
         self._expected: Mapping[bytes, Expected] = {}
         self._members: Mapping[str, Expected] = {}
         self._answered: set[bytes] = set()
+        self._carried: dict[bytes, Expected] = {}
+        self._carried_into = 0
         self.kept = KeptUpdates()
         self.unbooked_total: Counter[str] = Counter()
         self.strikes_total: Counter[str] = Counter()
@@ -92,13 +95,23 @@ class Intake:
     def open(self, expected: Mapping[bytes, Expected], answered: set[bytes]) -> None:
         """Begins a collection: what each order asks for, and the orders that have their reply already."""
         self._expected = expected
-        self._members = {each.device: each for each in expected.values()}
         self._answered = answered
+        self._meet_members()
         self.kept.clear()
+
+    def carry(self, expected: Mapping[bytes, Expected], round_number: int) -> None:
+        """Takes updates of earlier rounds' orders, too, whether or not something is collected now.
+
+        Args:
+            round_number: that they count in.
+        """
+        self._carried, self._carried_into = dict(expected), round_number
+        self._meet_members()
 
     def close(self) -> None:
         """Ends the collection; what it kept is for its fold."""
-        self._expected, self._members, self._answered = {}, {}, set()
+        self._expected, self._answered = {}, set()
+        self._meet_members()
 
     def take(self, arrival: Arrival) -> tuple[Receipt, Event | None]:
         """Screens and stores one reply.
@@ -133,15 +146,25 @@ class Intake:
             promise = Promise() if isinstance(outcome, Refusal) else number_update(connection)
             if is_booked:
                 self._insert(connection, reply, arrival, outcome, blob, _norm_of(screened))
-            if isinstance(outcome, Refusal) and reply.order_id in self._expected and (is_booked or is_fresh):
+            is_asked = self._asked(reply.order_id) is not None
+            if isinstance(outcome, Refusal) and is_asked and (is_booked or is_fresh):
                 struck = self._strike(connection, arrival.device, outcome)
         if isinstance(outcome, Refusal):
             self._note_strike(arrival.device, outcome, struck)
-        elif isinstance(screened, Screened):
+        elif isinstance(screened, Screened) and reply.order_id in self._expected:
+            # One that is carried is clipped by the bound of the round that folds it, which may not be open yet.
             self.kept.put(reply.update_id, screened)
         if not is_booked:
             self.unbooked_total[str(outcome)] += 1
         return self._concluded(reply, arrival, outcome, promise)
+
+    def _asked(self, order_id: bytes) -> Expected | None:
+        """What an order asked for that may be answered now."""
+        return self._expected.get(order_id) or self._carried.get(order_id)
+
+    def _meet_members(self) -> None:
+        asked = (*self._carried.values(), *self._expected.values())
+        self._members = {each.device: each for each in asked}
 
     def _take_malformed(self, arrival: Arrival) -> tuple[Receipt, Event | None]:
         """Signed bytes that are no reply: refused without a row, since they name no id.
@@ -189,7 +212,7 @@ class Intake:
         """A sound update, the weight of a sound evaluation, or why a reply is refused."""
         if len(arrival.body) > INLINE_BYTES and self._is_quarantined(arrival.device):
             return Refusal.QUARANTINED  # before its bytes are put into the store
-        expected = self._expected.get(reply.order_id)
+        expected = self._asked(reply.order_id)
         if expected is None:
             return Refusal.UNKNOWN_ORDER
         if arrival.header.schema not in (b"", expected.graphs_sha256):
@@ -216,9 +239,9 @@ class Intake:
         if outcome in (Refusal.UNKNOWN_ORDER, Refusal.FOREIGN_ORDER):
             return False
         if outcome is Refusal.QUARANTINED:
-            expected = self._expected.get(reply.order_id)
+            expected = self._asked(reply.order_id)
             return expected is not None and expected.device == device
-        if outcome is Refusal.ROUND_CLOSED:
+        if outcome in LATE:
             return not books.has_reply(connection, reply.order_id, device)
         return True
 
@@ -244,10 +267,13 @@ class Intake:
         return True
 
     def _past_order(self, connection: Connection, reply: Update | Evaluation, device: str) -> Refusal:
-        owner = books.load_order_device(connection, reply.order_id)
-        if owner is None:
+        found = load_past_order(connection, reply.order_id)
+        if found is None:
             return Refusal.UNKNOWN_ORDER
-        return Refusal.ROUND_CLOSED if owner == device else Refusal.FOREIGN_ORDER
+        owner, reason = found
+        if owner != device:
+            return Refusal.FOREIGN_ORDER
+        return Refusal.TOO_STALE if reason == TOO_STALE else Refusal.ROUND_CLOSED
 
     def _insert(
         self,
@@ -265,7 +291,7 @@ class Intake:
         row = books.UpdateRow(
             update_id=reply.update_id,
             order_id=reply.order_id,
-            round_number=reply.round_number,
+            round_number=self._carried_into if reply.order_id in self._carried else reply.round_number,
             device=arrival.device,
             kind="train" if isinstance(reply, Update) else "evaluate",
             state=state,
@@ -286,7 +312,7 @@ class Intake:
             books.set_order_state(connection, reply.order_id, "answered", now)
 
     def _keeps_metrics(self, order_id: bytes) -> bool:
-        expected = self._expected.get(order_id)
+        expected = self._asked(order_id)
         return expected is None or expected.keeps_metrics
 
     def _concluded(
@@ -294,8 +320,9 @@ class Intake:
     ) -> tuple[Receipt, Event | None]:
         if not isinstance(outcome, Refusal):
             self._answered.add(reply.order_id)
+            self._carried.pop(reply.order_id, None)
             return _receipt(reply.update_id, arrival, None, promise), ReplyStored(arrival.device)
-        expected = self._expected.get(reply.order_id)
+        expected = self._asked(reply.order_id)
         is_of_member = expected is not None and expected.device == arrival.device
         event = ReplyRefused(arrival.device) if is_of_member else None
         return _receipt(reply.update_id, arrival, outcome), event

@@ -118,11 +118,21 @@ def _opened(state: RoundState, event: RoundOpened, now: float, policy: RoundPoli
         state,
         phase=Phase.KEYS if is_pairwise else Phase.TRAINING,
         round_number=state.round_number + 1,
-        cohort=Collection.of(dict.fromkeys(event.devices, Standing.WAITING)),
+        cohort=_cohort_of(event, state.present),
         deadline=min(event.deadline, now + policy.mask_seconds) if is_pairwise else event.deadline,
         resend_at=now + policy.resend_seconds,
     )
-    return state, (SendOrders(event.devices),)
+    if not event.answered:
+        return state, (SendOrders(event.devices),)
+    state, actions = _close_if_over(state, now, policy)
+    return state, (SendOrders(event.devices), *actions)
+
+
+def _cohort_of(event: RoundOpened, present: frozenset[str]) -> Collection:
+    members = dict.fromkeys(event.devices, Standing.WAITING)
+    for device in event.carried:
+        members[device] = Standing.ACCEPTED if device in present else Standing.LOST
+    return Collection.of({**members, **dict.fromkeys(event.answered, Standing.ANSWERED)})
 
 
 def _not_opened(state: RoundState, event: RoundNotOpened, now: float, policy: RoundPolicy) -> Step:

@@ -71,7 +71,7 @@ class Performer(Desk):
             if budget is not None:
                 budget.prepare(number, len(devices))
             plan = self._ports.strategy.plan_train(number, self.head, sorted(devices), seed)
-            members = [(devices[node_id], node_id) for node_id in plan.node_ids]
+            members = self._free(plan, devices)
             terms = self._committed_terms(number, [device for device, _ in members])
         except BudgetError as error:
             _log.warning("privacy_budget_spent", reason=str(error), hint=error.hint)
@@ -96,15 +96,33 @@ class Performer(Desk):
             node_ids=plan.node_ids,
             started=now,
         )
-        orders = make_orders(self._seed, number, "train", members, self.head.sha256, row.deadline)
+        deadline = self._order_deadline(row)
+        orders = make_orders(self._seed, number, "train", members, self.head.sha256, deadline)
         with self._database.transaction(fence=self._ports.fence) as connection:
+            self._leave_buffer(connection, number)
             books.insert_round(connection, self._plan.run, row)
             books.insert_orders(connection, self._plan.run, orders, now)
             if budget is not None:
                 budget.commit(connection, len(orders), now)
         self._round, self._last_number = row, number
-        self._listen(orders, set())
         _log.info("round_opened", run=self._plan.run, round=number, cohort=len(orders))
+        return self._opened(orders, row)
+
+    def _free(self, plan: Plan, devices: Mapping[int, str]) -> list[tuple[str, int]]:
+        """(device, node id) of everybody who was drawn."""
+        return [(devices[node_id], node_id) for node_id in plan.node_ids]
+
+    def _order_deadline(self, row: books.RoundRow) -> float:
+        """Until when a device may work on an order of a round."""
+        return row.deadline
+
+    def _leave_buffer(self, connection: Connection, number: int) -> None:
+        """What a buffered run, before the settings said otherwise, stored for this round is on no base of it."""
+        books.end_updates(connection, self._plan.run, number, "train", "discarded", "not_buffered")
+
+    def _opened(self, orders: Sequence[books.OrderRow], row: books.RoundRow) -> ev.Event:
+        """After the commit: the round collects."""
+        self._listen(orders, set())
         return ev.RoundOpened(tuple(order.device for order in orders), row.deadline)
 
     def _privacy(self) -> dict[str, str]:
@@ -137,9 +155,20 @@ class Performer(Desk):
             self._check_held_out(base, step.head)
         except (RoundError, ModelError, PeerError) as error:
             return ev.FoldDone(str(error))
-        measured = {"train_devices": float(len(replies)), **self._measured_norm(row.number)}
+        measured = {
+            "train_devices": float(len(replies)),
+            **self._measured_norm(row.number),
+            **self._measured_staleness(row),
+        }
         self._folded = (step, {**folded.metrics, **measured})
         return ev.FoldDone()
+
+    def _measured_staleness(self, row: books.RoundRow) -> dict[str, float]:
+        with self._database.read() as connection:
+            stale = [origin.staleness for origin in self._origins(connection, row).values()]
+        if not stale:
+            return {}
+        return {"staleness_mean": sum(stale) / len(stale), "staleness_max": float(max(stale))}
 
     def _take_step(self, row: books.RoundRow, base: Checkpoint, folded: Aggregate) -> StepTaken:
         finisher, buffers = self._ports.finisher, folded.buffers
@@ -183,6 +212,7 @@ class Performer(Desk):
         values = {"state": state, "head_sha256": head.sha256, "metrics": dict(metrics), "ended": now}
         with self._database.transaction(fence=self._ports.fence) as connection:
             rows = books.load_updates(connection, run, row.number, "train")
+            origins = self._origins(connection, row)
             books.insert_head(connection, run, head, now)
             outdated = books.forget_patches(connection, run, row.number)
             exported = self._ports.strategy.export_state()
@@ -190,7 +220,7 @@ class Performer(Desk):
             books.end_updates(connection, run, row.number, "train", "folded")
             books.update_round(connection, run, row.number, **values)
             self._end_charge(connection, row.number)
-            note_round(connection, ROUND_FOLDED, run, row, rows, now, head=head.sha256.hex())
+            note_round(connection, ROUND_FOLDED, run, row, rows, now, origins, head=head.sha256.hex())
         self._round = replace(row, state=state, head_sha256=head.sha256, metrics=metrics)
         self._move_head(step, row.number)
         self._folded, self._orders = None, {}
@@ -209,7 +239,7 @@ class Performer(Desk):
         except QuorumError:
             plan = Plan((), {})
         deadline = now + self._plan.policy.evaluate_seconds
-        members = [(devices[node_id], node_id) for node_id in plan.node_ids]
+        members = self._free(plan, devices)
         orders = make_orders(self._seed, row.number, "evaluate", members, self.head.sha256, deadline)
         with self._database.transaction(fence=self._ports.fence) as connection:
             books.insert_orders(connection, self._plan.run, orders, now)
@@ -264,9 +294,8 @@ class Performer(Desk):
     def _fail_round(self, action: ev.FailRound) -> None:
         row, now, run = self._open_row(), self._ports.clock.now(), self._plan.run
         with self._database.transaction(fence=self._ports.fence) as connection:
-            rows = books.load_updates(connection, run, row.number, "train")
-            books.expire_orders(connection, run, row.number, "train", now)
-            books.end_updates(connection, run, row.number, "train", "discarded", "round_failed")
+            self._end_orders(connection, row, "train", now)
+            rows = self._drop_updates(connection, row)
             books.update_round(connection, run, row.number, state="failed", ended=now, reason=action.reason)
             note_round(connection, ROUND_FAILED, run, row, rows, now)
             state = books.load_strategy_state(connection, run)
@@ -278,6 +307,12 @@ class Performer(Desk):
         _log.warning("round_failed", run=run, round=row.number, reason=action.reason)
 
     # ---- parts ----
+
+    def _drop_updates(self, connection: Connection, row: books.RoundRow) -> list[books.UpdateRow]:
+        """In the transaction that fails a round: ends its updates, and returns them."""
+        rows = books.load_updates(connection, self._plan.run, row.number, "train")
+        books.end_updates(connection, self._plan.run, row.number, "train", "discarded", "round_failed")
+        return rows
 
     def _end_charge(self, connection: Connection, number: int) -> None:
         """In the transaction that ends a round's use of noise; what it was charged stays charged."""

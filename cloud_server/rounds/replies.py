@@ -2,13 +2,16 @@
 
 Laws of the file: the order is that of the update ids, whatever the order of arrival; each pass holds one
 reply, decoded anew unless it was kept since it was screened; what is read back is checked against the digest
-that was committed with it; a reply weighs what was committed, however its numbers came here.
+that was committed with it; a reply weighs what was committed, however its numbers came here, and of a stale one the
+same part of its step counts each time.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
 
 from cloud_server.db import rounds as books
 from cloud_server.db.engine import Database
@@ -26,6 +29,7 @@ class StoredReplies:
         rows: from `load_updates`, in the canonical order.
         expected: what each order asked for, by order id.
         node_ids: device → node id.
+        factors: what of a stale update's step counts, by update id; 1 for whoever is not there.
         kept: updates that this process has decoded already; the first pass takes them out.
     """
 
@@ -37,6 +41,7 @@ class StoredReplies:
         expected: Mapping[bytes, Expected],
         node_ids: Mapping[str, int],
         kept: KeptUpdates | None = None,
+        factors: Mapping[bytes, float] | None = None,
     ) -> None:
         self._database = database
         self._blobs = blobs
@@ -44,6 +49,7 @@ class StoredReplies:
         self._expected = expected
         self._node_ids = node_ids
         self._kept = KeptUpdates() if kept is None else kept
+        self._factors = factors or {}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -59,11 +65,12 @@ class StoredReplies:
 
     def _reply(self, row: books.UpdateRow) -> Reply:
         screened = self._kept.take(row.update_id) or self._read(row)
+        factor = self._factors.get(row.update_id, 1.0)
         return Reply(
             node_id=self._node_ids[row.device],
             num_examples=row.num_examples,
             metrics=row.metrics,
-            update=screened.update,
+            update=screened.update if factor == 1.0 else screened.update * np.float32(factor),
             buffers=screened.buffers,
             norm=screened.norm,
         )

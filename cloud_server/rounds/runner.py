@@ -139,6 +139,8 @@ class RoundRunner:
             with self._ports.database.transaction(fence=self._ports.fence) as connection:
                 now = self._ports.clock.now()
                 books.set_order_state(connection, order.order_id, "declined", now, join.reason)
+        else:
+            self._desk.note_accepted(order)
         self._queue.append(ev.JoinArrived(device, join.accepted))
 
     def on_masking(self, device: str, body: MaskKeys | MaskShares | MaskOpened) -> None:

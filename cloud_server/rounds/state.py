@@ -15,6 +15,7 @@ from wire.errors import ConfigurationError
 
 NEVER = math.inf
 SecurePolicy = Literal["plain", "pairwise", "two_server"]
+RoundMode = Literal["sync", "buffered"]
 
 
 class Phase(StrEnum):
@@ -77,6 +78,10 @@ class RoundPolicy:
         secure: who sees single updates: the cloud (plain), or nobody, by masks that devices agree on (pairwise) or that
             a helper takes away (two_server).
         mask_seconds: longest wait in each of the phases that only masked rounds have.
+        mode: whether a round folds updates of its own base only (sync), or the first `goal` updates that come, whatever
+            heads they were trained on (buffered).
+        max_staleness: buffered: an update counts until so many heads came after the one that it was trained on.
+        staleness_exponent: buffered: of the step of an update that is s heads old, (1 + s) to minus this counts.
 
     Raises:
         ConfigurationError: (operator) a value out of bounds; names it.
@@ -96,6 +101,9 @@ class RoundPolicy:
     folds_always: bool = False
     secure: SecurePolicy = "plain"
     mask_seconds: float = 60.0
+    mode: RoundMode = "sync"
+    max_staleness: int = 10
+    staleness_exponent: float = 0.5
 
     def __post_init__(self) -> None:
         least = {
@@ -111,6 +119,8 @@ class RoundPolicy:
             "rounds": 0,
             "evaluate_every": 0,
             "mask_seconds": 1e-3,
+            "max_staleness": 0,
+            "staleness_exponent": 0,
         }
         for name, bound in least.items():
             value = getattr(self, name)
@@ -124,6 +134,17 @@ class RoundPolicy:
                 hint="a round that closes at its goal could never be folded: raise goal or lower quorum",
                 name="goal",
             )
+        if self.is_buffered and not self.goal:
+            raise ConfigurationError(
+                "rounds: a buffered round ends when so many updates are in, and goal is 0",
+                hint="set run.goal to a tenth to a fifth of the devices that are at work at a time",
+                name="goal",
+            )
+
+    @property
+    def is_buffered(self) -> bool:
+        """Whether an update outlives the round that asked for it."""
+        return self.mode == "buffered"
 
     @property
     def is_masked(self) -> bool:

@@ -14,6 +14,8 @@ from cloud_server.downlink import Downlink
 from cloud_server.flower.strategies import is_folded
 from cloud_server.privacy.budget import CENTRAL
 from cloud_server.registry import Registry
+from cloud_server.rounds.buffered import BufferedPerformer
+from cloud_server.rounds.performer import Performer
 from cloud_server.rounds.plan import RunPlan, RunPorts
 from cloud_server.rounds.runner import RoundRunner
 from cloud_server.rounds.state import SecurePolicy
@@ -117,7 +119,7 @@ def make_runner(
         ConfigurationError: (operator) a model with buffers, or noise of the aggregator, under masks; or no helper.
     """
     if rules is None:
-        return RoundRunner(plan, ports)
+        return RoundRunner(plan, ports, make_desk=BufferedPerformer if plan.policy.is_buffered else Performer)
     if ports.budget is not None and ports.budget.plan.mode == CENTRAL:
         raise _excluded("noise that the aggregator adds")
     if rules.policy == "two_server":

@@ -344,6 +344,7 @@ def test_strikes_are_only_for_what_speaks_against_the_device() -> None:
         Refusal.QUARANTINED,
         Refusal.REPLAYED,
         Refusal.ROUND_CLOSED,
+        Refusal.TOO_STALE,
     }
     assert spared.isdisjoint(STRIKING)
     assert spared | STRIKING == set(Refusal)
