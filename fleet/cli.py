@@ -7,7 +7,6 @@ heavy is imported before a command needs it. Source: docs/reference.md.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fleet.chaos_command import EXIT_VIOLATION, add_chaos, run_chaos
 from process.arguments import CommandParser, path, whole_number
 from process.exits import run_cli
 from wire.errors import ConfigurationError, StorageError
@@ -26,9 +26,7 @@ MAX_DEVICES = 100_000
 MAX_ROUNDS = 1_000_000
 MAX_SEED = 2**31 - 1
 MAX_ATTACKERS = 0.9
-MAX_FAULTS = 10_000
 MAX_LOAD = 50_000
-EXIT_VIOLATION = 1
 ATTACKS = ("sign_flip", "boost", "label_flip", "alie", "ipm", "noise", "backdoor")
 """Those of `fleet.attacks`, which is not imported before it is needed."""
 
@@ -40,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     options = _parser().read(arguments)
-    handler = {"demo": _demo, "simulate": _simulate, "chaos": _chaos, "load": _load}[options.command]
+    handler = {"demo": _demo, "simulate": _simulate, "chaos": run_chaos, "load": _load}[options.command]
     return handler(options)
 
 
@@ -85,26 +83,7 @@ def _parser() -> CommandParser:
     )
     simulate.add_argument("--out", type=path, metavar="DIR", help="folder for report.json and report.html")
     simulate.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
-    chaos = commands.add_parser("chaos", help="many whole fleets under faults, on virtual time")
-    chaos.add_argument(
-        "--seeds", type=whole_number(1, MAX_ROUNDS), default=100, help="histories, one for each seed (100)"
-    )
-    chaos.add_argument(
-        "--first-seed", type=whole_number(0, MAX_SEED), default=0, help="the first of them (0)"
-    )
-    chaos.add_argument(
-        "--faults", type=whole_number(0, MAX_FAULTS), default=10, help="faults in each history (10)"
-    )
-    chaos.add_argument(
-        "--workers", type=whole_number(0, 1024), default=0, help="processes; 0 for one a core (0)"
-    )
-    chaos.add_argument("--seed", type=whole_number(0, MAX_SEED), help="play this one history again")
-    chaos.add_argument(
-        "--trace",
-        action="store_true",
-        help="with --seed: print what happened, line by line, to standard error",
-    )
-    chaos.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
+    add_chaos(commands)
     load = commands.add_parser(
         "load", help="thousands of light agents on real connections, one round, one release"
     )
@@ -167,27 +146,6 @@ def _simulate(options: argparse.Namespace) -> int:
     with _folder(options.out):
         report = simulate(scenario, devices=options.devices, rounds=options.rounds, seed=options.seed)
     return _show(options, report, options.out)
-
-
-def _chaos(options: argparse.Namespace) -> int:
-    from fleet.chaos.campaign import render, replay, run_campaign
-
-    # What is logged is every warning of a fleet that is being broken on purpose.
-    logging.disable(logging.CRITICAL)
-    if options.trace and options.seed is None:
-        raise ConfigurationError("--trace shows one history", hint="say which: --seed N --trace")
-    if options.seed is None:
-        report = run_campaign(
-            seeds=options.seeds,
-            first_seed=options.first_seed,
-            faults=options.faults,
-            workers=options.workers,
-        )
-    else:
-        tell = (lambda line: print(line, file=sys.stderr)) if options.trace else None
-        report = replay(seed=options.seed, faults=options.faults, tell=tell)
-    print(report.to_json() if options.json else render(report), end="")
-    return EXIT_VIOLATION if report.violations else 0
 
 
 def _load(options: argparse.Namespace) -> int:

@@ -70,7 +70,7 @@ def test_broker_ends_when_its_parent_is_killed(kind: str, tmp_path: Path) -> Non
 def test_auto_takes_the_embedded_broker_where_mosquitto_is_absent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wire.transport.broker._find_mosquitto", lambda: None)
+    monkeypatch.setattr("wire.transport.broker.find_mosquitto", lambda: None)
     with start_broker(folder=tmp_path) as broker:
         assert broker.kind == "embedded"
     with pytest.raises(BrokerError, match="not on PATH") as raised:

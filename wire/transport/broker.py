@@ -32,7 +32,15 @@ from wire.transport.broker_configuration import (
 from wire.transport.broker_probe import end_session, probe
 from wire.transport.dial import describe
 
-__all__ = ["BrokerLimits", "BrokerTls", "RunningBroker", "end_session", "probe", "start_broker"]
+__all__ = [
+    "BrokerLimits",
+    "BrokerTls",
+    "RunningBroker",
+    "end_session",
+    "find_mosquitto",
+    "probe",
+    "start_broker",
+]
 
 Kind = Literal["auto", "mosquitto", "embedded"]
 
@@ -236,7 +244,7 @@ def _check_address(kind: Kind, host: str, tls: BrokerTls | None) -> None:
 
 def _command(kind: Kind, tls: BrokerTls | None) -> tuple[str, ...]:
     """("mosquitto" or "embedded", program, arguments…) without the configuration file, which comes last."""
-    mosquitto = _find_mosquitto() if kind != "embedded" else None
+    mosquitto = find_mosquitto() if kind != "embedded" else None
     if mosquitto is not None:
         return ("mosquitto", "/bin/sh", "-c", _WITH_PARENT, "sh", mosquitto, "-c")
     if kind == "mosquitto" or tls is not None:
@@ -250,7 +258,8 @@ def _command(kind: Kind, tls: BrokerTls | None) -> tuple[str, ...]:
     return ("embedded", sys.executable, "-m", "wire.transport.broker_process")
 
 
-def _find_mosquitto() -> str | None:
+def find_mosquitto() -> str | None:
+    """Where mosquitto is on this machine; None where it is not."""
     # Debian puts it where only root's PATH looks.
     return shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
 
