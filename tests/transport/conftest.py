@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
@@ -58,11 +58,18 @@ def join(loop: SelectorLoop) -> Iterator[Join]:
     clients: list[MqttTransport] = []
 
     def start(
-        port: int, client_id: str, *filters: str, will: Packet | None = None, qos: int = 1, **options: object
+        port: int,
+        client_id: str,
+        *filters: str,
+        will: Packet | None = None,
+        qos: int = 1,
+        muted: Sequence[str] = (),
+        **options: object,
     ) -> Client:
         given = {"loop": loop, "backoff": FAST, "host": "127.0.0.1", **options}
         client = MqttTransport(client_id, port=port, **given)  # type: ignore[arg-type]
         mailbox = Mailbox()
+        client.mute(muted)
         client.start(mailbox, filters=[(name, qos) for name in filters], will=will)
         clients.append(client)
         return client, mailbox

@@ -18,6 +18,7 @@ from tests.transport.conftest import FAST, KINDS, Join
 from tests.transport.mailbox import DEADLINE_SECONDS, Mailbox
 from wire.backoff import Backoff
 from wire.errors import BackpressureError, ConfigurationError, OversizeError
+from wire.traffic import Traffic
 from wire.transport import Connected, Disconnected, Packet, Published, Received
 from wire.transport.broker import BrokerLimits, RunningBroker, start_broker
 from wire.transport.dial import BoundedSocket
@@ -372,6 +373,61 @@ def _closed_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port: int = server.getsockname()[1]
         return port
+
+
+def test_muted_filter_costs_nothing_until_it_is_listened_to_again(
+    mosquitto: RunningBroker, join: Join, name: str
+) -> None:
+    """Also of a session that the broker kept from a life that listened. (The embedded broker, of one machine, goes on
+    sending.)"""
+    sender, sent = join(mosquitto.port, f"{name}-sender", f"{name}/none")
+    sent.next(Connected)
+    first, events = join(mosquitto.port, name, f"{name}/bulk", f"{name}/small")
+    events.next(Connected)
+    first.stop()
+    client, events = join(mosquitto.port, name, f"{name}/bulk", f"{name}/small", muted=[f"{name}/bulk"])
+    assert events.next(Connected)
+    for _ in range(2):
+        sender.publish(Packet(f"{name}/bulk", b"large", retain=True))
+        sender.publish(Packet(f"{name}/small", b"s"))
+        assert events.next(Received).packet.topic == f"{name}/small"
+    client.mute([])
+    assert events.next(Received).packet == Packet(f"{name}/bulk", b"large", retain=True)
+    client.mute([f"{name}/bulk"])
+    client.drop()
+    events.next(Disconnected)
+    events.next(Connected)
+    sender.publish(Packet(f"{name}/bulk", b"large"))
+    sender.publish(Packet(f"{name}/small", b"again"))
+    assert events.next(Received).packet.payload == b"again"
+
+
+def test_traffic_is_what_the_kernel_counts(mosquitto: RunningBroker, join: Join, name: str) -> None:
+    sender, sent = join(mosquitto.port, f"{name}-sender", f"{name}/none")
+    reader, received = join(mosquitto.port, name, f"{name}/a")
+    received.next(Connected)
+    sent.next(Connected)
+    before = traffic(sender), traffic(reader)
+    for _ in range(20):
+        sender.publish(Packet(f"{name}/a", bytes(10_000)))
+    received.take(Received, 20)
+    sent.take(Published, 20)
+    up, down = (
+        traffic(sender).sent_bytes - before[0].sent_bytes,
+        traffic(reader).received_bytes - before[1].received_bytes,
+    )
+    assert 200_000 < up < 230_000, "payloads, topics, and the headers of their segments"
+    assert 200_000 < down < 230_000
+    ended = traffic(sender).total_bytes
+    sender.drop()
+    sent.next(Disconnected)
+    assert traffic(sender).total_bytes >= ended, "a connection that ended is not forgotten"
+
+
+def traffic(client: MqttTransport) -> Traffic:
+    found = client.traffic()
+    assert found is not None
+    return found
 
 
 class _NotingLoop(SelectorLoop):

@@ -16,6 +16,7 @@ import ssl
 import threading
 from collections.abc import Callable
 
+from wire.traffic import TrafficMeter
 from wire.transport import REFUSED_IN_TLS, UNTRUSTED
 from wire.transport.selector import SelectorLoop
 
@@ -34,9 +35,13 @@ class BoundedSocket:
         connected: a non-blocking, connected socket (TLS done, where used).
         max_read_bytes: the largest single read that is allowed: paho asks for the whole rest of a packet at
             once.
+        meter: counts what the connection costs.
     """
 
-    def __init__(self, connected: socket.socket, max_read_bytes: int) -> None:
+    def __init__(
+        self, connected: socket.socket, max_read_bytes: int, meter: TrafficMeter | None = None
+    ) -> None:
+        self._meter = meter
         self._socket = connected
         self._max_read_bytes = max_read_bytes
         self._buffer = b""
@@ -79,6 +84,8 @@ class BoundedSocket:
         return len(self._buffer) - self._position + hidden
 
     def close(self) -> None:
+        if self._meter is not None:
+            self._meter.read(self._socket)
         self._socket.close()
 
     def fileno(self) -> int:
@@ -118,8 +125,10 @@ class Dial:
         *,
         max_read_bytes: int,
         done: Done,
+        meter: TrafficMeter,
     ) -> None:
         self._loop = loop
+        self._meter = meter
         self._host = host
         # For a text, the resolver loads the code of international names (0.4 MiB).
         self._asked: str | bytes = host.encode("ascii") if host.isascii() else host
@@ -200,6 +209,7 @@ class Dial:
             return
         attempt.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._tls is None:
+            self._meter.watch(attempt)
             self._succeed()
             return
         try:
@@ -209,6 +219,7 @@ class Dial:
         except (OSError, ValueError) as error:
             self._finish(None, describe(error))
             return
+        self._meter.watch(self._socket)
         self._loop.register(self._socket, selectors.EVENT_READ | selectors.EVENT_WRITE, self._shake)
 
     def _shake(self, _events: int) -> None:
@@ -230,12 +241,13 @@ class Dial:
     def _succeed(self) -> None:
         connected, self._socket = self._socket, None
         if connected is not None:
-            self._finish(BoundedSocket(connected, self._max_read_bytes), "")
+            self._finish(BoundedSocket(connected, self._max_read_bytes, self._meter), "")
 
     def _finish(self, connected: BoundedSocket | None, reason: str) -> None:
         self._deadline.cancel()
         if self._socket is not None:
             self._loop.unregister(self._socket)
+            self._meter.read(self._socket)
             self._socket.close()
             self._socket = None
         done, self._done = self._done, None

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from wire.backoff import Backoff, Retries
 from wire.errors import ConfigurationError
+from wire.traffic import TrafficMeter
 from wire.transport import Connected, Deliver, Disconnected, Packet, Published, Received, TransportEvent
 from wire.transport.dial import BoundedSocket, Dial
 from wire.transport.gate import SendGate
@@ -36,6 +37,10 @@ class Connection(Protocol):
 
     def send(self, packet: Packet) -> int | None:
         """Hands over a publication; returns the identifier that `Keeper.published` will name, or None."""
+        ...
+
+    def mute(self, names: frozenset[str]) -> None:
+        """Listens to all filters but these from now on."""
         ...
 
     def say_goodbye(self, reason: str) -> None:
@@ -59,6 +64,10 @@ class Keeper:
         max_packet_bytes: the largest packet that is read.
         stuck_after_seconds: without an acknowledgement the connection is ended.
         stop_timeout_seconds: how long `stop` may take.
+
+    Attributes:
+        muted: topic filters that are not listened to.
+        meter: counts what all connections of this client cost the link.
     """
 
     def __init__(
@@ -93,6 +102,8 @@ class Keeper:
         self._connection: Connection | None = None
         self._tokens: dict[int, int] = {}
         self._live_since = 0.0
+        self.muted: frozenset[str] = frozenset()
+        self.meter = TrafficMeter()
 
     def start(self, deliver: Deliver, connect_over: Callable[[BoundedSocket], Connection]) -> None:
         """Begins; `deliver` is called on the loop's thread.
@@ -137,6 +148,11 @@ class Keeper:
         """The fleet shall come back over so many seconds after a connection is lost. Safe from any thread."""
         self._retries.spread_seconds = seconds
 
+    def mute(self, names: frozenset[str]) -> None:
+        """Every connection listens to all filters but these. Safe from any thread."""
+        self.muted = names
+        self.loop.call_soon(lambda: self._connection.mute(names) if self._connection is not None else None)
+
     def stop(self, last_words: Packet | None) -> None:
         """Sends what is queued and the last words, then leaves, within the time-out. Safe to call twice."""
         first = self._gate.stop(last_words)
@@ -158,7 +174,12 @@ class Keeper:
             self._end()
             return
         self._dial = Dial(
-            self.loop, *self._address, self._tls, max_read_bytes=self._max_packet_bytes, done=self._dialled
+            self.loop,
+            *self._address,
+            self._tls,
+            max_read_bytes=self._max_packet_bytes,
+            done=self._dialled,
+            meter=self.meter,
         )
 
     def _dialled(self, connected: BoundedSocket | None, reason: str) -> None:

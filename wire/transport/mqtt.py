@@ -19,7 +19,7 @@ import random
 import selectors
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from wire.backoff import Backoff
 from wire.errors import ConfigurationError
+from wire.traffic import Traffic
 from wire.transport import Deliver, Monotonic, Packet
 from wire.transport.dial import CONNECT_TIMEOUT_SECONDS, BoundedSocket
 from wire.transport.gate import SendGate
@@ -169,6 +170,17 @@ class MqttTransport:
         """
         self._keeper.spread(seconds)
 
+    def mute(self, filters: Collection[str]) -> None:
+        """Of the topic filters of `start`, those that are not listened to for now, in this session and any that the
+        broker kept: what is published there costs the link nothing. Empty for none. Safe from any thread; before
+        `start`, too.
+        """
+        self._keeper.mute(frozenset(filters))
+
+    def traffic(self) -> Traffic | None:
+        """What all connections of this client cost the link so far; None where the system does not say."""
+        return self._keeper.meter.total()
+
     def use_tls(self, tls: ssl.SSLContext) -> None:
         """Another context from the next connection on; `rejoin` makes that now. Safe from any thread."""
         self._keeper.use_tls(tls)
@@ -228,6 +240,8 @@ class _Connection:
         self._is_accepted = False
         self._welcome = (False, terms.max_packet_bytes, 65_535)
         self._early: list[Packet] = []
+        self._asked_for: list[tuple[str, int]] = []
+        self._muted: frozenset[str] = frozenset()
         self._is_closed = False
         self._fault = ""
         self._asked_seconds = 0.0
@@ -261,6 +275,12 @@ class _Connection:
         properties = _publish_properties(packet.expiry_seconds, PacketTypes.PUBLISH)
         sent = self._client.publish(packet.topic, packet.payload, packet.qos, packet.retain, properties)
         return sent.mid if sent.rc == paho.MQTT_ERR_SUCCESS else None
+
+    def mute(self, names: frozenset[str]) -> None:
+        """Subscribes and unsubscribes; what is listened to anew brings its retained messages."""
+        if self._is_accepted and names != self._muted and not self._is_closed:
+            self._listen(self._client, names)
+            self._flush()
 
     def say_goodbye(self, reason: str) -> None:
         """Sends DISCONNECT; `lost` follows when it is written."""
@@ -312,6 +332,7 @@ class _Connection:
             return
         self._is_accepted = True
         self._owner.accepted(*self._welcome)
+        self.mute(self._owner.muted)  # what changed since we subscribed
         early, self._early = self._early, []
         for packet in early:
             self._owner.received(packet)
@@ -353,10 +374,19 @@ class _Connection:
         own_limit = self._terms.max_packet_bytes
         limit = min(own_limit, getattr(given, "MaximumPacketSize", own_limit))
         self._welcome = (flags.session_present, limit, getattr(given, "ReceiveMaximum", 65_535))
-        if self._terms.filters:
-            client.subscribe([(name, SubscribeOptions(qos=qos)) for name, qos in self._terms.filters])
-        else:
+        self._listen(client, self._owner.muted)
+        if not self._asked_for:
             self._ready_to_work()
+
+    def _listen(self, client: paho.Client, muted: frozenset[str]) -> None:
+        """Subscribes to all but `muted`. A session that was kept may still listen to those."""
+        self._muted = muted
+        unwanted = [name for name, _ in self._terms.filters if name in muted]
+        self._asked_for = [(name, qos) for name, qos in self._terms.filters if name not in muted]
+        if unwanted:
+            client.unsubscribe(unwanted)
+        if self._asked_for:
+            client.subscribe([(name, SubscribeOptions(qos=qos)) for name, qos in self._asked_for])
 
     def _on_subscribe(
         self,
@@ -366,7 +396,7 @@ class _Connection:
         codes: list[ReasonCode],
         _given: Properties | None,
     ) -> None:
-        pairs = zip(self._terms.filters, codes, strict=False)
+        pairs = zip(self._asked_for, codes, strict=False)
         refused = [f"{name} ({code})" for (name, _), code in pairs if code.is_failure]
         if refused:
             self._fault = f"the broker refused the subscription to {', '.join(refused)}"
