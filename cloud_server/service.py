@@ -40,6 +40,7 @@ from process.metrics_port import MetricsPort
 from process.pulse import Pulse
 from process.service_manager import ServiceManager
 from process.vitals import register_vitals
+from wire.backoff import Backoff
 from wire.errors import ConfigurationError, ModelError, ShoalError
 from wire.transport import TransportEvent
 from wire.transport.mqtt import MqttTransport
@@ -54,6 +55,8 @@ STALE_SECONDS = 900.0
 """A loop that is away for longer hangs: a fold of a large model, or refinement, takes minutes."""
 RETRY_SECONDS = 60.0
 """How long a model that cannot be used is left alone before it is looked at again."""
+# There is one aggregator, so a broker that comes back is not overrun by it, and the whole fleet waits for it.
+_RECONNECTING = Backoff(first_seconds=0.25, cap_seconds=1.0)
 
 
 class StopSignal(Protocol):
@@ -404,7 +407,15 @@ class _FollowingTransport:
 
 def _transport(deployment: Deployment, host: str, port: int) -> MqttTransport:
     tls = _broker_context(deployment) if deployment.settings.broker.tls else None
-    return MqttTransport(AGGREGATOR_NAME, host, port, tls=tls, inflight_window=64, queue_packets=4096)
+    return MqttTransport(
+        AGGREGATOR_NAME,
+        host,
+        port,
+        tls=tls,
+        inflight_window=64,
+        queue_packets=4096,
+        backoff=_RECONNECTING,
+    )
 
 
 class _Signalled(threading.Event):

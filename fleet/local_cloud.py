@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import random
 import signal
 import socket
 import ssl
@@ -27,6 +28,9 @@ from wire.errors import RoundError
 _START_SECONDS = 60.0
 _STOP_SECONDS = 20.0
 HOLDOUT = "holdout.npz"
+_EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_FIRST_PORT = 10_000
+_PORT_ATTEMPTS = 64
 
 
 class LocalCloud:
@@ -188,3 +192,18 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def steady_port() -> int:
+    """A free port that no outgoing connection is given, so that it is still free when a killed program comes back."""
+    low = int(_EPHEMERAL.read_text(encoding="ascii").split()[0])
+    for port in random.SystemRandom().sample(
+        range(_FIRST_PORT, max(low, _FIRST_PORT + 1000)), _PORT_ATTEMPTS
+    ):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    return free_port()

@@ -17,6 +17,8 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
+from fleet.local_cloud import steady_port
+
 Mode = Literal["clear", "black_hole", "refused", "resets", "bit_flips", "slow", "late"]
 MODES: Final[tuple[Mode, ...]] = get_args(Mode)
 
@@ -55,7 +57,7 @@ class Link:
     """
 
     def __init__(self, target_port: int, seed: str) -> None:
-        self.port = 0
+        self.port = steady_port()
         self.hits = 0
         self._target_port = target_port
         self._rng = random.Random(seed)
@@ -66,11 +68,10 @@ class Link:
         self._pairs: set[_Pair] = set()
 
     async def listen(self) -> None:
-        """Takes a port, and the same one again later."""
+        """Takes the port."""
         self._server = await asyncio.start_server(
             self._serve, "127.0.0.1", self.port, backlog=_BACKLOG, limit=_PIECE_BYTES
         )
-        self.port = self._server.sockets[0].getsockname()[1]
 
     async def become(self, mode: Mode) -> None:
         """Ends the fault that is there, and begins another."""

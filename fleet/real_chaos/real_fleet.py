@@ -40,7 +40,7 @@ from edge_agent.settings import (
 from fleet.chaos.template import make_split
 from fleet.launch import CLOUD, Launch
 from fleet.local_agent import LocalAgent
-from fleet.local_cloud import LocalCloud, free_port
+from fleet.local_cloud import LocalCloud, steady_port
 from fleet.real_chaos.ledger import DeviceFiles, Ledger
 from fleet.real_chaos.proxy import FaultProxy
 from fleet.real_chaos.scenario import Task
@@ -55,6 +55,7 @@ RUN = "chaos"
 AGENTS, HTTPS, AGGREGATOR = "agents", "https", "aggregator"
 LIMIT_SECONDS = 240.0
 """For whatever is waited for: a loaded machine is slow, and a fleet that hangs is a finding."""
+BACKOFF_CAP_SECONDS = 1.0
 POLL_SECONDS = 0.05
 _RATE_HZ = 4.0
 _WITNESS = "fleet.real_chaos.witness"
@@ -83,7 +84,13 @@ def edge_settings() -> EdgeSettings:
     """Of agents whose rounds are short and whose patience is."""
     return EdgeSettings(
         inference=InferenceSettings(variant="int8"),
-        network=NetworkSettings(keepalive_seconds=2, receipt_seconds=1.0, ask_seconds=0.5),
+        network=NetworkSettings(
+            keepalive_seconds=2,
+            retry_first_seconds=0.25,
+            retry_cap_seconds=BACKOFF_CAP_SECONDS,
+            receipt_seconds=1.0,
+            ask_seconds=0.5,
+        ),
         release=ReleaseSettings(spread_seconds=0.2, probation_seconds=5.0),
         report=ReportSettings(telemetry_seconds=5.0),
     )
@@ -278,7 +285,7 @@ class RealFleet:
     def _start(self, stack: ExitStack) -> None:
         folder = self.task.folder
         folder.mkdir(parents=True)
-        broker_port, device_port = free_port(), free_port()
+        broker_port, device_port = steady_port(), steady_port()
         if self.plan.is_linked:
             targets = {AGENTS: broker_port, HTTPS: device_port, AGGREGATOR: broker_port}
             self.proxy = stack.enter_context(FaultProxy(targets, self.task.seed))
@@ -331,7 +338,7 @@ class RealFleet:
         return CloudSettings(
             tenant="shoal",
             fleet="chaos",
-            listen=ListenSettings(public_port=free_port(), device_port=device_port),
+            listen=ListenSettings(public_port=steady_port(), device_port=device_port),
             broker=BrokerSettings(kind="external", port=port, tls=is_guarded),
             run=RunSettings(
                 name=RUN,
