@@ -15,7 +15,7 @@ from fleet.real_chaos.real_fleet import FleetPlan, RealFleet
 from fleet.real_chaos.scenario import Scenario, Task
 from fleet.real_chaos.waves import Fault, play_waves
 
-_HOLD_SECONDS = (0.3, 4.0)
+_HOLD_SECONDS = (0.3, 3.0)
 """Past the agents' keepalive of 2 s now and then."""
 _SENTENCES: dict[Mode, str] = {
     "black_hole": "a link swallows everything, new connections too",

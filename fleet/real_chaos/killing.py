@@ -17,7 +17,7 @@ from fleet.real_chaos.scenario import Scenario, Task
 from fleet.real_chaos.waves import Fault, play_waves
 
 _DOWN_SECONDS = (0.0, 1.0)
-_STOPPED_SECONDS = (0.2, 4.0)
+_STOPPED_SECONDS = (0.2, 3.5)
 """Past the keepalive of 2 s, and past the broker's patience of one and a half of it, every now and then."""
 BROKER, CLOUD = "broker", "aggregator"
 

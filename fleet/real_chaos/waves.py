@@ -17,7 +17,7 @@ from fleet.real_chaos.real_fleet import RealFleet
 from fleet.real_chaos.scenario import Task
 from wire.errors import RoundError
 
-SPREAD_SECONDS = 1.5
+SPREAD_SECONDS = 1.0
 """Within which the faults of a wave begin."""
 PATIENCE_SECONDS = 20.0
 """How long a fault waits for work that it can hit."""
@@ -92,7 +92,7 @@ class Waves:
         began = time.monotonic()
         pending = [
             (began + self._rng.uniform(0.0, SPREAD_SECONDS), fault)
-            for fault in self._choose(self._rng.randint(1, most))
+            for fault in self._choose(self._rng.randint(min(2, most), most))
         ]
         active: list[_Active] = []
         try:
