@@ -20,9 +20,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fleet.chaos.faults import POINTS, Fault, make_schedule
+from fleet.chaos.faults import POINTS, Fault
 from fleet.chaos.injector import Line
 from fleet.chaos.ledger import Violation
+from fleet.chaos.plays import schedule_of
 from fleet.chaos.shrink import shrink
 from fleet.chaos.template import Template, make_template
 from fleet.chaos.world import Outcome, World
@@ -158,7 +159,7 @@ def replay(*, seed: int, faults: int, tell: Callable[[Line], None] | None = None
     report = CampaignReport(first_seed=seed, faults_per_seed=faults)
     started = time.monotonic()
     with laboratory() as template:
-        report.add(play(template, seed, make_schedule(seed, faults), tell))
+        report.add(play(template, seed, schedule_of(seed, faults), tell))
         if report.failing:
             report.shrunk = shrunk_schedule(template, seed, faults)
     report.seconds = time.monotonic() - started
@@ -167,7 +168,7 @@ def replay(*, seed: int, faults: int, tell: Callable[[Line], None] | None = None
 
 def shrunk_schedule(template: Template, seed: int, faults: int) -> tuple[Fault, ...]:
     """The fewest faults of a seed that still fail, and in the same way."""
-    first = play(template, seed, make_schedule(seed, faults))
+    first = play(template, seed, schedule_of(seed, faults))
     if not first.violations:
         return ()
     kind = _gist(first.violations[0])
@@ -194,7 +195,7 @@ def _outcomes(template: Template, seeds: range, faults: int, workers: int) -> It
     count = min(workers or os.cpu_count() or 1, len(seeds))
     if count <= 1:
         for seed in seeds:
-            yield play(template, seed, make_schedule(seed, faults))
+            yield play(template, seed, schedule_of(seed, faults))
         return
     # Fresh processes: one that was forked would share the threads and locks of onnxruntime and torch.
     context = multiprocessing.get_context("spawn")
@@ -213,7 +214,7 @@ def _play_seed(task: tuple[int, int]) -> Outcome:
     seed, faults = task
     if _template is None:
         raise RuntimeError("the worker has no template")
-    return play(_template, seed, make_schedule(seed, faults))
+    return play(_template, seed, schedule_of(seed, faults))
 
 
 def render(report: CampaignReport) -> str:

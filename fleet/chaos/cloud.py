@@ -19,12 +19,14 @@ from cloud_server.db.engine import open_database
 from cloud_server.keys import CloudKeys
 from cloud_server.release.releaser import Holdout
 from cloud_server.rounds.runner import RoundRunner
+from cloud_server.secure.helper_client import AskedHelper
 from cloud_server.secure.opening import make_runner
-from fleet.chaos.device import NodeClock
 from fleet.chaos.disk import Disk
-from fleet.chaos.injector import Crash, Injector
+from fleet.chaos.injector import Injector
 from fleet.chaos.ledger import Ledger
-from fleet.chaos.network import CLOUD, ChaosTransport, kind_of
+from fleet.chaos.model_ledger import RINGS_METADATA
+from fleet.chaos.network import CLOUD, ChaosTransport, kind_of, sort_of
+from fleet.chaos.node import NEVER, Node
 from fleet.chaos.sqlite import Change, CuttableConnection, telling
 from fleet.chaos.store import ChaosArtefacts
 from fleet.simulated_device import FLEET, TENANT
@@ -43,13 +45,18 @@ OLD_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class CloudSetup:
-    """What an aggregator is started with, in every life."""
+    """What an aggregator is started with, in every life.
+
+    Attributes:
+        helper: of a run with two servers; a machine of its own.
+    """
 
     bundle: Bundle
     config: RunConfig
     keys: CloudKeys
     holdout: Holdout
     seed: int
+    helper: AskedHelper | None = None
 
 
 @dataclass(slots=True)
@@ -73,10 +80,12 @@ class _Life:
     wake: float = 0.0
 
 
-class CloudNode:
-    """The aggregator, through all of its lives."""
+class CloudNode(Node):
+    """The aggregator, through all of its lives.
 
-    name = "cloud"
+    Args:
+        ring_signed: told in the moment in which a ring is signed, before anybody is told.
+    """
 
     def __init__(
         self,
@@ -89,16 +98,15 @@ class CloudNode:
         injector: Injector,
         ledger: Ledger,
         ready: Callable[[str], None],
+        ring_signed: Callable[[], None] = lambda: None,
     ) -> None:
-        self.clock = NodeClock(time)
+        super().__init__("cloud", time, injector, random.Random(f"cloud {setup.seed}"), DOWN_SECONDS)
         self.files = files
         self._setup = setup
-        self._time = time
         self._broker = broker
-        self._injector = injector
         self._ledger = ledger
         self._ready = ready
-        self._rng = random.Random(f"cloud {setup.seed}")
+        self._ring_signed = ring_signed
         self._life: _Life | None = None
         self._old: _Life | None = None
         self._old_until = 0.0
@@ -121,11 +129,12 @@ class CloudNode:
         """Rounds that moved the head, for the trace; the ledger counts its own."""
         return self._life.runner.view().moved if self._life is not None else 0
 
+    @property
     def wake_at(self) -> float:
-        """When it wants its next turn, in unix seconds of virtual time."""
+        """When it wants its next turn, on the monotonic clock."""
         if self._life is None or not self.is_up:
-            return float("inf")
-        return self._life.wake - self.clock.jump_seconds
+            return NEVER
+        return self._life.wake - (self.clock.now() - self.clock.monotonic())
 
     def read(self, path: str) -> bytes | None:
         """A file of the signed repository, as devices fetch it.
@@ -139,21 +148,11 @@ class CloudNode:
 
     # ---- lives -------------------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Opens what is on the disk and goes on with the run; a fault may end this at once."""
-        if self.disk.is_dead:
-            # First: whoever closes a database last writes its log into its pages.
-            self._ledger.cloud_restarted()
-            self.disk.come_back()
-        self._guarded(self._open)
-
-    def revoke(self, device: str) -> bool:
-        """What the operator does; False while the aggregator is away."""
+    def operate(self, what: Callable[[Base], None]) -> None:
+        """What an operator does, with the running aggregator's registry and keys; nothing while it is away."""
         life = self._life
-        if life is None or not self.is_up:
-            return False
-        self._guarded(lambda: life.base.registry.revoke(device, "stolen"))
-        return self.is_up
+        if life is not None:
+            self._guarded(lambda: what(life.base))
 
     def _open(self) -> None:
         setup, life = self._setup, self.disk.life
@@ -165,7 +164,7 @@ class CloudNode:
             self.files,
             self.disk.pass_by,
             self.disk.crash,
-            lambda key, data: ledger.written(key, data, owner.fence),
+            lambda key, data: self._written(key, data, owner.fence),
         )
         base = open_base(database, artefacts, setup.keys, self.clock, tenant=TENANT, fleet=FLEET)
         owner.fence = base.fence
@@ -180,36 +179,31 @@ class CloudNode:
         cloud = assemble(base, transport, tenant=TENANT, fleet=FLEET)
         plan, ports = make_run_parts(base, cloud, setup.bundle, setup.config, setup.holdout)
         runner = make_runner(
-            plan, ports, setup.config.masking, registry=base.registry, downlink=cloud.downlink
+            plan,
+            ports,
+            setup.config.masking,
+            registry=base.registry,
+            downlink=cloud.downlink,
+            helper=setup.helper,
         )
         runner.resume(setup.bundle.checkpoint(), setup.seed)
         cloud.aggregator.begin(runner)
-        self._life = _Life(life, owner, base, cloud, runner, transport)
+        self._life, self.transport = _Life(life, owner, base, cloud, runner, transport), transport
         cloud.aggregator.start(self._enqueue)
         ledger.read_cloud(self.disk.database)
         ledger.check_fold(self.disk.database)
         self._injector.note(self.name, f"up, life {life}, fence {base.fence}")
 
-    def _guarded(self, call: Callable[[], None]) -> None:
-        if self.disk.is_dead:
-            return
-        try:
-            call()
-        except Crash:
-            self._fell()
-        except StorageError as error:
-            # The service ends with it, and its supervisor starts it again.
-            self._injector.note(self.name, f"ended: {error}")
-            self.disk.die(self._rng)
-            self._fell()
+    def _forget_disk(self) -> None:
+        self._ledger.cloud_restarted()
 
-    def _fell(self) -> None:
-        self._injector.note(self.name, "down")
-        self._old = None
-        if self._life is not None:
-            self._life.transport.drop("the process is gone", for_seconds=float("inf"))
-        self._life = None
-        self._time.later(self._rng.uniform(0.1, DOWN_SECONDS), self.start)
+    def _abandon(self) -> None:
+        self._old, self._life = None, None
+
+    def _written(self, key: str, data: bytes, fence: int) -> None:
+        self._ledger.written(key, data, fence)
+        if key.endswith(RINGS_METADATA):
+            self._ring_signed()
 
     # ---- work --------------------------------------------------------------------------------------------------
 
@@ -217,14 +211,6 @@ class CloudNode:
         if self._life is not None:
             self._life.queue.append(event)
             self._ready(self.name)
-
-    def pump(self) -> None:
-        """Handles what waits, and takes its turn."""
-        self._guarded(self._pump)
-
-    def tick(self) -> None:
-        """Takes its turn."""
-        self._guarded(self._tick)
 
     def _pump(self) -> None:
         life = self._life
@@ -235,7 +221,7 @@ class CloudNode:
             event = life.queue.popleft()
             fault = None
             if isinstance(event, Received):
-                fault = self.disk.pass_by(f"cloud.receive.{kind_of(event.packet)}")
+                fault = self.disk.pass_by(f"cloud.receive.{sort_of(event.packet)}")
             if fault is not None and fault.kind == "crash_before":
                 self.disk.crash(fault)
             life.cloud.aggregator.handle(event)
@@ -291,6 +277,7 @@ def kind_in(event: TransportEvent) -> str:
 
 _COMMITS: tuple[tuple[Change, str], ...] = (
     (("INSERT", "checkpoints"), "cloud.commit.fold"),
+    (("INSERT", "privacy_ledger"), "cloud.commit.charge"),
     (("INSERT", "rounds"), "cloud.commit.open"),
     (("INSERT", "updates"), "cloud.commit.update"),
     (("UPDATE", "rounds"), "cloud.commit.round"),

@@ -18,6 +18,7 @@ from edge_agent.agent import Agent
 from edge_agent.fetcher import CHUNK_BYTES
 from edge_agent.identity import Identity
 from edge_agent.install import TufReleases
+from edge_agent.masked_rounds import Draft
 from edge_agent.ports import Engine, JobKind, JobResult, SelfTest, SelfTestVerdict
 from edge_agent.release_files import SlotContents
 from edge_agent.settings import EdgeSettings
@@ -28,7 +29,8 @@ from edge_agent.worker import InlineWorker
 from fleet.chaos.disk import Disk
 from fleet.chaos.injector import Crash, Injector
 from fleet.chaos.ledger import Ledger
-from fleet.chaos.network import DEVICE, ChaosTransport, harmed, kind_of
+from fleet.chaos.network import DEVICE, ChaosTransport, harmed, sort_of
+from fleet.chaos.node import NEVER, Node
 from fleet.chaos.sqlite import Change, telling
 from fleet.virtual import VirtualTime
 from models.data.federation import Split
@@ -41,20 +43,6 @@ DOWN_SECONDS = 20.0
 JOB_SECONDS = (0.2, 1.5)
 SLOW_FACTOR = 60.0
 _INSIDE = ("device.commit", "device.slot", "device.job", "device.selftest", "device.fetch")
-
-
-class NodeClock:
-    """Virtual time as one machine's clock shows it."""
-
-    def __init__(self, time: VirtualTime) -> None:
-        self._time = time
-        self.jump_seconds = 0.0
-
-    def now(self) -> float:
-        return self._time.now() + self.jump_seconds
-
-    def monotonic(self) -> float:
-        return self._time.monotonic()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +64,16 @@ class Surroundings:
     ready: Callable[[str], None]
 
 
-class DeviceNode:
+class DeviceNode(Node):
     """One device, through all of its lives."""
 
     def __init__(
         self, identity: Identity, folder: Path, around: Surroundings, split: Split, seed: int
     ) -> None:
-        self.name = identity.device
-        self.clock = NodeClock(around.time)
+        name = identity.device
+        super().__init__(
+            name, around.time, around.injector, random.Random(f"device {seed} {name}"), DOWN_SECONDS
+        )
         self.disk = Disk(
             self.name,
             folder,
@@ -95,12 +85,10 @@ class DeviceNode:
             here=self._here,
         )
         self.agent: Agent | None = None
-        self.transport: ChaosTransport | None = None
         self.is_slow_until = 0.0
         self._identity = identity
         self._around = around
         self._split = split
-        self._rng = random.Random(f"device {seed} {self.name}")
         self._queue: deque[TransportEvent] = deque()
         self._is_taught = False
         self._is_started = False
@@ -112,36 +100,20 @@ class DeviceNode:
     @property
     def wake_at(self) -> float:
         """When its timers want it, on the monotonic clock."""
-        return self.agent.wake_at if self.agent is not None and self.is_up else float("inf")
+        return self.agent.wake_at if self.agent is not None and self.is_up else NEVER
 
     # ---- lives -------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Opens what is on the disk and starts; a fault may end this at once."""
-        if self.disk.is_dead:
-            # First: whoever closes a database last writes its log into its pages.
-            self._around.ledger.device_restarted(self.name)
-            self.disk.come_back()
         self._queue.clear()
         self._is_started = False
-        self._guarded(self._begin)
+        super().start()
 
-    def pump(self) -> None:
-        """Handles what waits for it."""
-        self._guarded(self._pump)
+    def _forget_disk(self) -> None:
+        self._around.ledger.device_restarted(self.name)
 
-    def tick(self) -> None:
-        """Does what its timers want."""
-        self._guarded(self._tick)
-
-    def _begin(self) -> None:
-        try:
-            self._open()
-        except StorageError as error:
-            # The real process ends here, and its supervisor starts it again.
-            self._around.injector.note(self.name, f"ended: {error}")
-            self.disk.die(self._rng)
-            self._fell()
+    def _abandon(self) -> None:
+        self.agent = None
 
     def _open(self) -> None:
         around, folder, clock = self._around, self.disk.folder, self.clock
@@ -172,6 +144,7 @@ class DeviceNode:
             notify=lambda: self._ready(life),
         )
         self.agent = agent
+        self._listen_to_masks(agent)
         agent.start()
         if not self._is_taught:
             self._teach(agent)
@@ -180,6 +153,24 @@ class DeviceNode:
         self._is_started = True
         self.answer()
 
+    def _listen_to_masks(self, agent: Agent) -> None:
+        """An update gets its masks outside of the worker: what is made there is noted where it is made."""
+        hold, finish = agent.parts.masked.hold, agent.parts.masked.finish
+        drafts: dict[bytes, Draft] = {}
+
+        def held(draft: Draft) -> None:
+            drafts[draft.update_id] = draft
+            hold(draft)
+
+        def finished(order_id: bytes) -> Update | None:
+            update = finish(order_id)
+            if update is not None:
+                self._around.ledger.masked(self.name, drafts.pop(update.update_id), update)
+            return update
+
+        agent.parts.masked.hold = held  # type: ignore[method-assign]
+        agent.parts.masked.finish = finished  # type: ignore[method-assign]
+
     def _teach(self, agent: Agent) -> None:
         split = self._split
         for x, y, part in ((split.train_x, split.train_y, "train"), (split.val_x, split.val_y, "val")):
@@ -187,28 +178,12 @@ class DeviceNode:
                 agent.observe(window, int(label), part)  # type: ignore[arg-type]
         self._is_taught = True
 
-    def _guarded(self, call: Callable[[], None]) -> None:
-        if self.disk.is_dead:
-            return
-        try:
-            call()
-        except Crash:
-            self._fell()
-
     def _survived(self, call: Callable[[], None]) -> None:
         """One turn of the agent's outermost loop, which logs what failed and goes on."""
         try:
             call()
         except StorageError as error:
             self._around.injector.note(self.name, f"event failed: {error}")
-
-    def _fell(self) -> None:
-        around = self._around
-        around.injector.note(self.name, "down")
-        self.agent = None
-        if self.transport is not None:
-            self.transport.drop("the process is gone", for_seconds=float("inf"))
-        around.time.later(self._rng.uniform(0.1, DOWN_SECONDS), self.start)
 
     # ---- work --------------------------------------------------------------------------------------------------
 
@@ -242,7 +217,7 @@ class DeviceNode:
             event = self._queue.popleft()
             fault = None
             if isinstance(event, Received):
-                fault = self.disk.pass_by(f"device.receive.{kind_of(event.packet)}")
+                fault = self.disk.pass_by(f"device.receive.{sort_of(event.packet)}")
             if fault is not None and fault.kind == "crash_before":
                 self.disk.crash(fault)
             self._survived(lambda: agent.handle(event))  # noqa: B023  called before the next turn
@@ -280,7 +255,7 @@ class DeviceNode:
             return
         served = agent.parts.serving.current
         if served is None:
-            ledger.no_model(self.name)
+            ledger.models.no_model(self.name)
             return
         window = self._split.test_x[0]
         try:
@@ -288,7 +263,7 @@ class DeviceNode:
         except (DataError, ModelError) as error:
             ledger.violated(self.name, f"no answer to an inference: {error}")
             return
-        ledger.served(self.name, answer.release_version, served.release_sha256.hex())
+        ledger.models.served(self.name, answer.release_version, served.release_sha256.hex())
 
     def note_trained(self, value: object) -> None:
         """For the ledger."""
@@ -298,7 +273,7 @@ class DeviceNode:
 
     def passed_selftest(self, contents: SlotContents) -> None:
         """For the ledger."""
-        self._around.ledger.passed_selftest(self.name, contents.release_sha256)
+        self._around.ledger.models.passed_selftest(self.name, contents.release_sha256)
 
 
 class _Queueing:

@@ -31,24 +31,29 @@ POINTS: Final[Mapping[str, tuple[str, ...]]] = {
     **_points("device.job", ("train", "evaluate", "update"), ("crash_before", "slow")),
     "device.selftest": STEP,
     "device.fetch": ("crash_before", "lose", "truncate", "corrupt"),
-    **_points("device.receive", ("rd", "cm", "ak", "bl", "md"), STEP),
-    **_points("device.publish", ("st", "jn", "up"), STEP),
+    **_points("device.receive", ("rd", "cm", "ak", "bl", "md", "mask"), STEP),
+    **_points("device.publish", ("st", "jn", "up", "mask"), STEP),
     "device.clock": CLOCK,
     # The aggregator's database and store, its turns, its packets.
-    **_points("cloud.commit", ("update", "open", "fold", "round", "device", "release"), COMMIT),
+    **_points("cloud.commit", ("update", "open", "charge", "fold", "round", "device", "release"), COMMIT),
     **_points("cloud.store", ("blob", "release", "sign"), (*STEP, "disk_full")),
     "cloud.tick": STEP,
-    **_points("cloud.receive", ("st", "jn", "up"), STEP),
-    **_points("cloud.publish", ("rd", "cm", "ak", "bl", "md"), STEP),
+    **_points("cloud.receive", ("st", "jn", "up", "mask"), STEP),
+    **_points("cloud.publish", ("rd", "cm", "ak", "bl", "md", "mask"), STEP),
     "cloud.clock": ("clock_ahead", "clock_behind"),
     "cloud.rival": ("second",),
     # The way between a device and the broker, and between the broker and the aggregator.
-    **_points("up", ("st", "jn", "up"), PACKET),
-    **_points("down", ("rd", "cm", "ak", "bl", "md"), PACKET),
-    **_points("in", ("st", "jn", "up"), ("lose", "double", "reorder", "late", "cut")),
+    **_points("up", ("st", "jn", "up", "mask"), PACKET),
+    **_points("down", ("rd", "cm", "ak", "bl", "md", "mask"), PACKET),
+    **_points("in", ("st", "jn", "up", "mask"), ("lose", "double", "reorder", "late", "cut")),
     "network.device": ("partition",),
     "network.cloud": ("partition",),
+    # Half of the fleet is cut off in the moment in which a ring is signed.
+    "network.release": ("partition",),
     "broker": ("amnesia",),
+    # What a person does at a bad moment: a device is trusted no more while it owes an update; a release goes back.
+    "operator.revoke": ("mid_round",),
+    "operator.rollback": ("signed",),
 }
 """Every point, and what can happen there."""
 
@@ -78,14 +83,26 @@ class Fault:
         return asdict(self)
 
 
-def make_schedule(seed: int, count: int, points: Sequence[str] = tuple(POINTS)) -> tuple[Fault, ...]:
-    """The faults of a seed: the points in an order of its own, again and again, so that none is left out for long."""
+def make_schedule(
+    seed: int, count: int, points: Sequence[str] = tuple(POINTS), *, place: int | None = None, rare: int = 0
+) -> tuple[Fault, ...]:
+    """The faults of a seed: the points in an order of its own, again and again, so that none is left out for long.
+
+    Args:
+        points: that its history passes.
+        place: of the seed among those whose histories pass the same points; the seed itself where all do.
+        rare: so many of `points` few histories pass; they come first.
+    """
     rng = random.Random(f"schedule {seed}")
     faults: list[Fault] = []
+    place = seed if place is None else place
     # Seeds with few faults each begin somewhere else, so that a campaign of them visits every point.
-    order = list(points)
-    random.Random(f"points {seed // len(order)}").shuffle(order)
-    start = (seed * count) % len(order)
+    seldom, often = list(points[:rare]), list(points[rare:])
+    shuffled = random.Random(f"points {place // len(points)}")
+    shuffled.shuffle(seldom)
+    shuffled.shuffle(often)
+    order = seldom + often
+    start = (place * count) % len(order)
     for number in range(count):
         point = order[(start + number) % len(order)]
         kinds = POINTS[point]

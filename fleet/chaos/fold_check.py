@@ -1,8 +1,8 @@
 """The aggregate of a round once more, from what devices trained: in float64, with none of the product's folds.
 
-Laws of the file: the set is what is committed as folded; the order is that of the ids and does not matter here; what is
-owed from round to round (the part of a step that its code left out) is part of the sum, and so is the momentum of a
-strategy that has one. Sources: docs/architecture.md ("Round"); Hsu et al., arXiv:1909.06335 (FedAvgM).
+Laws of the file: the set is what is committed as folded; the order is that of the ids; what is owed from round to round
+(the part of a step that its code left out) is part of the sum; how a step follows from updates is `steps.py`'s. Source:
+docs/architecture.md ("Round").
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import json
 import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.masked_rounds import Draft
 from wire.checkpoint import Checkpoint
 from wire.codec import ErrorFeedback, decode
 from wire.messages import Update
@@ -33,7 +35,9 @@ class Folded:
     residual_key: str
     norm_bound: float
     clipping_norm: float
+    seed: int
     updates: tuple[str, ...]
+    node_ids: tuple[int, ...]
 
     @classmethod
     def read(cls, reader: sqlite3.Connection) -> Folded | None:
@@ -44,15 +48,15 @@ class Folded:
         if head is None or head[0] == 0:
             return None
         number, sha256, residual = head
-        base, config = reader.execute(
-            "SELECT base_sha256, config FROM rounds WHERE number = ?", (number,)
+        base, config, seed = reader.execute(
+            "SELECT base_sha256, config, seed FROM rounds WHERE number = ?", (number,)
         ).fetchone()
         plain = json.loads(config)
-        ids = reader.execute(
-            "SELECT update_id FROM updates WHERE round = ? AND kind = 'train' AND state = 'folded'"
-            " ORDER BY update_id",
+        found = reader.execute(
+            "SELECT update_id, node_id FROM updates JOIN devices USING (device)"
+            " WHERE round = ? AND kind = 'train' AND state = 'folded' ORDER BY update_id",
             (number,),
-        )
+        ).fetchall()
         return cls(
             number,
             base,
@@ -60,8 +64,40 @@ class Folded:
             residual or "",
             plain.get("norm_bound", float("inf")),
             plain["train"]["clipping_norm"],
-            tuple(row[0] for row in ids),
+            seed,
+            tuple(row[0] for row in found),
+            tuple(row[1] for row in found),
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Made:
+    """What a device made for a round.
+
+    Attributes:
+        update: as it was sent.
+        draft: the numbers behind it, before their masks, and the order that asked for them; None without masks.
+    """
+
+    update: Update
+    node_id: int
+    draft: Draft | None = None
+
+
+class Step(Protocol):
+    """How a step follows from updates; may remember what its strategy does from round to round."""
+
+    def of(self, folded: Folded, base: Checkpoint, replies: Sequence[Made]) -> Vector:
+        """By how much the parameters move, float64 [P].
+
+        Raises:
+            NotAFoldError: not at all, with these.
+        """
+        ...
+
+
+class NotAFoldError(Exception):
+    """No step follows from what was folded."""
 
 
 class FoldCheck:
@@ -69,31 +105,27 @@ class FoldCheck:
 
     Args:
         blob: bytes of a blob by its hash (hex).
-        momentum: of the server; 0 for plain averaging.
     """
 
-    def __init__(self, blob: Callable[[str], bytes], momentum: float = 0.0) -> None:
+    def __init__(self, blob: Callable[[str], bytes], step: Step) -> None:
         self._blob = blob
-        self._momentum = momentum
-        self._moving: Vector | None = None
+        self._step = step
         self._owed: Vector | None = None
 
-    def compare(self, folded: Folded, replies: Sequence[Update]) -> str:
+    def compare(self, folded: Folded, replies: Sequence[Made]) -> str:
         """What is wrong with a head; empty when nothing is."""
-        base = Checkpoint.from_bytes(self._blob(folded.base_sha256)).params.astype(np.float64)
+        checkpoint = Checkpoint.from_bytes(self._blob(folded.base_sha256))
+        base = checkpoint.params.astype(np.float64)
         head = Checkpoint.from_bytes(self._blob(folded.head_sha256)).params.astype(np.float64)
-        if not replies:
-            return "nothing was folded"
         before = np.zeros_like(base) if self._owed is None else self._owed
         left = np.zeros_like(base)
         if folded.residual_key:
             left = owed(self._blob(folded.residual_key), base.size)
         self._owed = left
-        step = mean(replies, min(folded.norm_bound, folded.clipping_norm))
-        if self._moving is not None:
-            step = step + self._momentum * self._moving
-        self._moving = step
-        wanted = base + step + before
+        try:
+            wanted = base + self._step.of(folded, checkpoint, replies) + before
+        except NotAFoldError as none:
+            return str(none)
         error = float(np.abs(head + left - wanted).max())
         scale = max(1.0, float(np.abs(wanted).max()))
         return "" if error <= TOLERANCE * scale else f"off by {error:.3g}"
@@ -104,12 +136,13 @@ def mean(replies: Sequence[Update], bound: float) -> Vector:
     total, examples = np.zeros(replies[0].params_size, np.float64), 0
     for each in replies:
         update = decode(each.payload, each.codec, each.params_size).astype(np.float64)
-        total += each.num_examples * _cut(update, bound)
+        total += each.num_examples * cut(update, bound)
         examples += each.num_examples
     return total / examples
 
 
-def _cut(update: Vector, limit: float) -> Vector:
+def cut(update: Vector, limit: float) -> Vector:
+    """An update that is no longer than a bound (L2); float64 [P]."""
     length = float(np.linalg.norm(update))
     return update if length <= limit else update * (limit / length)
 

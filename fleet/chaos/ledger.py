@@ -9,18 +9,20 @@ laws 2, 3 and 5; docs/architecture.md, "The simulation under faults".
 from __future__ import annotations
 
 import hashlib
-import json
 import sqlite3
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
+from edge_agent.masked_rounds import Draft
 from edge_agent.outbox import ENDED_ROWS_KEPT
 from edge_agent.settings import StorageSettings
-from fleet.chaos.fold_check import FoldCheck, Folded
+from fleet.chaos.fold_check import FoldCheck, Folded, Made
+from fleet.chaos.model_ledger import ModelLedger
 from fleet.chaos.network import kind_of
+from fleet.chaos.privacy_ledger import PrivacyLedger
 from fleet.chaos.sqlite import Change
 from wire import envelope
 from wire.chunks import parse
@@ -30,7 +32,14 @@ from wire.transport import Packet
 
 SOUND = ("stored", "folded", "discarded")
 ENDED = ("stored", "refused", "expired", "evicted", "destroyed")
+NEAR_ROUNDS = 2
+"""Rounds whose replies may still change; older ones are read again when the aggregator starts."""
+_PRIVATE_TABLES = {"rounds", "privacy_ledger", "privacy_secrets"}
 _LENGTH_BYTES = 4
+_REPLIES = (
+    "SELECT rowid, update_id, order_id, round, device, kind, state, reason, body_sha256 FROM updates"
+    " WHERE rowid > ? OR round >= ? ORDER BY rowid"
+)
 _OPEN_BYTES = (
     "SELECT total(length(body) + coalesce(length(sealed), 0)) FROM outbox LEFT JOIN sealings USING (row)"
     " WHERE state = 'open'"
@@ -78,6 +87,7 @@ class Ledger:
         device_now: what a device goes by when it lets an update expire (unix seconds).
         fold_check: refolds every aggregate.
         caps: what a device may use of its disk.
+        privacy: of a run with noise.
     """
 
     def __init__(
@@ -86,15 +96,22 @@ class Ledger:
         device_now: Callable[[str], float],
         fold_check: FoldCheck,
         caps: StorageSettings,
+        privacy: PrivacyLedger | None = None,
     ) -> None:
         self._caps = caps
         self._now = now
         self._device_now = device_now
         self._fold_check = fold_check
         self._bodies: dict[str, dict[str, bytes]] = defaultdict(dict)
+        self._drafts: dict[str, Draft] = {}
+        self.models = ModelLedger(self.violated)
+        self.privacy = privacy
         self.made: dict[str, str] = {}
         self.on_device: dict[str, str] = {}
+        self._of_device: dict[str, list[str]] = defaultdict(list)
+        self._open: dict[str, set[str]] = defaultdict(set)
         self.in_cloud: dict[str, CloudRow] = {}
+        self._answers: dict[str, list[str]] = defaultdict(list)
         self.receipts: dict[str, set[str]] = defaultdict(set)
         self.rotten: set[str] = set()
         self.revoked_devices: set[str] = set()
@@ -104,9 +121,6 @@ class Ledger:
         self._readers: dict[str, sqlite3.Connection] = {}
         self._first_open: Counter[str] = Counter()
         self._numbers: dict[tuple[str, str, int, int], bytes] = {}
-        self._signed: set[str] = set()
-        self._passed: set[tuple[str, str]] = set()
-        self._served: dict[str, list[int]] = defaultdict(list)
         self._last_update = 0
         self._last_fold = 0
         self._fence = 0
@@ -116,18 +130,15 @@ class Ledger:
     @property
     def is_in_flight(self) -> bool:
         """Whether there is work that a fault could harm."""
-        return self.is_round_open or any(state == "open" for state in self.on_device.values())
+        return self.is_round_open or any(self._open.values())
 
     @property
     def open_ids(self) -> set[str]:
         """Updates that devices owe, but for those whose device is revoked: nobody takes them any more."""
-        return {
-            update
-            for update, state in self.on_device.items()
-            if state == "open" and self.made[update] not in self.revoked_devices
-        }
+        held = [updates for device, updates in self._open.items() if device not in self.revoked_devices]
+        return set[str]().union(*held)
 
-    def violated(self, who: str, what: str) -> None:
+    def violated(self, who: str, what: str) -> NoReturn:
         """Notes what must never be.
 
         Raises:
@@ -152,6 +163,13 @@ class Ledger:
         encoded = encode_body(body)
         self._bodies[body.update_id.hex()][hashlib.sha256(encoded).hexdigest()] = encoded
 
+    def masked(self, device: str, draft: Draft, body: Update) -> None:
+        """A device has put an update under its masks."""
+        if body.payload == draft.values.tobytes():
+            self.violated(device, f"update {body.update_id.hex()} is to leave without its masks")
+        self.trained(body)
+        self._drafts[hashlib.sha256(encode_body(body)).hexdigest()] = draft
+
     def device_restarted(self, device: str) -> None:
         """What was read before says nothing any more: the disk decides."""
         self._close_reader(device)
@@ -164,9 +182,7 @@ class Ledger:
 
     def owes(self, device: str) -> bool:
         """Whether a device owes an update."""
-        return any(
-            state == "open" and self.made[update] == device for update, state in self.on_device.items()
-        )
+        return bool(self._open[device])
 
     def read_device(self, device: str, path: Path) -> None:
         """Compares the outbox with the books. Of a worn disk only that nothing is gone without a word."""
@@ -195,13 +211,13 @@ class Ledger:
                 self._first_open[device] = row
             self._note_device(device, update, state, reason, deadline)
         is_whole = first == 0 and device not in self.rotten and len(seen) < ENDED_ROWS_KEPT
-        for update, owner in self.made.items():
-            if owner != device or update in seen:
-                continue
-            if self.on_device[update] == "open":
-                self.violated(device, f"update {update} is gone from the outbox: lost")
-            if is_whole:
-                self.violated(device, f"the end of update {update} ({self.on_device[update]}) is gone: lost")
+        for update in sorted(self._open[device] - seen):
+            self.violated(device, f"update {update} is gone from the outbox: lost")
+        if is_whole:
+            for update in self._of_device[device]:
+                if update not in seen:
+                    end = self.on_device[update]
+                    self.violated(device, f"the end of update {update} ({end}) is gone: lost")
 
     def _check_room(self, device: str, path: Path) -> None:
         (held,) = self._reader(device, path).execute(_OPEN_BYTES).fetchone()
@@ -221,8 +237,12 @@ class Ledger:
             if not self._bodies.get(update):
                 self.violated(device, f"update {update} is in the outbox and nobody made it")
             self.made[update] = device
+            self._of_device[device].append(update)
         self.on_device[update] = state
-        if state != "open":
+        if state == "open":
+            self._open[device].add(update)
+        else:
+            self._open[device].discard(update)
             self._check_end(device, update, state, reason, deadline)
 
     def _check_end(self, device: str, update: str, state: str, reason: str, deadline: float) -> None:
@@ -254,43 +274,12 @@ class Ledger:
                 device, f"two messages {header.type} have epoch {header.epoch} and seq {header.seq}"
             )
 
-    # ---- models ------------------------------------------------------------------------------------------------
+    # ---- the aggregator ----------------------------------------------------------------------------------------
 
     def written(self, key: str, data: bytes, fence: int = 0) -> None:
-        """Learns which releases are signed, from the signed file itself."""
+        """A file was written to the store, signed ones among them."""
         self._check_fence(fence, f"signed or wrote {key}")
-        if key.startswith("tuf/metadata/") and key.endswith(".parameters.json"):
-            targets: Mapping[str, Any] = json.loads(data)["signed"]["targets"]
-            for path, target in targets.items():
-                if path.endswith("/release.json"):
-                    self._signed.add(target["hashes"]["sha256"])
-
-    def passed_selftest(self, device: str, release_sha256: str) -> None:
-        """A release passed its self-test there."""
-        self._passed.add((device, release_sha256))
-
-    def served(self, device: str, version: int, release_sha256: str) -> None:
-        """A release answered an inference there."""
-        history = self._served[device]
-        if history and history[-1] == version:
-            return
-        if release_sha256 not in self._signed:
-            self.violated(device, f"serves release {version}, which nobody signed")
-        if (device, release_sha256) not in self._passed:
-            self.violated(device, f"serves release {version}, which did not pass its self-test there")
-        if history and version < max(history):
-            # A release that did not survive its watch goes back to the one before it, and to no other.
-            before = history[history.index(max(history)) - 1] if history.index(max(history)) else 0
-            if version != before:
-                self.violated(device, f"serves release {version} after {max(history)}")
-        history.append(version)
-
-    def no_model(self, device: str) -> None:
-        """Nothing answers there just now."""
-        if self._served[device]:
-            self.violated(device, "nothing answers, although it has had a model")
-
-    # ---- the aggregator ----------------------------------------------------------------------------------------
+        self.models.written(key, data)
 
     def claimed(self, fence: int) -> None:
         """An aggregator took the database over."""
@@ -312,30 +301,44 @@ class Ledger:
         if changes:
             self._check_fence(fence, f"committed {sorted(changes)}")
         tables = {table for _, table in changes}
-        if ("UPDATE", "updates") in changes:
-            self._last_update = 0
+        if ("UPDATE", "devices") in changes:
+            self._read_revoked(path)
+        if self.privacy is not None and tables & _PRIVATE_TABLES:
+            self.privacy.read(self._reader("cloud", path))
         if "updates" in tables or "rounds" in tables:
-            self.read_cloud(path)
+            self.read_cloud(path, NEAR_ROUNDS if ("UPDATE", "updates") in changes else 0)
         if ("INSERT", "checkpoints") in changes:
             self.check_fold(path)
 
-    def read_cloud(self, path: Path) -> None:
-        """Compares the aggregator's replies with the books."""
-        reader = self._reader("cloud", path)
-        sql = (
-            "SELECT rowid, update_id, order_id, round, device, kind, state, reason, body_sha256 FROM updates"
-            " WHERE rowid > ? ORDER BY rowid"
-        )
-        is_whole, seen = self._last_update == 0, set()
-        for row_id, update, *values in reader.execute(sql, (self._last_update,)).fetchall():
-            self._last_update = row_id
+    def read_cloud(self, path: Path, rounds: int = NEAR_ROUNDS) -> None:
+        """Compares the aggregator's replies with the books: all of them after a start, else those of late.
+
+        Args:
+            rounds: of so many newest rounds the rows are read again.
+        """
+        reader, is_whole, seen = self._reader("cloud", path), self._last_update == 0, set()
+        last = reader.execute("SELECT number, state FROM rounds ORDER BY number DESC LIMIT 1").fetchone()
+        self.is_round_open = last is not None and last[1] not in ("done", "failed")
+        oldest = last[0] - rounds if last is not None and rounds and not is_whole else 2**62
+        rows = reader.execute(_REPLIES, (self._last_update, oldest)).fetchall()
+        for row_id, update, *values in rows:
+            self._last_update = max(self._last_update, row_id)
             seen.add(update)
             self._note_cloud(update, CloudRow(*values))
         if is_whole:
             for update in self.in_cloud.keys() - seen:
                 self.violated("cloud", f"the row of update {update} is gone")
-        last = reader.execute("SELECT state FROM rounds ORDER BY number DESC LIMIT 1").fetchone()
-        self.is_round_open = last is not None and last[0] not in ("done", "failed")
+            self._read_revoked(path)
+            if self.privacy is not None:
+                self.privacy.read(reader, is_whole=True)
+
+    def _read_revoked(self, path: Path) -> None:
+        """Whom the operator trusts no more, as it is committed."""
+        rows = self._reader("cloud", path).execute("SELECT device FROM devices WHERE status = 'revoked'")
+        revoked = {device for (device,) in rows}
+        for device in self.revoked_devices - revoked:
+            self.violated("cloud", f"{device} was revoked, and is trusted again")
+        self.revoked_devices = revoked
 
     def _note_cloud(self, update: str, row: CloudRow) -> None:
         before = self.in_cloud.get(update)
@@ -343,6 +346,7 @@ class Ledger:
             return
         if before is None:
             self._check_arrival(update, row)
+            self._answers[row.order_id].append(update)
         elif before.state != "stored":
             self.violated("cloud", f"update {update} was {before.state} and is {row.state}")
         self.in_cloud[update] = row
@@ -354,10 +358,9 @@ class Ledger:
             self.violated("cloud", f"update {update} came in from {row.device}, which is revoked")
         if self.made.get(update) != row.device:
             self.violated("cloud", f"update {update} came before it was in the outbox of {row.device}")
-        if row.state == "stored":
-            twins = [other for other, known in self.in_cloud.items() if known.order_id == row.order_id]
-            if any(self.in_cloud[other].state in SOUND for other in twins):
-                self.violated("cloud", f"two updates answer order {row.order_id}: doubled")
+        twins = [self.in_cloud[other] for other in self._answers[row.order_id]]
+        if row.state == "stored" and any(twin.state in SOUND for twin in twins):
+            self.violated("cloud", f"two updates answer order {row.order_id}: doubled")
 
     def check_fold(self, path: Path) -> None:
         """Refolds the newest head, if it is another than the last that was refolded."""
@@ -366,12 +369,12 @@ class Ledger:
             return
         self._last_fold = folded.round_number
         replies = []
-        for update in folded.updates:
+        for update, node_id in zip(folded.updates, folded.node_ids, strict=True):
             row = self.in_cloud[update]
             body = decode_body(self._bodies[update][row.body_sha256], Update)
             if (row.round_number, body.base_sha256.hex()) != (folded.round_number, folded.base_sha256):
                 self.violated("cloud", f"update {update} was folded on another base or in another round")
-            replies.append(body)
+            replies.append(Made(body, node_id, self._drafts.get(row.body_sha256)))
         self.moved += 1
         if complaint := self._fold_check.compare(folded, replies):
             self.violated("cloud", f"round {folded.round_number} is not the fold of its updates: {complaint}")
@@ -381,10 +384,6 @@ class Ledger:
             self.violated(
                 "cloud", f"the aggregator of fencing token {fence} {what}, and {self._fence} is claimed"
             )
-
-    def revoked(self, device: str) -> None:
-        """The operator's word that a device is trusted no more is committed."""
-        self.revoked_devices.add(device)
 
     def cloud_sent(self, packet: Packet, fence: int = 0) -> None:
         """A receipt says nothing that is not committed."""

@@ -13,10 +13,15 @@ from dataclasses import dataclass, replace
 
 from fleet.chaos.disk import Disk
 from fleet.chaos.faults import Fault
-from wire.errors import BackpressureError, OversizeError
+from wire import envelope
+from wire.errors import BackpressureError, EnvelopeError, OversizeError
+from wire.messages import MaskInbox, MaskKeys, MaskOpened, MaskQuestion, MaskRoster, MaskShares
 from wire.transport import Connected, Deliver, Disconnected, Packet, Published, Received, TransportEvent
 from wire.transport.memory import MemoryTransport
 
+_OF_MASKS = frozenset(
+    each.TYPE for each in (MaskKeys, MaskShares, MaskOpened, MaskRoster, MaskInbox, MaskQuestion)
+)
 Later = Callable[[float, Callable[[], None]], None]
 LATEST_SECONDS = 45.0
 CUT_SECONDS = 8.0
@@ -76,7 +81,7 @@ class ChaosTransport:
         self._disk.check_alive()
         if not self._is_connected:
             return self._inner.publish(packet)  # which says why not
-        kind = kind_of(packet)
+        kind = sort_of(packet)
         fault = self._disk.pass_by(f"{self._names.publish}.{kind}")
         if fault is not None and fault.kind == "crash_before":
             self._disk.crash(fault)
@@ -145,7 +150,7 @@ class ChaosTransport:
         self._emit(event)
 
     def _take(self, packet: Packet) -> None:
-        fault = self._disk.pass_by(f"{self._names.here}.{kind_of(packet)}")
+        fault = self._disk.pass_by(f"{self._names.here}.{sort_of(packet)}")
         overtaken, self._overtaken = self._overtaken, []
         self._take_one(packet, fault)
         for call in overtaken:
@@ -189,6 +194,17 @@ class ChaosTransport:
 def kind_of(packet: Packet) -> str:
     """What a packet is, by its topic: `up`, `ak`, …"""
     return packet.topic.split("/", 5)[4]
+
+
+def sort_of(packet: Packet) -> str:
+    """What a packet is, for the name of a point: its kind, or `mask` for a message of a masked round, which travels
+    with answers and orders."""
+    kind = kind_of(packet)
+    if kind not in ("jn", "cm"):
+        return kind
+    with suppress(EnvelopeError):
+        return "mask" if envelope.peek(packet.payload).type in _OF_MASKS else kind
+    return kind
 
 
 def harmed(packet: Packet, kind: str, rng: random.Random) -> Packet:

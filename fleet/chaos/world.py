@@ -7,6 +7,8 @@ Source: docs/architecture.md, "The simulation under faults"; DESIGN.md, law 8.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import random
 import tempfile
 from collections import Counter, deque
@@ -14,12 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
-from cloud_server.assembly import RunConfig
-from cloud_server.release.gate import GatePolicy
+from cloud_server.assembly import Base
+from cloud_server.privacy.budget import PrivateRun
+from cloud_server.privacy.keys import LedgerKeys
+from cloud_server.privacy.plan import PrivacyPlan
 from cloud_server.release.releaser import Holdout
-from cloud_server.rounds.state import RoundPolicy
 from edge_agent.runtime import Runtime
 from edge_agent.selftest import InlineSelfTest
 from edge_agent.settings import (
@@ -28,27 +31,36 @@ from edge_agent.settings import (
     ReleaseSettings,
     ReportSettings,
     StorageSettings,
+    TrainingSettings,
 )
 from edge_agent.slots import FOLDER_NAME as SLOTS_FOLDER
 from fleet.chaos.cloud import CLIENT, DATABASE_NAME, CloudNode, CloudSetup
 from fleet.chaos.device import DeviceNode, Surroundings
 from fleet.chaos.disk import mounted
+from fleet.chaos.engine import RememberingEngine
 from fleet.chaos.faults import UPDATES_PER_FAULT, Fault
 from fleet.chaos.fold_check import FoldCheck
 from fleet.chaos.injector import Injector, Line
 from fleet.chaos.ledger import Ledger, Violation, ViolationError
+from fleet.chaos.model_ledger import Statement
+from fleet.chaos.node import Node, NodeClock
+from fleet.chaos.plays import Play, play_of
+from fleet.chaos.privacy_ledger import PrivacyLedger
+from fleet.chaos.steps import step_of
 from fleet.chaos.template import Template, make_split
+from fleet.local_helper import LocalHelper, open_local_helper
+from fleet.simulated_device import FLEET, TENANT
 from fleet.virtual import VirtualTime
-from wire.messages import TrainConfig
+from wire.errors import ConfigurationError
+from wire.primitives import SigningKey
 from wire.transport.memory import MemoryBroker
 
-ROUND_SECONDS = 30.0
 DRAIN_SECONDS = 600.0
 """Virtual time within which everything must be at rest once no fault strikes any more: the longest back-off of an
 update (300 s and half as much jitter), a round and its failure's rest, and the start of a node that just died."""
 CALM_ROUNDS = 2
-REVOKING = 4
-"""Every so many seeds a device is revoked."""
+MOST_REVOKED = 2
+FEWEST_SUMMED = 3
 OVERTIME_UPDATES = 60
 """Updates after the last of the schedule in which faults may still find their points."""
 PARTITION_SECONDS = 60.0
@@ -128,22 +140,18 @@ class World:
         self._target = max((fault.after for fault in schedule), default=0) + UPDATES_PER_FAULT
         self._folder = tempfile.TemporaryDirectory(prefix="shoal-chaos-", dir=memory_folder())
         self._ready = _Ready()
-        names = sorted(identity.device for identity in template.identities)
-        self._to_revoke = names[-1] if seed % REVOKING == REVOKING - 1 and len(names) > 2 else ""
+        self.play = play_of(seed)
         self._hindered_until = 0.0
         root = Path(self._folder.name)
         files = dict(template.files)
-        self.ledger = Ledger(
-            self.time.monotonic,
-            lambda name: self._device_now(name),
-            FoldCheck(lambda sha256: files[f"blobs/{sha256[:2]}/{sha256}"], momentum_of(seed)),
-            agent_settings().storage,
-        )
-        for key, data in files.items():
-            self.ledger.written(key, data)
+        self.helper = open_helper(self.play, seed, template, self.time)
+        self.ledger = self._make_ledger(template, files)
+        for key in sorted(files, key=lambda key: key.startswith("tuf/metadata/")):
+            self.ledger.written(key, files[key])
         self.injector = Injector(schedule, self.time.monotonic, lambda: self.ledger.is_in_flight, tell)
         self.cloud = self._make_cloud(template, root / "cloud", files)
         self.devices = self._make_devices(template, root)
+        self._nodes: dict[str, Node] = {self.cloud.name: self.cloud, **self.devices}
 
     # ---- the history -------------------------------------------------------------------------------------------
 
@@ -170,7 +178,7 @@ class World:
 
     @contextmanager
     def _mounted(self) -> Iterator[None]:
-        nodes = {"cloud": self.cloud.disk, **{name: node.disk for name, node in self.devices.items()}}
+        nodes = {name: node.disk for name, node in self._nodes.items()}
         try:
             with mounted(nodes):
                 yield
@@ -181,8 +189,7 @@ class World:
             self._folder.cleanup()
 
     def _start(self) -> None:
-        self.cloud.start()
-        for node in self.devices.values():
+        for node in self._nodes.values():
             node.start()
 
     def _play(self) -> None:
@@ -202,21 +209,9 @@ class World:
 
     def _turn(self) -> None:
         self.injector.arm(len(self.ledger.made))
-        self._revoke()
         self._strike_from_outside()
         self._settle()
         self.time.advance_to(self._next_moment())
-
-    def _revoke(self) -> None:
-        """In some histories the operator ends the trust in one device, half way."""
-        if (
-            self._to_revoke
-            and 2 * len(self.ledger.made) >= self._target
-            and self.cloud.revoke(self._to_revoke)
-        ):
-            self.injector.note("fleet", f"{self._to_revoke} is revoked")
-            self.ledger.revoked(self._to_revoke)
-            self._to_revoke = ""
 
     def _calm_down(self) -> None:
         """The last fault has struck: networks and clocks are well again, and what is down comes back by itself."""
@@ -228,22 +223,30 @@ class World:
         self.injector.note("fleet", "calm")
 
     def _check_liveness(self) -> None:
-        owed, moved = self.ledger.open_ids, self.ledger.moved
+        owed, moved, stated = self.ledger.open_ids, self.ledger.moved, self.ledger.models.newest
         end = max(self.time.monotonic(), self._hindered_until) + DRAIN_SECONDS
-        while owed & self.ledger.open_ids or self.ledger.moved < moved + CALM_ROUNDS:
+        while True:
+            left, rounds = owed & self.ledger.open_ids, self.ledger.moved - moved
+            behind = self._behind(stated)
+            if not left and not behind and rounds >= CALM_ROUNDS:
+                return
             if self.time.monotonic() > end:
-                left = owed & self.ledger.open_ids
-                for update in sorted(left):
-                    self.injector.note(
-                        self.ledger.made[update], f"owes {update}, {self.ledger.in_cloud.get(update)}"
-                    )
-                rounds = self.ledger.moved - moved
+                self._tell_what_is_left(left)
                 self.ledger.violated(
                     "fleet",
-                    f"{len(left)} updates are owed and {rounds} rounds ended after {DRAIN_SECONDS:.0f} s",
+                    f"{len(left)} updates are owed, {rounds} rounds ended and {len(behind)} devices are behind their"
+                    f" ring after {DRAIN_SECONDS:.0f} s",
                 )
             self._settle()
             self.time.advance_to(self._next_moment())
+
+    def _behind(self, stated: Statement | None) -> list[str]:
+        trusted = sorted(set(self.devices) - self.ledger.revoked_devices)
+        return [] if stated is None else self.ledger.models.behind(stated, trusted)
+
+    def _tell_what_is_left(self, left: set[str]) -> None:
+        for update in sorted(left):
+            self.injector.note(self.ledger.made[update], f"owes {update}, {self.ledger.in_cloud.get(update)}")
 
     def _settle(self) -> None:
         """Everything that happens at this moment."""
@@ -251,21 +254,19 @@ class World:
             busy = self.broker.pump() + self.time.run_due()
             while self._ready.names:
                 name = self._ready.take()
-                (self.cloud if name == "cloud" else self.devices[name]).pump()
+                self._nodes[name].pump()
                 busy += 1
-            if self.cloud.wake_at() <= self.time.now():
-                self.cloud.tick()
-            for node in self.devices.values():
-                if node.wake_at <= self.time.monotonic():
+            now = self.time.monotonic()
+            for node in self._nodes.values():
+                if node.wake_at <= now:
                     node.tick()
-                    busy += 1
+                    busy += node is not self.cloud
             if not busy:
                 return
 
     def _next_moment(self) -> float:
         offset = self.time.now() - self.time.monotonic()
-        moments = [self.cloud.wake_at()]
-        moments += [node.wake_at + offset for node in self.devices.values()]
+        moments = [node.wake_at + offset for node in self._nodes.values()]
         if (planned := self.time.next_due()) is not None:
             moments.append(planned)
         if (due := self.broker.next_due()) is not None:
@@ -279,6 +280,17 @@ class World:
             fault = self.injector.visit(point, "fleet")
             if fault is not None:
                 strike(fault, fault.rng())
+        owing = [name for name in sorted(self.devices) if self.ledger.owes(name)]
+        if self.cloud.is_up and owing and len(self.ledger.revoked_devices) < MOST_REVOKED:
+            self._visit("operator.revoke", lambda fault: self._revoke(fault.rng().choice(owing)))
+        stated = self.ledger.models.newest
+        if self.cloud.is_up and stated is not None and stated.version > 1 and not stated.is_rollback:
+            self._visit("operator.rollback", lambda _fault: self._roll_back())
+
+    def _visit(self, point: str, strike: Callable[[Fault], None]) -> None:
+        fault = self.injector.visit(point, "fleet")
+        if fault is not None:
+            strike(fault)
 
     @property
     def _outside(self) -> dict[str, Callable[[Fault, random.Random], None]]:
@@ -289,6 +301,29 @@ class World:
             "device.clock": self._move_device_clock,
             "cloud.clock": self._move_cloud_clock,
         }
+
+    def _revoke(self, device: str) -> None:
+        self.injector.note("operator", f"revokes {device}")
+        self.cloud.operate(lambda base: base.registry.revoke(device, "stolen"))
+
+    def _roll_back(self) -> None:
+        """The ring goes back to the release before the present one."""
+
+        def roll_back(base: Base) -> None:
+            with suppress(ConfigurationError):  # there is none before it
+                base.publisher.rollback(reason="a worse one")
+
+        self.injector.note("operator", "rolls the ring back")
+        self.cloud.operate(roll_back)
+
+    def _release_unheard(self) -> None:
+        """A ring is signed, and half of the devices are not there to hear of it."""
+        self._visit("network.release", self._cut_half)
+
+    def _cut_half(self, fault: Fault) -> None:
+        rng = fault.rng()
+        for name in rng.sample(sorted(self.devices), len(self.devices) // 2):
+            self.broker.cut(name, for_seconds=rng.uniform(1.0, PARTITION_SECONDS), reason="partition")
 
     def _cut_device(self, _fault: Fault, rng: random.Random) -> None:
         name = rng.choice(sorted(self.devices))
@@ -310,7 +345,7 @@ class World:
         ahead = max(0.0, self.cloud.clock.jump_seconds)
         self._hindered_until = max(self._hindered_until, self.time.monotonic() + ahead + JUMP_SECONDS)
 
-    def _move(self, clock: Any, fault: Fault, rng: random.Random) -> None:
+    def _move(self, clock: NodeClock, fault: Fault, rng: random.Random) -> None:
         """A clock jumps, and is set right some time later."""
         jump = JUMPS[fault.kind]
         target = YEAR_2040 if fault.kind == "clock_2040" else 0.0
@@ -329,10 +364,11 @@ class World:
         operator = make_split(self.seed, "operator")
         setup = CloudSetup(
             bundle=template.bundle,
-            config=run_config(self.seed),
+            config=self.play.config(self._private_run),
             keys=template.keys,
             holdout=Holdout(operator.val_x, operator.val_y),
             seed=self.seed,
+            helper=self.helper,
         )
         return CloudNode(
             setup,
@@ -343,10 +379,45 @@ class World:
             injector=self.injector,
             ledger=self.ledger,
             ready=self._ready.add,
+            ring_signed=self._release_unheard,
         )
 
+    def _make_ledger(self, template: Template, files: dict[str, bytes]) -> Ledger:
+        plan = self.play.privacy
+        privacy = None
+        ledger: Ledger
+
+        def violated(who: str, what: str) -> NoReturn:
+            ledger.violated(who, what)
+
+        if plan is not None:
+            privacy = PrivacyLedger(violated)
+        step = step_of(self.play, template.bundle.manifest, privacy)
+        ledger = Ledger(
+            self.time.monotonic,
+            lambda name: self._device_now(name),
+            FoldCheck(lambda sha256: files[f"blobs/{sha256[:2]}/{sha256}"], step),
+            agent_settings().storage,
+            privacy,
+        )
+        return ledger
+
+    def _private_run(self, plan: PrivacyPlan) -> PrivateRun:
+        """With secrets that follow from the seed and are another each time, as they are where they are drawn."""
+        books, count = self.ledger.privacy, itertools.count()
+        if books is None:
+            raise RuntimeError("a private run has no books")
+
+        def draw(number: int) -> bytes:
+            secret = hashlib.sha256(f"secret {self.seed} {number} {next(count)}".encode()).digest()
+            books.drew(secret)
+            return secret
+
+        keys = LedgerKeys((SigningKey.from_bytes(hashlib.sha256(b"chaos ledger").digest()),))
+        return PrivateRun(plan, lambda: keys, draw)
+
     def _make_devices(self, template: Template, root: Path) -> dict[str, DeviceNode]:
-        engine = Runtime(kept=16)
+        engine = RememberingEngine(Runtime(kept=16))
         around = Surroundings(
             time=self.time,
             broker=self.broker,
@@ -354,7 +425,7 @@ class World:
             ledger=self.ledger,
             engine=engine,
             selftest=InlineSelfTest(engine),
-            settings=agent_settings(),
+            settings=agent_settings(self.helper),
             read=self.cloud.read,
             ready=self._ready.add,
         )
@@ -367,7 +438,7 @@ class World:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.write_bytes(data)
             if template.release_sha256:
-                self.ledger.passed_selftest(identity.device, template.release_sha256)
+                self.ledger.models.passed_selftest(identity.device, template.release_sha256)
             split = make_split(self.seed, identity.device)
             devices[identity.device] = DeviceNode(identity, folder, around, split, self.seed)
         return devices
@@ -389,34 +460,19 @@ class World:
         )
 
 
-def momentum_of(seed: int) -> float:
-    """Every other history has a strategy with a state that must survive the aggregator."""
-    return 0.5 * (seed % 2)
+def open_helper(play: Play, seed: int, template: Template, time: VirtualTime) -> LocalHelper | None:
+    """The other party of a run with two servers; None where there is none."""
+    if play.masks != "two_server":
+        return None
+    keys = {each.device: each.update_key.verify_key.public_bytes for each in template.identities}
+    return open_local_helper(seed, keys, tenant=TENANT, fleet=FLEET, min_devices=FEWEST_SUMMED, clock=time)
 
 
-def run_config(seed: int) -> RunConfig:
-    """Short rounds of a run without end; every fifth head is judged and may be released."""
-    momentum = momentum_of(seed)
-    return RunConfig(
-        run="chaos",
-        strategy="FedAvgM" if momentum else "FedAvg",
-        strategy_parameters={"server_momentum": momentum} if momentum else {},
-        policy=RoundPolicy(
-            quorum=2,
-            round_seconds=ROUND_SECONDS,
-            evaluate_seconds=20.0,
-            resend_seconds=5.0,
-            evaluate_every=5,
-            backoff_max_seconds=30.0,
-        ),
-        train=TrainConfig(epochs=1, batch_size=8, learning_rate=0.05),
-        gate=GatePolicy(max_operator_drop=1.0),
-    )
-
-
-def agent_settings() -> EdgeSettings:
+def agent_settings(helper: LocalHelper | None = None) -> EdgeSettings:
     """An agent's own, with waits that suit short rounds."""
+    pinned = "" if helper is None else helper.key.public_bytes.hex()
     return EdgeSettings(
+        training=TrainingSettings(helper_key=pinned),
         network=NetworkSettings(receipt_seconds=3.0, ask_seconds=1.0, late_seconds=600.0),
         release=ReleaseSettings(check_seconds=120.0, probation_seconds=20.0),
         report=ReportSettings(telemetry_seconds=60.0, inference_seconds=3600.0),

@@ -13,7 +13,7 @@ from edge_agent.release_files import StagedRelease
 from edge_agent.slots import Slots
 from edge_agent.storage import Database
 from fleet.chaos.campaign import laboratory, play
-from fleet.chaos.faults import make_schedule
+from fleet.chaos.plays import schedule_of
 from fleet.chaos.template import Template
 from wire.envelope import Opened
 from wire.messages import Evaluation, Receipt, Update, decode_body
@@ -31,7 +31,7 @@ def template() -> Iterator[Template]:
 def first_found(template: Template) -> tuple[int, str]:
     """The first seed that fails, and what its ledger says."""
     for seed in range(SEEDS):
-        outcome = play(template, seed, make_schedule(seed, FAULTS))
+        outcome = play(template, seed, schedule_of(seed, FAULTS))
         if outcome.violations:
             return seed, outcome.violations[0].what
     return SEEDS, ""
