@@ -6,6 +6,7 @@ machine in it but the seconds it took. Source: docs/how-to/chaos.md.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -24,6 +25,7 @@ from fleet.chaos.faults import POINTS, Fault
 from fleet.chaos.injector import Line
 from fleet.chaos.ledger import Violation
 from fleet.chaos.plays import schedule_of
+from fleet.chaos.record import CampaignFile, History, keep_regression
 from fleet.chaos.shrink import shrink
 from fleet.chaos.template import Template, make_template
 from fleet.chaos.world import Outcome, World
@@ -32,6 +34,7 @@ from models.thirds import make_bundle
 from process.progress import Progress
 
 DEVICES = 8
+_COLLECTED_AFTER = 50_000
 INSTALL_SECONDS = 60.0
 """Virtual time in which a device takes its first release up and trusts it."""
 
@@ -56,6 +59,7 @@ class CampaignReport:
     violations: int = 0
     rounds: int = 0
     virtual_seconds: float = 0.0
+    cpu_seconds: float = 0.0
     seconds: float = 0.0
     points: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
@@ -63,21 +67,22 @@ class CampaignReport:
     failing: dict[int, str] = field(default_factory=dict)
     shrunk: tuple[Fault, ...] = ()
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, history: History) -> None:
         """One more history."""
         self.seeds += 1
-        self.faults += len(outcome.struck)
-        self.updates += outcome.made
-        self.lost += outcome.lost
-        self.doubled += outcome.doubled
-        self.violations += len(outcome.violations)
-        self.rounds += outcome.rounds
-        self.virtual_seconds += outcome.virtual_seconds
-        self.points.update(fault.point for fault in outcome.struck)
-        self.kinds.update(fault.kind for fault in outcome.struck)
-        self.standings.update(outcome.standings)
-        if outcome.violations:
-            self.failing[outcome.seed] = str(outcome.violations[0])
+        self.faults += sum(history.points.values())
+        self.updates += history.made
+        self.lost += history.lost
+        self.doubled += history.doubled
+        self.violations += len(history.violations)
+        self.rounds += history.rounds
+        self.virtual_seconds += history.virtual_seconds
+        self.cpu_seconds += history.cpu_seconds
+        self.points.update(history.points)
+        self.kinds.update(history.kinds)
+        self.standings.update(history.standings)
+        if history.violations:
+            self.failing[history.seed] = history.violations[0]
 
     @property
     def never_struck(self) -> list[str]:
@@ -97,6 +102,7 @@ class CampaignReport:
             "doubled": self.doubled,
             "violations": self.violations,
             "virtual_seconds": round(self.virtual_seconds, 3),
+            "cpu_seconds": round(self.cpu_seconds, 1),
             "seconds": round(self.seconds, 1),
             "points": {point: self.points[point] for point in POINTS},
             "kinds": dict(sorted(self.kinds.items())),
@@ -136,34 +142,84 @@ def play(
     return World(template, seed, schedule, tell=tell).run()
 
 
-def run_campaign(*, seeds: int, first_seed: int, faults: int, workers: int = 0) -> CampaignReport:
-    """Plays the seeds, on so many cores (0: all of them), and shrinks the first that fails."""
+def run_campaign(
+    *,
+    seeds: int,
+    first_seed: int,
+    faults: int,
+    workers: int = 0,
+    state: Path | None = None,
+    regressions: Path | None = None,
+    tell: Callable[[Line], None] | None = None,
+) -> CampaignReport:
+    """Plays the seeds; the first that fails is shrunk, and what is left of it played again.
+
+    Args:
+        workers: processes; 0 for one a core.
+        state: goes on from what this file has, and keeps each history there.
+        regressions: takes the shrunk failure.
+        tell: takes the trace of the shrunk failure.
+
+    Raises:
+        ConfigurationError: (operator) the file is of another campaign.
+    """
     report = CampaignReport(first_seed=first_seed, faults_per_seed=faults)
-    started = time.monotonic()
-    with laboratory() as template:
-        wanted = range(first_seed, first_seed + seeds)
-        with Progress("histories", seeds) as progress:
-            for outcome in _outcomes(template, wanted, faults, workers):
-                report.add(outcome)
-                note = f"{report.faults} faults, {report.violations} violations"
-                progress.advance(1, note)
-        if report.failing:
-            seed = min(report.failing)
-            report.shrunk = shrunk_schedule(template, seed, faults)
+    started, wanted = time.monotonic(), range(first_seed, first_seed + seeds)
+    kept = CampaignFile(state, faults)
+    for history in kept.of(wanted):
+        report.add(history)
+    known = {history.seed for history in kept.of(wanted)}
+    left = [seed for seed in wanted if seed not in known]
+    if left:
+        with laboratory() as template, Progress("histories", seeds) as progress:
+            progress.advance(len(known), _standing(report))
+            for history in _histories(template, left, faults, workers):
+                kept.add(history)
+                report.add(history)
+                progress.advance(1, _standing(report))
+            if report.failing:
+                _explain(report, template, min(report.failing), regressions, tell)
     report.seconds = time.monotonic() - started
     return report
 
 
-def replay(*, seed: int, faults: int, tell: Callable[[Line], None] | None = None) -> CampaignReport:
+def _standing(report: CampaignReport) -> str:
+    return f"{report.faults} faults, {report.updates} updates, {report.violations} violations"
+
+
+def _explain(
+    report: CampaignReport,
+    template: Template,
+    seed: int,
+    regressions: Path | None,
+    tell: Callable[[Line], None] | None,
+) -> None:
+    """Shrinks a failing seed, keeps what is left, and plays that with a trace."""
+    report.shrunk = shrunk_schedule(template, seed, report.faults_per_seed)
+    found = play(template, seed, report.shrunk, tell).violations
+    if regressions is not None and found:
+        what = found[0].what
+        keep_regression(regressions, f"seed {seed}: {_gist(found[0])}", what, seed, report.shrunk)
+
+
+def replay(
+    *, seed: int, faults: int, regressions: Path | None = None, tell: Callable[[Line], None] | None = None
+) -> CampaignReport:
     """Plays one seed again, and shrinks it if it fails."""
     report = CampaignReport(first_seed=seed, faults_per_seed=faults)
     started = time.monotonic()
     with laboratory() as template:
-        report.add(play(template, seed, schedule_of(seed, faults), tell))
+        report.add(_timed(template, seed, faults, tell))
         if report.failing:
-            report.shrunk = shrunk_schedule(template, seed, faults)
+            _explain(report, template, seed, regressions, None)
     report.seconds = time.monotonic() - started
     return report
+
+
+def _timed(template: Template, seed: int, faults: int, tell: Callable[[Line], None] | None = None) -> History:
+    before = time.process_time()
+    outcome = play(template, seed, schedule_of(seed, faults), tell)
+    return History.of(outcome, round(time.process_time() - before, 3))
 
 
 def shrunk_schedule(template: Template, seed: int, faults: int) -> tuple[Fault, ...]:
@@ -191,11 +247,12 @@ _template: Template | None = None
 """Of a worker process, which makes its own from the bundle that the first one built."""
 
 
-def _outcomes(template: Template, seeds: range, faults: int, workers: int) -> Iterator[Outcome]:
+def _histories(template: Template, seeds: Sequence[int], faults: int, workers: int) -> Iterator[History]:
     count = min(workers or os.cpu_count() or 1, len(seeds))
     if count <= 1:
-        for seed in seeds:
-            yield play(template, seed, schedule_of(seed, faults))
+        with _few_collections():
+            for seed in seeds:
+                yield _timed(template, seed, faults)
         return
     # Fresh processes: one that was forked would share the threads and locks of onnxruntime and torch.
     context = multiprocessing.get_context("spawn")
@@ -210,18 +267,33 @@ def _begin_worker(bundle: Path) -> None:
         _template = prepare(Bundle.open(bundle), Path(name))
 
 
-def _play_seed(task: tuple[int, int]) -> Outcome:
+def _play_seed(task: tuple[int, int]) -> History:
     seed, faults = task
     if _template is None:
         raise RuntimeError("the worker has no template")
-    return play(_template, seed, schedule_of(seed, faults))
+    with _few_collections():
+        return _timed(_template, seed, faults)
+
+
+@contextmanager
+def _few_collections() -> Iterator[None]:
+    """Half a million objects of libraries are there for good: looking through them costs a tenth of a history."""
+    before = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(_COLLECTED_AFTER, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 def render(report: CampaignReport) -> str:
     """For people."""
     lines = [
         f"{report.seeds} histories, {report.faults} faults, {report.updates} updates, {report.rounds} rounds,"
-        f" {report.virtual_seconds / 3600:.1f} virtual hours in {report.seconds:.0f} s",
+        f" {report.virtual_seconds / 3600:.1f} virtual hours in {report.seconds:.0f} s"
+        f" ({report.cpu_seconds:.0f} s of CPU)",
         f"lost {report.lost}   doubled {report.doubled}   violations {report.violations}",
         "",
         f"{'point':<24}faults",
