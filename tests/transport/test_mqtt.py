@@ -506,3 +506,31 @@ def test_malformed_packets_end_the_connection_and_nothing_else(
                     peer.sendall(bytes([rng.choice(_PACKETS) | rng.randrange(16), len(body)]) + body)
     assert events.next(Disconnected).reason
     assert "callback_failed" not in caplog.text
+
+
+def test_paused_client_reads_nothing_keeps_its_connection_and_gets_all_of_it_later(
+    mosquitto: RunningBroker, join: Join, name: str
+) -> None:
+    reader, heard = join(mosquitto.port, f"{name}-in", f"{name}/+", keepalive_seconds=1)
+    heard.next(Connected)
+    writer, written = join(mosquitto.port, f"{name}-out")
+    written.next(Connected)
+    reader.pause(True)
+    for number in range(50):
+        writer.publish(Packet(f"{name}/{number}", bytes([number]) * 2000))
+    written.take(Published, 50)
+    _wait_until_silence_is_punished(mosquitto.port, name)
+    assert heard.drain() == []
+    reader.pause(False)
+    assert [event.packet.payload[0] for event in heard.take(Received, 50)] == list(range(50))
+    assert not any(isinstance(event, Disconnected) for event in heard.seen)
+
+
+def _wait_until_silence_is_punished(port: int, name: str) -> None:
+    """Until the broker has closed the connection of a client with the shortest keep-alive that says nothing."""
+    named = name.encode()
+    with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE_SECONDS) as silent:
+        head = b"\x00\x04MQTT\x04\x02\x00\x01"
+        silent.sendall(bytes([0x10, len(head) + 2 + len(named)]) + head + bytes([0, len(named)]) + named)
+        while silent.recv(64):
+            pass

@@ -47,6 +47,10 @@ class Connection(Protocol):
         """Leaves cleanly; `Keeper.lost` follows with this reason."""
         ...
 
+    def pause(self, is_paused: bool) -> None:
+        """Reads nothing more, or reads again."""
+        ...
+
     def close(self) -> None:
         """Closes the socket; nothing is reported any more."""
         ...
@@ -101,7 +105,8 @@ class Keeper:
         self._dial: Dial | None = None
         self._connection: Connection | None = None
         self._tokens: dict[int, int] = {}
-        self._live_since = 0.0
+        self._live_since = self._reads_since = 0.0
+        self._is_paused = False
         self.muted: frozenset[str] = frozenset()
         self.meter = TrafficMeter()
 
@@ -139,6 +144,10 @@ class Keeper:
         self.loop.call_soon(
             lambda: self._connection.say_goodbye(reason) if self._connection is not None else None
         )
+
+    def pause(self, is_paused: bool) -> None:
+        """Reads nothing more, or reads again; also on later connections. Safe from any thread."""
+        self.loop.call_soon(lambda: self._pause(is_paused))
 
     def use_tls(self, tls: ssl.SSLContext) -> None:
         """The context of every later connection. Safe from any thread."""
@@ -197,6 +206,13 @@ class Keeper:
         self._emit(Connected(session_present, max_packet_bytes, receive_maximum))
         self._refuse(too_large, "larger than the broker accepts")
         self._pump_soon()
+        if self._is_paused:
+            self.loop.call_soon(lambda: self._pause(self._is_paused))
+
+    def _pause(self, is_paused: bool) -> None:
+        self._is_paused, self._reads_since = is_paused, self._now()
+        if self._connection is not None and self._gate.is_open:
+            self._connection.pause(is_paused)
 
     def published(self, mid: int, refusal: str, remark: str) -> None:
         """PUBACK, or a QoS 0 publication that was written."""
@@ -212,7 +228,10 @@ class Keeper:
     def is_stuck(self) -> bool:
         """Whether the broker answers pings but no longer acknowledges."""
         oldest = self._gate.oldest_since()
-        return oldest is not None and self._now() - oldest > self._stuck_after_seconds
+        if oldest is None or self._is_paused:
+            return False
+        # What was acknowledged in a pause is read after it.
+        return self._now() - max(oldest, self._reads_since) > self._stuck_after_seconds
 
     def lost(self, reason: str, asked_seconds: float = 0.0) -> None:
         """Ends the connection or attempt, tells the receiver, and plans the next.

@@ -181,6 +181,13 @@ class MqttTransport:
         """What all connections of this client cost the link so far; None where the system does not say."""
         return self._keeper.meter.total()
 
+    def pause(self, is_paused: bool) -> None:
+        """Reads nothing more, or reads again: the broker then keeps what is for us, and slows down who sends it, as
+        long as its limits and our keep-alive (which goes on) allow. What was read already is still delivered. Safe
+        from any thread; a connection that comes meanwhile is paused as soon as it stands.
+        """
+        self._keeper.pause(is_paused)
+
     def use_tls(self, tls: ssl.SSLContext) -> None:
         """Another context from the next connection on; `rejoin` makes that now. Safe from any thread."""
         self._keeper.use_tls(tls)
@@ -227,6 +234,10 @@ class _PahoClient(paho.Client):
     def _create_socket(self) -> BoundedSocket:
         return self._given
 
+    def ping(self) -> None:
+        """Says that we live, whether or not anything is read (contract-tested)."""
+        self._send_pingreq()
+
 
 class _Connection:
     """One connection: a paho client on one socket, from CONNECT to its end. Reports to its keeper."""
@@ -242,7 +253,8 @@ class _Connection:
         self._early: list[Packet] = []
         self._asked_for: list[tuple[str, int]] = []
         self._muted: frozenset[str] = frozenset()
-        self._is_closed = False
+        self._is_closed = self._is_paused = False
+        self._watched = selectors.EVENT_READ
         self._fault = ""
         self._asked_seconds = 0.0
         client.max_inflight_messages_set(0)  # none of paho's: the window is ours
@@ -299,12 +311,19 @@ class _Connection:
         client.on_disconnect = client.on_socket_open = client.on_socket_close = None
         client.on_socket_register_write = None
 
+    def pause(self, is_paused: bool) -> None:
+        """Reads nothing more, or reads again."""
+        self._is_paused = is_paused
+        self._ready(selectors.EVENT_READ)
+
     def _ready(self, events: int) -> None:
         if self._is_closed:
             return
-        if events & selectors.EVENT_READ:
+        if events & selectors.EVENT_READ and not self._is_paused:
             for _ in range(_READS_PER_TURN):
                 if self._client.loop_read() != paho.MQTT_ERR_SUCCESS or self._is_closed:
+                    break
+                if self._is_paused:
                     break
                 if self._client.socket() is None or not self._socket.pending():
                     break
@@ -323,8 +342,18 @@ class _Connection:
             reason = self._fault or self._socket.fault or "the broker closed the connection"
             self._owner.lost(reason, self._asked_seconds)
             return
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.want_write() else 0)
-        self._loop.modify(self._socket, events, self._ready)
+        reads = 0 if self._is_paused else selectors.EVENT_READ
+        self._watch(reads | (selectors.EVENT_WRITE if client.want_write() else 0))
+
+    def _watch(self, events: int) -> None:
+        """What the loop waits for; nothing at all is no registration."""
+        if self._watched and events:
+            self._loop.modify(self._socket, events, self._ready)
+        elif events:
+            self._loop.register(self._socket, events, self._ready)
+        elif self._watched:
+            self._loop.unregister(self._socket)
+        self._watched = events
 
     def _ready_to_work(self) -> None:
         """We are accepted and we listen: nothing that is published from now on can be missed."""
@@ -352,7 +381,9 @@ class _Connection:
         if self._owner.is_stuck():
             self._owner.lost("the broker no longer acknowledges")
             return
-        if self._client.loop_misc() != paho.MQTT_ERR_SUCCESS:
+        if self._is_paused:
+            self._client.ping()  # its answer is not read, so paho must not wait for one
+        elif self._client.loop_misc() != paho.MQTT_ERR_SUCCESS:
             self._fault = self._fault or "the broker no longer answers"
         self._loop.call_later(self._care_seconds(), self._care)
         self._flush()
