@@ -52,8 +52,8 @@ fuzz: install   ## a million hostile envelopes, every decoder, planted bugs, the
 chaos-sim: install  ## simulated fleets under faults, a minute of them
 	$(BIN)/shoal-fleet chaos --seeds 24 --faults 10 --workers $(WORKERS)
 
-chaos-long: install  ## 100 histories of 100 faults each
-	$(BIN)/shoal-fleet chaos --seeds 100 --faults 100
+chaos-long: install  ## 100 histories of 100 faults each; goes on where it was cut off
+	$(BIN)/shoal-fleet chaos --seeds 100 --faults 100 --out build/chaos-long
 
 lint: install   ## ruff and mypy --strict
 	$(BIN)/ruff check .

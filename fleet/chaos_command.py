@@ -20,10 +20,17 @@ MAX_SEED = 2**31 - 1
 MAX_FAULTS = 10_000
 MAX_SECONDS = 7 * 86_400
 EXIT_VIOLATION = 1
+STATE_FILE = "histories.json"
 BROKERS = ("mosquitto", "embedded")
 SIMULATED_FAULTS, REAL_FAULTS = 10, 100
-_SIMULATED: dict[str, Any] = {"seeds": 100, "first_seed": 0, "workers": 0, "trace": False}
-_REAL: dict[str, Any] = {"seconds": MAX_SECONDS, "kinds": (), "broker": None, "out": None}
+_SIMULATED: dict[str, Any] = {
+    "seeds": 100,
+    "first_seed": 0,
+    "workers": 0,
+    "trace": False,
+    "regressions": None,
+}
+_REAL: dict[str, Any] = {"seconds": MAX_SECONDS, "kinds": (), "broker": None}
 
 
 def add_chaos(commands: argparse._SubParsersAction[CommandParser]) -> None:
@@ -61,7 +68,10 @@ def add_chaos(commands: argparse._SubParsersAction[CommandParser]) -> None:
         "--broker", choices=BROKERS, help="with --real: this broker (both in turn, where both are there)"
     )
     chaos.add_argument(
-        "--out", type=path, metavar="DIR", help="with --real: folder of the campaign, which it goes on from"
+        "--out", type=path, metavar="DIR", help="folder of the campaign, which it goes on from"
+    )
+    chaos.add_argument(
+        "--regressions", type=path, metavar="FILE", help="add the first failing history to this file, shrunk"
     )
     chaos.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
 
@@ -90,14 +100,25 @@ def _simulated(options: argparse.Namespace) -> int:
     if options.trace and options.seed is None:
         raise ConfigurationError("--trace shows one history", hint="say which: --seed N --trace")
     if options.seed is None:
+        out: Path | None = options.out
         report = run_campaign(
-            seeds=options.seeds, first_seed=options.first_seed, faults=faults, workers=options.workers
+            seeds=options.seeds,
+            first_seed=options.first_seed,
+            faults=faults,
+            workers=options.workers,
+            state=None if out is None else out / STATE_FILE,
+            regressions=options.regressions,
+            tell=_trace,
         )
     else:
-        tell = (lambda line: print(line, file=sys.stderr)) if options.trace else None
-        report = replay(seed=options.seed, faults=faults, tell=tell)
+        tell = _trace if options.trace else None
+        report = replay(seed=options.seed, faults=faults, regressions=options.regressions, tell=tell)
     print(report.to_json() if options.json else render(report), end="")
     return EXIT_VIOLATION if report.violations else 0
+
+
+def _trace(line: object) -> None:
+    print(line, file=sys.stderr)
 
 
 def _real(options: argparse.Namespace) -> int:

@@ -172,10 +172,6 @@ def _load(options: argparse.Namespace) -> int:
     return 0 if report.is_good else EXIT_VIOLATION
 
 
-def _trace(line: object) -> None:
-    print(line, file=sys.stderr)
-
-
 @contextmanager
 def _folder(out: Path | None) -> Iterator[None]:
     """Makes sure that the report can be written before there is one; takes an empty folder back on failure.

@@ -29,7 +29,7 @@ from edge_agent.worker import InlineWorker
 from fleet.chaos.disk import Disk
 from fleet.chaos.injector import Crash, Injector
 from fleet.chaos.ledger import Ledger
-from fleet.chaos.network import DEVICE, ChaosTransport, harmed, sort_of
+from fleet.chaos.network import DEVICE, ChaosTransport, sort_of
 from fleet.chaos.node import NEVER, Node
 from fleet.chaos.sqlite import Change, telling
 from fleet.virtual import VirtualTime
@@ -37,6 +37,7 @@ from models.data.federation import Split
 from wire.errors import DataError, ModelError, PeerError, RefusedError, StorageError, TransportError
 from wire.messages import Evaluation, Update
 from wire.transport import Packet, Received, TransportEvent
+from wire.transport.faulty import harmed
 from wire.transport.memory import MemoryBroker, MemoryTransport
 
 DOWN_SECONDS = 20.0

@@ -2,14 +2,17 @@
 
 Laws of the file: a fault strikes one packet; what is lost is acknowledged all the same, because that is what a broker
 with a full queue does; nothing passes after the node that it belongs to has died. Times are virtual.
+
+`wire.transport.faulty` is another thing: it draws a fault for each packet by chance, knows no time and no node, and
+goes before any transport. Here a schedule says which packet, what is late comes when virtual time says so, and a node
+may die of it; what the two do to the bytes of a packet is one function.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fleet.chaos.disk import Disk
 from fleet.chaos.faults import Fault
@@ -17,6 +20,7 @@ from wire import envelope
 from wire.errors import BackpressureError, EnvelopeError, OversizeError
 from wire.messages import MaskInbox, MaskKeys, MaskOpened, MaskQuestion, MaskRoster, MaskShares
 from wire.transport import Connected, Deliver, Disconnected, Packet, Published, Received, TransportEvent
+from wire.transport.faulty import harmed
 from wire.transport.memory import MemoryTransport
 
 _OF_MASKS = frozenset(
@@ -205,15 +209,3 @@ def sort_of(packet: Packet) -> str:
     with suppress(EnvelopeError):
         return "mask" if envelope.peek(packet.payload).type in _OF_MASKS else kind
     return kind
-
-
-def harmed(packet: Packet, kind: str, rng: random.Random) -> Packet:
-    """A packet of which the end is missing, or one bit is another."""
-    payload = packet.payload
-    if not payload:
-        return packet
-    if kind == "truncate":
-        return replace(packet, payload=payload[: rng.randrange(len(payload))])
-    flipped = bytearray(payload)
-    flipped[rng.randrange(len(flipped))] ^= 1 << rng.randrange(8)
-    return replace(packet, payload=bytes(flipped))

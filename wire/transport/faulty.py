@@ -135,10 +135,10 @@ class FaultyTransport:
                 self._owed.append(Published(token, accepted=True))
                 return token
             else:
-                harmed = self._harm(packet, kind)
-                self._tokens[self._inner.publish(harmed)] = token
+                sent = harmed(packet, kind, self._rng)
+                self._tokens[self._inner.publish(sent)] = token
                 if kind == "double":
-                    self._publish_unasked(harmed)
+                    self._publish_unasked(sent)
             self._release_overtaken("up")
             return token
 
@@ -186,10 +186,10 @@ class FaultyTransport:
             self._hold(packet, "down", kind)
             return
         elif kind != "lose":
-            harmed = Received(self._harm(packet, kind))
-            self._emit(harmed)
+            received = Received(harmed(packet, kind, self._rng))
+            self._emit(received)
             if kind == "double":
-                self._emit(harmed)
+                self._emit(received)
         self._release_overtaken("down")
 
     def _draw(self, direction: Direction) -> str:
@@ -199,16 +199,6 @@ class FaultyTransport:
         if kind:
             self.faults[kind] += 1
         return kind
-
-    def _harm(self, packet: Packet, kind: str) -> Packet:
-        payload = packet.payload
-        if kind == "truncate" and payload:
-            return replace(packet, payload=payload[: self._rng.randrange(len(payload))])
-        if kind == "corrupt" and payload:
-            harmed = bytearray(payload)
-            harmed[self._rng.randrange(len(harmed))] ^= 1 << self._rng.randrange(8)
-            return replace(packet, payload=bytes(harmed))
-        return packet
 
     def _hold(self, packet: Packet, direction: Direction, kind: str) -> None:
         passes = 1 if kind == "reorder" else self._plan.delay_packets
@@ -247,3 +237,15 @@ class FaultyTransport:
     def _emit(self, event: TransportEvent) -> None:
         if self._deliver is not None:
             self._deliver(event)
+
+
+def harmed(packet: Packet, kind: str, rng: random.Random) -> Packet:
+    """A packet of which the end is missing (`truncate`), or one bit is another (`corrupt`); of another kind, itself."""
+    payload = packet.payload
+    if kind == "truncate" and payload:
+        return replace(packet, payload=payload[: rng.randrange(len(payload))])
+    if kind == "corrupt" and payload:
+        flipped = bytearray(payload)
+        flipped[rng.randrange(len(flipped))] ^= 1 << rng.randrange(8)
+        return replace(packet, payload=bytes(flipped))
+    return packet
