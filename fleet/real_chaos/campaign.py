@@ -26,6 +26,7 @@ from fleet.real_chaos.outcome import Outcome
 from fleet.real_chaos.report import FORMAT, CampaignFile, CampaignPlan, Play, RealReport
 from fleet.real_chaos.scenario import Scenario, Task
 from fleet.real_chaos.scenarios import SCENARIOS
+from models.bundle import Bundle
 from models.thirds import make_bundle
 from process.progress import Progress
 from wire.errors import ConfigurationError, StorageError
@@ -73,13 +74,14 @@ def run_real_campaign(plan: CampaignPlan, out: Path | None) -> RealReport:
         stack.enter_context(_terminable())
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shoal-chaos-")))
         kept = _Kept(plan, out)
-        bundle = make_bundle(scratch / "bundle")
+        bundle: Bundle | None = None
         wanted = _shares(plan, [name for name in plan.kinds if name not in skipped])
         progress = stack.enter_context(Progress("faults", sum(wanted.values())))
         progress.advance(min(kept.total(), sum(wanted.values())))
         until = time.monotonic() + plan.seconds
         fruitless: set[str] = set()
         while time.monotonic() < until and (kind := _next_kind(wanted, kept, fruitless)):
+            bundle = bundle or make_bundle(scratch / "bundle")
             base = progress.done
             task = Task(
                 folder=(out or scratch) / f"play-{kept.next_number}",

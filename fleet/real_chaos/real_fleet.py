@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -219,15 +220,19 @@ class RealFleet:
         )
 
     def __enter__(self) -> RealFleet:
-        with ExitStack() as stack:
-            self._start(stack)
-            self._stack = stack.pop_all()
+        try:
+            self._start(self._stack)
+        except BaseException:  # an interrupt too: what was started so far must end
+            with _undisturbed():
+                self._stack.close()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        with _undisturbed():
+            self._stack.close()
 
     # ---- waiting -----------------------------------------------------------------------------------------------
 
@@ -270,6 +275,15 @@ class RealFleet:
         """
         owed = self.ledger.open_updates()
         return self.wait(lambda: not owed & self.ledger.open_updates(), f"{len(owed)} updates that are owed")
+
+    def calm(self, rounds: int) -> float:
+        """Waits until so many rounds more have moved the head; returns the seconds that it took.
+
+        Raises:
+            RoundError: as `wait`.
+        """
+        wanted = self.ledger.rounds_done() + rounds
+        return self.wait(lambda: self.ledger.rounds_done() >= wanted, f"{rounds} rounds after the last fault")
 
     def rest(self) -> float:
         """Lets no further round begin and waits until nothing moves; returns the seconds that it took.
@@ -345,7 +359,7 @@ class RealFleet:
                 strategy="FedAvg",
                 seed=self.task.seed + 1,
                 quorum=1,
-                deadline_seconds=10.0,
+                deadline_seconds=20.0,
                 evaluate_seconds=10.0,
                 evaluate_every=20,
                 paused=True,
@@ -362,6 +376,20 @@ def _reroute(path: Path, ports: Mapping[str, int]) -> None:
     for key, port in ports.items():
         plain[key] = f"{plain[key].rpartition(':')[0]}:{port}"
     path.write_bytes(msgspec.json.encode(plain))
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Nobody's second Ctrl-C leaves half of a fleet behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _continue(process_id: Callable[[], int]) -> None:

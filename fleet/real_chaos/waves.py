@@ -19,8 +19,10 @@ from wire.errors import RoundError
 
 SPREAD_SECONDS = 1.0
 """Within which the faults of a wave begin."""
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 60.0
 """How long a fault waits for work that it can hit."""
+CALM_ROUNDS = 2
+"""That must move the head once no fault strikes any more."""
 _GLANCE_SECONDS = 0.01
 
 
@@ -158,6 +160,7 @@ def play_waves(
         waves = Waves(fleet, faults(fleet), most=most)
         try:
             waves.play(task.faults)
+            fleet.calm(CALM_ROUNDS)
             fleet.rest()
         except RoundError as error:
             complaints = (f"{error} ({error.hint})",)
