@@ -66,7 +66,10 @@ def _open(model: bytes) -> onnxruntime.InferenceSession:
         "session.model_external_initializers_file_folder_path", _NO_EXTERNAL_DATA
     )
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        # Its "fallback" loads a broken model a second time and prints about it to standard output, which is data.
+        return onnxruntime.InferenceSession(
+            model, options, providers=["CPUExecutionProvider"], enable_fallback=False
+        )
     except _NATIVE_ERRORS as error:
         raise ModelError(f"the model does not load: {_first_line(error)}", size_bytes=len(model)) from error
 

@@ -98,7 +98,7 @@ class ChildSelfTest:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(prefix="selftest-", dir=self._folder) as name:
             lay_down(staged, Path(name))
-            return _judge(self._run(name))
+            return judged(self._run(name))
 
     def _run(self, folder: str) -> Ended:
         try:
@@ -112,7 +112,7 @@ class ChildSelfTest:
             ) from error
 
 
-def _judge(child: Ended) -> SelfTestVerdict:
+def judged(child: Ended) -> SelfTestVerdict:
     if child.code < 0:
         raise SelfTestError(f"the model killed the self-test (signal {-child.code})", signal=-child.code)
     try:

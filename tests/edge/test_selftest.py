@@ -45,9 +45,9 @@ class Fixed(ChildSelfTest):
 
     def run_on(self, staged: StagedModel, folder: Path) -> None:
         lay_down(staged, folder)
-        from edge_agent.selftest import _judge
+        from edge_agent.selftest import judged
 
-        _judge(self._run(str(folder)))
+        judged(self._run(str(folder)))
 
 
 def test_good_release_passes_in_a_child_and_both_variants_are_measured(bundle: Bundle) -> None:
