@@ -18,6 +18,7 @@ from cloud_server.influence import ReportBounds
 from cloud_server.metrics import CloudMetrics
 from cloud_server.registry import Registry
 from cloud_server.release.announcer import Announcer
+from cloud_server.rounds.intake import Arrival
 from cloud_server.rounds.runner import RoundRunner
 from cloud_server.sender import Sender
 from process.clock import Clock
@@ -42,6 +43,8 @@ from wire.transport import Connected, Disconnected, Published, Received, Transpo
 _log = get_logger("cloud.aggregator")
 
 SWEEP_SECONDS = 10.0
+GATHERED_BYTES = 16 * 1024 * 1024
+"""Of updates that wait to be committed together; more than one are never kept waiting beyond it."""
 SILENT_SECONDS = 360.0
 """A device that said nothing for this long is not asked before it speaks again. An agent's first heartbeat comes one to
 two minutes after its birth, the others 60 to 72 s apart, and we note one a minute: two of them in a row may be lost."""
@@ -110,6 +113,8 @@ class Aggregator:
         self._on_maintenance = on_maintenance
         self._next_sweep = 0.0
         self._reports = ReportBounds(clock.monotonic())
+        self._gathered: list[Arrival] = []
+        self._gathered_bytes = 0
         self._present: frozenset[str] = frozenset()
         self._is_presence_news = False
         self.link = Link(clock.monotonic())
@@ -165,6 +170,7 @@ class Aggregator:
                 more. Or (disk) the database failed.
         """
         self._registry.check_writer()
+        self._commit_gathered()
         now = self._clock.now()
         if now >= self._next_sweep or self._next_sweep - now > SWEEP_SECONDS:
             self._next_sweep = now + SWEEP_SECONDS
@@ -180,7 +186,7 @@ class Aggregator:
         return min(wake, self._announcer.tick())
 
     def stop(self) -> None:
-        """Leaves the broker; the database has all that matters."""
+        """Leaves the broker; the database has all that matters, and what is not in it has no receipt."""
         self._transport.stop()
 
     # ---- what opened messages mean -----------------------------------------------------------------------------
@@ -219,19 +225,49 @@ class Aggregator:
         self._downlink.send_receipt(device, receipt)
 
     def on_update(self, device: str, opened: Opened, transfer: bytes, size_bytes: int) -> None:
+        """Gathered until the next `tick`: one commit for all that came, since each waits for the disk."""
         if self._runner is None:
             return
-        try:
-            receipt = self._runner.on_update(
-                device, opened.header, opened.body, transfer_sha256=transfer, size_bytes=size_bytes
-            )
-        except StorageError as error:
-            # No receipt: the device keeps the update and sends it again.
-            _log.error("update_not_stored", device=device, error=str(error))
-            return
-        self._downlink.send_receipt(device, receipt)
+        self._gathered.append(Arrival(device, opened.header, opened.body, transfer, size_bytes))
+        self._gathered_bytes += size_bytes
+        if self._gathered_bytes >= GATHERED_BYTES:
+            self._commit_updates()
 
     # ---- inside ------------------------------------------------------------------------------------------------
+
+    def _commit_gathered(self) -> None:
+        """What came since the last turn, before anything follows from it."""
+        self._commit_updates()
+        try:
+            self._registry.write_presence()
+        except StorageError as error:
+            # Kept in memory, and tried again with what comes next.
+            _log.error("presence_not_written", error=str(error), hint=error.hint)
+
+    def _commit_updates(self) -> None:
+        """Together; where that fails, one by one, so that no reply is in the way of the others."""
+        arrivals, self._gathered, self._gathered_bytes = self._gathered, [], 0
+        if self._runner is None or not arrivals:
+            return
+        try:
+            receipts = self._runner.on_updates(arrivals)
+        except StorageError as error:
+            if len(arrivals) > 1:
+                _log.warning("updates_not_stored_together", updates=len(arrivals), error=str(error))
+            for arrival in arrivals:
+                self._commit_update(self._runner, arrival)
+            return
+        for arrival, receipt in zip(arrivals, receipts, strict=True):
+            self._downlink.send_receipt(arrival.device, receipt)
+
+    def _commit_update(self, runner: RoundRunner, arrival: Arrival) -> None:
+        try:
+            (receipt,) = runner.on_updates([arrival])
+        except StorageError as error:
+            # No receipt: the device keeps the update and sends it again.
+            _log.error("update_not_stored", device=arrival.device, error=str(error))
+            return
+        self._downlink.send_receipt(arrival.device, receipt)
 
     def _seen(self, device: str, release_version: int) -> None:
         self._is_presence_news |= self._registry.note_seen(device, release_version)

@@ -2,7 +2,9 @@
 
 Laws of the file: the database decides and this file only remembers; what another process changed (a
 revocation on the command line) is seen by the next call, because every call compares `devices_version`; a
-device's id is for ever, only its label changes.
+device's id is for ever, only its label changes. Presence is the one thing that is known here first: a whole fleet may
+come at once, so it is written for many together (`write_presence`), and a crash in between costs nothing, since births
+are retained at the broker and heartbeats go on.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from process.clock import Clock
 from process.logs import get_logger
 from wire.agent_versions import is_new_enough
 from wire.envelope import Signer
-from wire.errors import ConfigurationError, PeerError, TrustError
+from wire.errors import ConfigurationError, PeerError, StorageError, TrustError
 from wire.messages import Birth
 from wire.primitives import VerifyKey
 from wire.topics import ID
@@ -60,6 +62,7 @@ class Registry:
         self._clock = clock
         self._lock = threading.Lock()
         self._known = _Known(0, {}, {}, {})
+        self._unwritten: set[str] = set()
         with database.read() as connection:
             self._presence = dict(table.load_presence(connection))
 
@@ -185,11 +188,31 @@ class Registry:
         if before is not None and self.status(device):  # its name may be erased
             self._keep_presence(replace(before, status="lost"))
 
+    def write_presence(self) -> None:
+        """Writes all that was noted since, in one transaction.
+
+        Raises:
+            StorageError: (disk) the database refused, or another aggregator has taken over; nothing is forgotten.
+        """
+        if not self._unwritten:
+            return
+        known = self._current().devices
+        with self._lock:
+            taken, self._unwritten = self._unwritten, set()
+            # A device whose name was erased meanwhile has no row to go with.
+            rows = [self._presence[device] for device in sorted(taken) if device in known]
+        try:
+            with self._database.transaction(fence=self._database.claimed) as connection:
+                table.save_presence(connection, rows)
+        except StorageError:
+            with self._lock:
+                self._unwritten |= taken
+            raise
+
     def _keep_presence(self, row: PresenceRow) -> None:
-        with self._database.transaction(fence=self._database.claimed) as connection:
-            table.save_presence(connection, row)
         with self._lock:
             self._presence[row.device] = row
+            self._unwritten.add(row.device)
 
     def check_writer(self) -> None:
         """Raises `StorageError` when another aggregator has taken over the database of this one."""

@@ -12,13 +12,12 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
+from sqlalchemy.dialects import postgresql, sqlite
 
 from cloud_server.db.schema import certificates, device_keys, devices, meta, presence
 
 VERSION_QUERY = "SELECT devices_version FROM meta"
-# Every birth, heartbeat or reply needs these. Made once: composing one takes longer than SQLite takes to execute it.
-_MOVE_PRESENCE = sa.update(presence).where(presence.c.device == sa.bindparam("of_device"))
-_INSERT_PRESENCE = sa.insert(presence)
+# Every reply needs it. Made once: composing one takes longer than SQLite takes to execute it.
 _LOAD_STATUS = sa.select(devices.c.status).where(devices.c.device == sa.bindparam("of_device"))
 APPROVED, QUARANTINED, REVOKED = "approved", "quarantined", "revoked"
 
@@ -198,11 +197,15 @@ def load_revoked_devices(connection: Connection, now: float) -> set[str]:
 # ---- presence ----
 
 
-def save_presence(connection: Connection, row: PresenceRow) -> None:
-    """What a known device said of itself; replaces what it said before."""
-    values = {name: getattr(row, name) for name in row.__slots__}
-    if not connection.execute(_MOVE_PRESENCE, {**values, "of_device": row.device}).rowcount:
-        connection.execute(_INSERT_PRESENCE, values)
+def save_presence(connection: Connection, rows: Collection[PresenceRow]) -> None:
+    """What known devices said of themselves; replaces what each said before."""
+    if not rows:
+        return
+    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+    inserted = dialect.insert(presence)
+    said = {column.name: inserted.excluded[column.name] for column in presence.c if not column.primary_key}
+    upsert = inserted.on_conflict_do_update(index_elements=[presence.c.device], set_=said)
+    connection.execute(upsert, [{name: getattr(row, name) for name in row.__slots__} for row in rows])
 
 
 def load_presence(connection: Connection) -> Mapping[str, PresenceRow]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cloud_server.db import rounds as books
@@ -54,6 +54,21 @@ class Arrival:
     body: bytes
     transfer_sha256: bytes
     size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Looked:
+    """An arrival and what screening says of it; `reply` None for bytes that are none, `blob` of a large one."""
+
+    arrival: Arrival
+    reply: Update | Evaluation | None
+    screened: Screened | int | Refusal
+    blob: str
+
+
+Taken = tuple[Receipt, Event | None]
+Conclusion = Callable[[], Taken]
+"""What a reply comes to once its transaction has committed."""
 
 
 class Intake:
@@ -113,50 +128,86 @@ class Intake:
         self._expected, self._answered = {}, set()
         self._meet_members()
 
-    def take(self, arrival: Arrival) -> tuple[Receipt, Event | None]:
-        """Screens and stores one reply.
+    def take(self, arrivals: Sequence[Arrival]) -> list[Taken]:
+        """Screens replies and stores them together: one commit, however many they are.
 
         Returns:
-            The receipt to send, and what it means for the round (None: nothing).
+            For each the receipt to send, and what it means for the round (None: nothing).
 
         Raises:
-            StorageError: (disk) nothing was committed; no receipt may be sent, the device will try again.
+            StorageError: (disk) nothing was committed; no receipt may be sent, the devices will try again.
         """
+        looked_at = [self._look_at(arrival) for arrival in arrivals]
+        answered: set[bytes] = set()
+        with self._database.transaction(fence=self._fence) as connection:
+            conclusions = [
+                self._book_malformed(connection, each.arrival)
+                if each.reply is None
+                else self._book(connection, each.arrival, each.reply, each, answered)
+                for each in looked_at
+            ]
+        return [conclude() for conclude in conclusions]
+
+    def _look_at(self, arrival: Arrival) -> _Looked:
+        """Before the transaction: all that takes long."""
         try:
             reply = _decoded(arrival)
         except MessageError:
-            return self._take_malformed(arrival)
+            return _Looked(arrival, None, Refusal.MALFORMED, "")
         screened = self._screen(reply, arrival)
-        outcome = screened.num_examples if isinstance(screened, Screened) else screened
-        blob = self._keep_large(arrival.body) if not isinstance(outcome, Refusal) else ""
+        blob = "" if isinstance(screened, Refusal) else self._keep_large(arrival.body)
+        return _Looked(arrival, reply, screened, blob)
+
+    def _book(
+        self,
+        connection: Connection,
+        arrival: Arrival,
+        reply: Update | Evaluation,
+        looked: _Looked,
+        answered: set[bytes],
+    ) -> Conclusion:
+        """In the transaction; what it returns is called after the commit.
+
+        Args:
+            answered: orders that were answered in this transaction, which is not over.
+        """
+        known = books.load_update(connection, reply.update_id)
+        if known is not None:
+            receipt = _receipt_again(known, arrival, newest_promise(connection))
+            return lambda: (receipt, None)
+        try:
+            is_fresh = self._move_window(connection, arrival)
+        except ReplayError:
+            return lambda: (self._unbooked(reply.update_id, arrival, Refusal.REPLAYED), None)
+        outcome = self._outcome(connection, arrival, reply, looked, answered)
+        is_booked = self._is_booked(connection, reply, arrival.device, outcome)
+        promise = Promise() if isinstance(outcome, Refusal) else number_update(connection)
+        if is_booked:
+            self._insert(connection, reply, arrival, outcome, looked.blob, _norm_of(looked.screened))
         struck: Struck | None = None
-        with self._database.transaction(fence=self._fence) as connection:
-            known = books.load_update(connection, reply.update_id)
-            if known is not None:
-                return _receipt_again(known, arrival, newest_promise(connection)), None
-            try:
-                is_fresh = self._move_window(connection, arrival)
-            except ReplayError:
-                return self._unbooked(reply.update_id, arrival, Refusal.REPLAYED), None
-            if load_status(connection, arrival.device) == QUARANTINED:
-                outcome = Refusal.QUARANTINED
-            elif outcome is Refusal.UNKNOWN_ORDER:
-                outcome = self._past_order(connection, reply, arrival.device)
-            is_booked = self._is_booked(connection, reply, arrival.device, outcome)
-            promise = Promise() if isinstance(outcome, Refusal) else number_update(connection)
-            if is_booked:
-                self._insert(connection, reply, arrival, outcome, blob, _norm_of(screened))
-            is_asked = self._asked(reply.order_id) is not None
-            if isinstance(outcome, Refusal) and is_asked and (is_booked or is_fresh):
-                struck = self._strike(connection, arrival.device, outcome)
-        if isinstance(outcome, Refusal):
-            self._note_strike(arrival.device, outcome, struck)
-        elif isinstance(screened, Screened) and reply.order_id in self._expected:
-            # One that is carried is clipped by the bound of the round that folds it, which may not be open yet.
-            self.kept.put(reply.update_id, screened)
-        if not is_booked:
-            self.unbooked_total[str(outcome)] += 1
-        return self._concluded(reply, arrival, outcome, promise)
+        if not isinstance(outcome, Refusal):
+            answered.add(reply.order_id)
+        elif self._asked(reply.order_id) is not None and (is_booked or is_fresh):
+            struck = self._strike(connection, arrival.device, outcome)
+        return lambda: self._concluded(reply, looked, outcome, promise, struck, is_booked=is_booked)
+
+    def _outcome(
+        self,
+        connection: Connection,
+        arrival: Arrival,
+        reply: Update | Evaluation,
+        looked: _Looked,
+        answered: set[bytes],
+    ) -> int | Refusal:
+        """What the books make of what screening said."""
+        screened = looked.screened
+        if load_status(connection, arrival.device) == QUARANTINED:
+            return Refusal.QUARANTINED
+        if screened is Refusal.UNKNOWN_ORDER:
+            return self._past_order(connection, reply, arrival.device)
+        if not isinstance(screened, Refusal) and reply.order_id in answered:
+            return Refusal.ALREADY_ANSWERED
+        return screened.num_examples if isinstance(screened, Screened) else screened
 
     def _asked(self, order_id: bytes) -> Expected | None:
         """What an order asked for that may be answered now."""
@@ -166,7 +217,7 @@ class Intake:
         asked = (*self._carried.values(), *self._expected.values())
         self._members = {each.device: each for each in asked}
 
-    def _take_malformed(self, arrival: Arrival) -> tuple[Receipt, Event | None]:
+    def _book_malformed(self, connection: Connection, arrival: Arrival) -> Conclusion:
         """Signed bytes that are no reply: refused without a row, since they name no id.
 
         Whose they are and what they answer stands in the signed header; the window sees to it that the same message
@@ -176,17 +227,19 @@ class Intake:
         expected = self._members.get(device)
         answers = None if expected is None else (expected.run, expected.round_number)
         is_open = answers == (header.run, header.round_number)
-        struck, is_fresh = None, True
-        with self._database.transaction(fence=self._fence) as connection:
-            try:
-                is_fresh = self._move_window(connection, arrival)
-            except ReplayError:
-                is_fresh = False
-            if is_open and is_fresh:
-                struck = self._strike(connection, device, Refusal.MALFORMED)
-        self._note_strike(device, Refusal.MALFORMED, struck)
-        receipt = self._unbooked(_NO_ID, arrival, Refusal.MALFORMED)
-        return receipt, ReplyRefused(device) if is_open and is_fresh else None
+        try:
+            is_fresh = self._move_window(connection, arrival)
+        except ReplayError:
+            is_fresh = False
+        is_held_against = is_open and is_fresh
+        struck = self._strike(connection, device, Refusal.MALFORMED) if is_held_against else None
+
+        def conclude() -> Taken:
+            self._note_strike(device, Refusal.MALFORMED, struck)
+            receipt = self._unbooked(_NO_ID, arrival, Refusal.MALFORMED)
+            return receipt, ReplyRefused(device) if is_held_against else None
+
+        return conclude
 
     def _strike(self, connection: Connection, device: str, refusal: Refusal) -> Struck | None:
         """Holds a refusal against its sender, if it is of the kind."""
@@ -316,16 +369,31 @@ class Intake:
         return expected is None or expected.keeps_metrics
 
     def _concluded(
-        self, reply: Update | Evaluation, arrival: Arrival, outcome: int | Refusal, promise: Promise
-    ) -> tuple[Receipt, Event | None]:
-        if not isinstance(outcome, Refusal):
-            self._answered.add(reply.order_id)
-            self._carried.pop(reply.order_id, None)
-            return _receipt(reply.update_id, arrival, None, promise), ReplyStored(arrival.device)
-        expected = self._asked(reply.order_id)
-        is_of_member = expected is not None and expected.device == arrival.device
-        event = ReplyRefused(arrival.device) if is_of_member else None
-        return _receipt(reply.update_id, arrival, outcome), event
+        self,
+        reply: Update | Evaluation,
+        looked: _Looked,
+        outcome: int | Refusal,
+        promise: Promise,
+        struck: Struck | None,
+        *,
+        is_booked: bool,
+    ) -> Taken:
+        """After the commit."""
+        arrival, order_id = looked.arrival, reply.order_id
+        if not is_booked:
+            self.unbooked_total[str(outcome)] += 1
+        if isinstance(outcome, Refusal):
+            self._note_strike(arrival.device, outcome, struck)
+            expected = self._asked(order_id)
+            is_of_member = expected is not None and expected.device == arrival.device
+            event = ReplyRefused(arrival.device) if is_of_member else None
+            return _receipt(reply.update_id, arrival, outcome), event
+        if isinstance(looked.screened, Screened) and order_id in self._expected:
+            # One that is carried is clipped by the bound of the round that folds it, which may not be open yet.
+            self.kept.put(reply.update_id, looked.screened)
+        self._answered.add(order_id)
+        self._carried.pop(order_id, None)
+        return _receipt(reply.update_id, arrival, None, promise), ReplyStored(arrival.device)
 
     def _keep_large(self, body: bytes) -> str:
         """Before the transaction: a blob without a row is harmless, a row without its blob is not."""

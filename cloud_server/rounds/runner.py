@@ -10,7 +10,7 @@ docs/architecture.md (The aggregator).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cloud_server.db import rounds as books
 from cloud_server.rounds import events as ev
@@ -23,7 +23,6 @@ from cloud_server.rounds.state import NEVER, Phase, RoundState
 from process.logs import get_logger
 from wire.checkpoint import Checkpoint
 from wire.errors import ConfigurationError, UpdateError
-from wire.header import Header
 from wire.messages import Join, MaskKeys, MaskOpened, MaskShares, Receipt
 
 _log = get_logger("cloud.rounds")
@@ -49,6 +48,7 @@ class RoundRunner:
         self._desk = make_desk(plan, ports, self._intake)
         self._state = RoundState()
         self._queue: deque[ev.Event] = deque()
+        self._declined: list[tuple[bytes, str]] = []
         self._is_paused = self._is_held = False
         self._next_tick = NEVER
 
@@ -136,9 +136,7 @@ class RoundRunner:
         if order is None or order.order_id != join.order_id:
             return
         if not join.accepted:
-            with self._ports.database.transaction(fence=self._ports.fence) as connection:
-                now = self._ports.clock.now()
-                books.set_order_state(connection, order.order_id, "declined", now, join.reason)
+            self._declined.append((order.order_id, join.reason))
         else:
             self._desk.note_accepted(order)
         self._queue.append(ev.JoinArrived(device, join.accepted))
@@ -156,29 +154,25 @@ class RoundRunner:
         if event is not None:
             self._queue.append(event)
 
-    def on_update(
-        self, device: str, header: Header, body: bytes, *, transfer_sha256: bytes, size_bytes: int
-    ) -> Receipt:
-        """Takes an opened `up` or `ev` message: screens it and commits it.
-
-        Args:
-            transfer_sha256: of the whole sealed message.
-            size_bytes: of the same.
+    def on_updates(self, arrivals: Sequence[Arrival]) -> list[Receipt]:
+        """Takes opened `up` and `ev` messages: screens them and commits them together.
 
         Returns:
-            The receipt, to be sent at once.
+            Their receipts, to be sent at once.
 
         Raises:
-            StorageError: (disk) nothing was committed; send nothing, the device will try again.
+            StorageError: (disk) nothing was committed; send nothing, the devices will try again.
         """
-        receipt, event = self._intake.take(Arrival(device, header, body, transfer_sha256, size_bytes))
-        if event is not None:
-            self._queue.append(event)
-        if receipt.verdict == "stored":
-            self._desk.note_stored(device, receipt.update_id)
-        if receipt.verdict == "refused":
-            _log.info("reply_refused", device=device, reason=receipt.reason)
-        return receipt
+        receipts = []
+        for arrival, (receipt, event) in zip(arrivals, self._intake.take(arrivals), strict=True):
+            if event is not None:
+                self._queue.append(event)
+            if receipt.verdict == "stored":
+                self._desk.note_stored(arrival.device, receipt.update_id)
+            if receipt.verdict == "refused":
+                _log.info("reply_refused", device=arrival.device, reason=receipt.reason)
+            receipts.append(receipt)
+        return receipts
 
     def set_paused(self, is_paused: bool) -> None:
         """Stops or goes on with opening rounds; a round under way ends well."""
@@ -195,12 +189,23 @@ class RoundRunner:
 
     def tick(self) -> float:
         """Does all that is due now; returns `next_tick`."""
+        self._book_declined()
         if self._next_tick <= self._ports.clock.now():
             self._next_tick = NEVER
             self._queue.append(ev.Tick())
         while self._queue or self._poll():
             self._take(self._queue.popleft())
         return self._next_tick
+
+    def _book_declined(self) -> None:
+        """All that were declined since the last turn, in one commit: a fleet without samples declines as one."""
+        if not self._declined:
+            return
+        now = self._ports.clock.now()
+        with self._ports.database.transaction(fence=self._ports.fence) as connection:
+            for order_id, reason in self._declined:
+                books.set_order_state(connection, order_id, "declined", now, reason)
+        self._declined.clear()
 
     def _poll(self) -> bool:
         event = self._desk.poll(self._state.phase, is_paused=self._state.is_paused)

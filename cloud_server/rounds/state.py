@@ -6,7 +6,7 @@ Source: docs/architecture.md (The aggregator).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -156,6 +156,43 @@ class RoundPolicy:
         return min(self.backoff_max_seconds, self.backoff_seconds * 2.0 ** min(failures, 60))
 
 
+class Members(Mapping[str, Standing]):
+    """Members of a cohort and how each stands; a change makes another one and costs no pass over all of them.
+
+    A few changes lie beside what they change; when they are many, a new whole is made, so that n changes of a cohort of
+    m cost n · m / `_MOST_CHANGES` copied entries.
+    """
+
+    __slots__ = ("_changes", "_whole")
+
+    def __init__(self, whole: Mapping[str, Standing], changes: Mapping[str, Standing] | None = None) -> None:
+        self._whole = whole
+        self._changes = changes or {}
+
+    def __getitem__(self, device: str) -> Standing:
+        found = self._changes.get(device)
+        return self._whole[device] if found is None else found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._whole)
+
+    def __len__(self) -> int:
+        return len(self._whole)
+
+    def __repr__(self) -> str:
+        return f"Members({dict(self)!r})"
+
+    def changed(self, device: str, standing: Standing) -> Members:
+        """With another standing of one of them."""
+        changes = {**self._changes, device: standing}
+        if len(changes) < _MOST_CHANGES:
+            return Members(self._whole, changes)
+        return Members({**self._whole, **changes})
+
+
+_MOST_CHANGES = 128
+
+
 @dataclass(frozen=True, slots=True)
 class Collection:
     """The cohort whose replies are awaited, and how each member stands.
@@ -166,7 +203,7 @@ class Collection:
         lost_at: when a member was last lost; what a collection short of its quorum counts its grace from.
     """
 
-    members: Mapping[str, Standing]
+    members: Members
     outstanding: int
     answered: int = 0
     lost: int = 0
@@ -176,7 +213,7 @@ class Collection:
     def of(cls, standings: Mapping[str, Standing]) -> Collection:
         values = list(standings.values())
         return cls(
-            standings,
+            Members(standings),
             outstanding=sum(value in OUTSTANDING for value in values),
             answered=values.count(Standing.ANSWERED),
             lost=values.count(Standing.LOST),
@@ -188,7 +225,7 @@ class Collection:
         if old is None or old in _FINAL or old is standing:
             return self
         return Collection(
-            {**self.members, device: standing},
+            self.members.changed(device, standing),
             outstanding=self.outstanding + (standing in OUTSTANDING) - (old in OUTSTANDING),
             answered=self.answered + (standing is Standing.ANSWERED),
             lost=self.lost + (standing is Standing.LOST) - (old is Standing.LOST),
@@ -196,7 +233,7 @@ class Collection:
         )
 
 
-NOBODY = Collection({}, 0)
+NOBODY = Collection(Members({}), 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ from cloud_server.db import schema
 from cloud_server.db.engine import Connection, Database, open_database
 from cloud_server.flower.driver import StrategyDriver
 from cloud_server.flower.strategies import build_strategy
+from cloud_server.rounds.intake import Arrival
 from cloud_server.rounds.plan import RunPlan, RunPorts
 from cloud_server.rounds.ports import Candidate, Decision, Strategy
 from cloud_server.rounds.runner import RoundRunner
@@ -401,9 +402,8 @@ class Lab:
 
     def send_up(self, name: str, message: Message) -> Receipt:
         digest = hashlib.sha256(message.body).digest()
-        return self.runner.on_update(
-            name, message.header, message.body, transfer_sha256=digest, size_bytes=len(message.body)
-        )
+        arrival = Arrival(name, message.header, message.body, digest, len(message.body))
+        return self.runner.on_updates([arrival])[0]
 
     def leave(self, name: str) -> None:
         self.absent.add(name)

@@ -6,6 +6,7 @@ import pytest
 
 from cloud_server.db.audit import load_audit, verify_audit
 from cloud_server.db.devices import load_revoked_serials
+from cloud_server.db.erasure import erase_device
 from cloud_server.registry import Registry, node_id_of
 from tests.cloud.deployment import NOW, Deployment, Newcomer
 from wire.errors import ConfigurationError, PeerError, StorageError
@@ -85,6 +86,7 @@ def test_device_that_speaks_again_is_here_again(registry: Registry, deployment: 
     assert registry.presence()["a"].release_version == 4
     registry.note_seen("b", release_version=4)
     assert "b" not in registry.presence()
+    registry.write_presence()
     assert Registry(deployment.database, deployment.clock).presence()["a"].status == "online"
 
 
@@ -92,6 +94,7 @@ def test_heartbeats_move_last_seen_on_the_disk_once_a_minute(
     registry: Registry, deployment: Deployment
 ) -> None:
     def on_disk() -> float:
+        registry.write_presence()
         return Registry(deployment.database, deployment.clock).presence()["a"].last_seen
 
     registry.note_birth("a", birth(release=1))
@@ -101,6 +104,35 @@ def test_heartbeats_move_last_seen_on_the_disk_once_a_minute(
     deployment.clock.seconds += 31
     registry.note_seen("a", 1)
     assert on_disk() == NOW + 61
+
+
+def test_presence_of_many_devices_is_written_in_one_commit(
+    registry: Registry, deployment: Deployment
+) -> None:
+    commits: list[float] = []
+    deployment.database.on_commit = commits.append
+    for number in range(3):
+        registry.note_birth("a", birth(release=number))
+        registry.note_birth("b", birth("offline" if number == 2 else "online"))
+    assert commits == []
+    registry.write_presence()
+    registry.write_presence()
+    assert len(commits) == 1
+    found = Registry(deployment.database, deployment.clock).presence()
+    assert (found["a"].release_version, found["b"].status) == (2, "offline")
+
+
+def test_presence_of_a_device_whose_name_was_erased_is_left_out(
+    registry: Registry, deployment: Deployment
+) -> None:
+    registry.note_birth("a", birth())
+    registry.note_birth("b", birth())
+    registry.revoke("a")
+    row = registry.show("a")
+    with deployment.database.transaction() as connection:
+        erase_device(connection, row)
+    registry.write_presence()
+    assert list(Registry(deployment.database, deployment.clock).presence()) == ["b"]
 
 
 def test_birth_of_an_unknown_or_revoked_device_is_refused(registry: Registry) -> None:

@@ -58,9 +58,11 @@ def test_first_aggregator_notes_no_device_when_a_second_took_over(two: Two) -> N
     with base.database.transaction() as connection:
         add_device(connection, "dev-1", key.verify_key, now=two.time.now())
     base.registry.note_birth("dev-1", BIRTH)
+    base.registry.write_presence()
     second, _ = two.start()
+    base.registry.note_lost("dev-1")
     with pytest.raises(StorageError, match="taken over"):
-        base.registry.note_lost("dev-1")
+        base.registry.write_presence()
     assert second.registry.presence()["dev-1"].status == "online"
 
 
