@@ -45,6 +45,7 @@ FLEET_BUDGET = Allowance(burst=4.0, per_second=1.0 / 10.0)
 """Twice a whole blob for one device at once and once more in ten minutes; for all together four times, and once in ten
 seconds. What is repeated for one reaches all, so that those who ask late have most of it by then."""
 REMEMBERED_DEVICES = 16_384
+REMEMBERED_RECEIPTS = 16_384
 RECEIPT_EXPIRY_SECONDS = 3600
 CHUNK_EXPIRY_SECONDS = 600
 
@@ -82,6 +83,7 @@ class Downlink:
         self._clock = clock
         self._chunk_bytes = chunk_bytes
         self._blobs: OrderedDict[bytes, _Blob] = OrderedDict()
+        self._answered: OrderedDict[tuple[str, bytes], Receipt] = OrderedDict()
         self._repeats = Buckets(DEVICE_BUDGET, REMEMBERED_DEVICES)
         self._all_repeats = Bucket(FLEET_BUDGET, clock.monotonic())
 
@@ -125,6 +127,15 @@ class Downlink:
     # ---- receipts and releases ---------------------------------------------------------------------------------
 
     def send_receipt(self, device: str, receipt: Receipt) -> None:
+        """Tells a device what became of an update; one that was answered is not asked for its chunks again."""
+        key = (device, receipt.transfer)
+        if receipt.verdict == "missing":
+            receipt = self._answered.get(key, receipt)
+        else:
+            self._answered.pop(key, None)
+            self._answered[key] = receipt
+            while len(self._answered) > REMEMBERED_RECEIPTS:
+                self._answered.popitem(last=False)
         expiry = int(self._clock.now()) + RECEIPT_EXPIRY_SECONDS
         self._send(self._topics.by_device("ak", device), device, receipt, expiry=expiry)
 

@@ -13,6 +13,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from cloud_server.partials import Partials
 from process.clock import Clock
 from process.logs import get_logger
 from wire.chunks import Chunk, Reassembly, parse
@@ -102,6 +103,7 @@ class Inbox:
         self._windows: OrderedDict[tuple[str, str], Window] = OrderedDict()
         self._reassemblies: OrderedDict[str, Reassembly] = OrderedDict()
         self._granted_bytes = 0
+        self._partials: Partials | None = None
         self._logged: OrderedDict[tuple[str, str], None] = OrderedDict()
         self.refused_total: Counter[str] = Counter()
         self.received_bytes_total = 0
@@ -119,6 +121,10 @@ class Inbox:
     def use_keys(self, kem_keys: Mapping[bytes, KemPrivateKey]) -> None:
         """Opens what is sealed to these keys from now on."""
         self._kem_keys = kem_keys
+
+    def keep_partials(self, partials: Partials) -> None:
+        """Keeps the chunks of large updates there, and goes on with those that came before a restart."""
+        self._partials = partials
 
     def receive(self, packet: Packet) -> None:
         """Takes one packet; never raises for what is in it."""
@@ -189,6 +195,8 @@ class Inbox:
             limit_bytes=self._slot_bytes,
         )
         self._receiver.on_update(topic.device, opened, chunk.transfer, len(message))
+        if self._partials is not None:
+            self._partials.forget(topic.device, chunk.transfer)
 
     _HANDLERS: Mapping[str, Callable[[Inbox, Topic, bytes], None]] = {
         "st": _on_birth,
@@ -246,7 +254,7 @@ class Inbox:
         reassembly = self._reassemblies.pop(device, None) or Reassembly(self._slot_bytes)
         self._granted_bytes -= reassembly.granted_bytes
         try:
-            message = reassembly.add(chunk)
+            message = self._add(device, reassembly, chunk)
             missing = () if message is not None else reassembly.missing(chunk.transfer)
         finally:
             if reassembly.granted_bytes:
@@ -259,6 +267,35 @@ class Inbox:
             receipt = Receipt(update_id=_ZERO_ID, transfer=chunk.transfer, verdict="missing", missing=missing)
             self._receiver.on_missing(device, receipt)
         return message
+
+    def _add(self, device: str, reassembly: Reassembly, chunk: Chunk) -> bytes | None:
+        """Adds a chunk in memory and on the disk; with the first of a transfer, what came of it in an earlier life."""
+        partials = self._partials
+        if partials is None:
+            return reassembly.add(chunk)
+        partials.sweep()
+        if chunk.transfer not in reassembly.transfers():
+            self._resume(partials, device, reassembly, chunk)
+        is_news = not reassembly.has(chunk)
+        try:
+            message = reassembly.add(chunk)
+        except ChunkError:
+            partials.forget(device, chunk.transfer)
+            raise
+        if is_news and message is None:
+            partials.keep(device, chunk)
+        return message
+
+    @staticmethod
+    def _resume(partials: Partials, device: str, reassembly: Reassembly, chunk: Chunk) -> None:
+        """What came of a transfer before a restart; one that was cut otherwise then starts over."""
+        cut = (chunk.total, chunk.size_bytes, chunk.piece_bytes)
+        for earlier in partials.restore(device, chunk.transfer):
+            if (earlier.total, earlier.size_bytes, earlier.piece_bytes) != cut:
+                partials.forget(device, chunk.transfer)
+                return
+            if earlier.index != chunk.index:
+                reassembly.add(earlier)
 
     def _refuse(self, device: str, reason: str, error: PeerError | None) -> None:
         self.refused_total[reason] += 1

@@ -114,10 +114,15 @@ class StoreUpdate:
 
 @dataclass(frozen=True, slots=True)
 class SendUpdate:
-    """Seal (once) and publish an update of the outbox: all of it, or the parts that the cloud misses."""
+    """Seal (once) and publish an update of the outbox: all of it, or the parts that the cloud misses.
+
+    `is_again`: some of it may be there already; of a large one the last chunk alone goes, and the cloud says which
+    others it lacks (docs/protocol.md, clause 6.4).
+    """
 
     update_id: bytes
     parts: tuple[int, ...] = ()
+    is_again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +140,18 @@ class EndUpdate:
 @dataclass(frozen=True, slots=True)
 class Sweep:
     """End what is past its deadline in the outbox, and drop samples past their retention."""
+
+
+@dataclass(frozen=True, slots=True)
+class LookAtLink:
+    """Count what the link has cost, and decide whether it is open; `LinkLooked` follows when that changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpreadReturns:
+    """The fleet shall come back over so many seconds when it has lost the broker."""
+
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +189,8 @@ Action = (
     | SendUpdate
     | EndUpdate
     | Sweep
+    | LookAtLink
+    | SpreadReturns
     | CheckHealth
     | ConfirmRelease
     | RollBack

@@ -23,6 +23,8 @@ from edge_agent.forget import forget_stores
 from edge_agent.health import Health
 from edge_agent.hearing import event_of, job_ended, restored_cloud
 from edge_agent.identity import Identity
+from edge_agent.kept_heads import KeptChunks
+from edge_agent.link.door import Link
 from edge_agent.machine import Machine, NoMachine
 from edge_agent.metrics import EdgeMetrics
 from edge_agent.metrics_board import MetricsBoard
@@ -67,6 +69,8 @@ class Agent:
             simulation.
         database: the device's, or one in memory.
         engine: loads models; many agents of one process may share one.
+        link: its door, which counts what the connections cost; None: one that counts messages.
+        kept: where chunks of heads outlive the process; None: nowhere.
         machine: what is around the agent; a simulated device has none.
         service_manager: is told that the loop lives.
         notify: called, from any thread, when something waits for `pump`.
@@ -89,6 +93,8 @@ class Agent:
         slots: SlotStore,
         selftest: SelfTest,
         engine: Engine,
+        link: Link | None = None,
+        kept: KeptChunks | None = None,
         machine: Machine | None = None,
         service_manager: ServiceManager | None = None,
         notify: Callable[[], None] = lambda: None,
@@ -118,6 +124,8 @@ class Agent:
             selftest=selftest,
             engine=engine,
             served_badly=lambda version, reason: self._post(on.ServedBadly(version, reason)),
+            link=link,
+            kept=kept,
         )
         self.state = State(timing=settings.timing(), salt=rng.getrandbits(32))
         self.health = Health(self.parts, machine or NoMachine(), self._post, lambda: self.state)
@@ -266,6 +274,7 @@ class Agent:
             (order.order_id, order.run, order.round_number) for order in self.parts.orders.unanswered()
         )
         pending = tuple(self.parts.outbox.owed())
+        self.parts.link.begin(self.parts.speaker.bulk_filters)
         self._step(
             on.Started(
                 release_version=contents.version if contents else 0,
@@ -273,6 +282,7 @@ class Agent:
                 on_probation=self.parts.slots.on_probation,
                 pending=pending,
                 interrupted=interrupted,
+                is_link_open=self.parts.link.view.is_open,
             )
         )
         _log.info(
@@ -292,6 +302,8 @@ class Agent:
         self.pulse.stop()
         last_words = self.parts.speaker.birth(self._shell.birth("offline"))
         self._transport.stop(last_words)
+        self.parts.link.look()
+        self.parts.link.keep()
         self.parts.worker.stop()
         self._shell.note_clean_stop()
         self._write_status("stopped")
@@ -403,7 +415,9 @@ class Agent:
                 write_status(self._status_file, shown)
 
     def _receive(self, packet: Packet) -> None:
-        self.parts.received_bytes_total += len(packet.payload) + len(packet.topic)
+        size = len(packet.payload) + len(packet.topic)
+        self.parts.received_bytes_total += size
+        self.parts.link.passed(size)
         try:
             chunk = self.parts.speaker.hear_chunk(packet)
             if chunk is not None:

@@ -19,7 +19,9 @@ from edge_agent import identity as identity_files
 from edge_agent.agent import Agent
 from edge_agent.freed_memory import give_back
 from edge_agent.identity import Identity
+from edge_agent.kept_heads import FolderChunks
 from edge_agent.lazy_engine import LazyEngine
+from edge_agent.link.door import Link, plan_of
 from edge_agent.lock import lock_state
 from edge_agent.machine import RealMachine
 from edge_agent.release_child import ChildReleases
@@ -131,20 +133,22 @@ def open_agent(
         contents = slots.current()
         return contents.graphs_sha256 if contents is not None else ""
 
+    plan = plan_of(settings)
     transport = MqttTransport(
         identity.device,
         identity.mqtt_host,
         identity.mqtt_port,
         tls=tls,
-        keepalive_seconds=settings.network.keepalive_seconds,
+        keepalive_seconds=plan.keepalive_seconds,
         backoff=settings.backoff(),
         rng=random.SystemRandom(),
     )
     certificate = CertificateInUse(identity, tls, transport)
     engine = LazyEngine()
 
-    releases = ChildReleases(folder, clock, graphs=graphs, checked=certificate.follow)
-    trial = folder / "selftest"
+    link = Link(plan, database, clock, transport, folder)
+    releases = ChildReleases(folder, clock, graphs=graphs, checked=certificate.follow, link=link)
+    trial, heads = folder / "selftest", folder / "heads"
 
     def rest() -> None:
         engine.release()
@@ -153,6 +157,7 @@ def open_agent(
     def clear() -> None:
         releases.clear()
         shutil.rmtree(trial, ignore_errors=True)
+        shutil.rmtree(heads, ignore_errors=True)
 
     return Agent(
         settings,
@@ -170,6 +175,8 @@ def open_agent(
             timeout_seconds=settings.release.selftest_seconds,
         ),
         engine=engine,
+        link=link,
+        kept=FolderChunks(heads, clock, max_bytes=2 * settings.training.max_head_bytes),
         machine=RealMachine(folder, identity, rejoin=transport.rejoin, clear=clear),
         service_manager=service_manager,
         status_file=folder / STATUS_NAME,

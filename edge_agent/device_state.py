@@ -35,6 +35,7 @@ class Timing:
         check_every: a release check without an announcement.
         announcement_spread: a fleet's devices start their downloads within this time.
         probation: how long a new release is watched before it becomes the last good one.
+        link_every: between two looks at a link with limits; infinity for one without.
         health_every: between two looks at the device's health; `watch_every` while a new release is watched.
     """
 
@@ -53,6 +54,7 @@ class Timing:
     sweep_every: float = 60.0
     health_every: float = 60.0
     watch_every: float = 5.0
+    link_every: float = inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +87,14 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """An update in the outbox that no receipt has ended."""
+    """An update in the outbox that no receipt has ended. `offered`: some of it may have arrived, in an earlier life of
+    this process or in this one."""
 
     update_id: bytes
     give_up_at: float
     send_at: float
     sends: int = 0
+    offered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,9 @@ class State:
         keys_version: of the metadata that lists the aggregator's keys, as of the newest check; 0: unknown.
         is_distrusted: since the last connection one side did not take the other's certificate.
         check_at: next release check; infinity while one runs.
+        is_check_urgent: it is for keys, a certificate or a rollback, and does not wait for the link.
+        is_link_open: updates, downloads and reports may go.
+        spread: over how long the aggregator asks its fleet to begin what all begin at once.
         probation_until: end of the watch over a new release; infinity when none is watched.
     """
 
@@ -121,6 +128,10 @@ class State:
     is_distrusted: bool = False
     check_at: float = inf
     check_failures: int = 0
+    is_check_urgent: bool = False
+    is_link_open: bool = True
+    link_at: float = inf
+    spread: float = 0.0
     probation_until: float = inf
     telemetry_at: float = inf
     report_at: float = inf
@@ -130,13 +141,15 @@ class State:
 
 def wake_at(state: State) -> float:
     """When the next `Tick` is due; infinity when nothing waits for time."""
-    due = [state.sweep_at, state.probation_until, state.health_at]
+    due = [state.sweep_at, state.probation_until, state.health_at, state.link_at]
     due += [task.give_up_at for task in state.tasks if not task.running]
     due += [upload.give_up_at for upload in state.uploads]
-    if state.phase == "idle":
+    if state.phase == "idle" and may_check(state):
         due.append(state.check_at)
     if state.connected:
-        due += [state.telemetry_at, state.report_at]
+        due.append(state.telemetry_at)
+    if state.connected and state.is_link_open:
+        due.append(state.report_at)
         due += [upload.send_at for upload in state.uploads]
         due += [head.ask_at for head in state.heads if is_missed(state, head)]
     return min(due)
@@ -195,6 +208,11 @@ def after(state: State, now: Moment, wait: float, spread: float) -> float:
     """
     mixed = (state.salt ^ (int(now.elapsed * 1e6) * 0x9E3779B1)) * 0x85EBCA6B & 0xFFFFFFFF
     return now.elapsed + wait + spread * ((mixed ^ (mixed >> 15)) / 0x100000000)
+
+
+def may_check(state: State) -> bool:
+    """Whether the link lets a release check pass."""
+    return state.is_link_open or state.is_check_urgent
 
 
 def is_behind(state: State) -> bool:

@@ -19,6 +19,7 @@ class Started:
         graphs_sha256: of the current slot; empty without a model.
         on_probation: the current slot was new when the agent went down.
         pending: (update_id, deadline in unix seconds) of every update without a receipt.
+        is_link_open: updates, downloads and reports may go.
         interrupted: (order_id, run, round_number) of orders that were accepted and did not come to an update.
     """
 
@@ -27,6 +28,7 @@ class Started:
     on_probation: bool
     pending: tuple[tuple[bytes, float], ...]
     interrupted: tuple[tuple[bytes, str, int], ...] = ()
+    is_link_open: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +176,20 @@ class UpdateLost:
 
 @dataclass(frozen=True, slots=True)
 class AnnouncementArrived:
-    """A verified `md`; `keys_version` 0: it does not say which keys count."""
+    """A verified `md`; `keys_version` 0: it does not say which keys count. `reconnect_seconds` and `spread_seconds` are
+    bounded already."""
 
     release_version: int
     keys_version: int = 0
+    reconnect_seconds: float = 0.0
+    spread_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class LinkLooked:
+    """The link has opened or shut."""
+
+    is_open: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +237,7 @@ Event = (
     | CloudRestored
     | UpdateLost
     | AnnouncementArrived
+    | LinkLooked
     | KeysUnknown
     | CheckWanted
     | ServedBadly

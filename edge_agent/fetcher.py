@@ -90,6 +90,7 @@ class HttpsFetcher:
     Args:
         url: another port than the one with mutual TLS. context: other TLS than the identity's.
         pause: waits that many seconds between attempts.
+        allow: called with every piece; raises `TransportError` (`is_final`) when no more may be fetched.
         backoff: how many those are; a server that is busy may ask for more (`Retry-After`).
     """
 
@@ -102,6 +103,7 @@ class HttpsFetcher:
         timeout_seconds: float = TIMEOUT_SECONDS,
         attempts: int = MAX_ATTEMPTS,
         pause: Callable[[float], None] = time.sleep,
+        allow: Callable[[], None] = lambda: None,
         backoff: Backoff | None = None,
         rng: random.Random | None = None,
         clock: Clock | None = None,
@@ -112,6 +114,7 @@ class HttpsFetcher:
         self._timeout_seconds = timeout_seconds
         self._attempts = attempts
         self._pause = pause
+        self._allow = allow
         self._backoff = backoff or Backoff(FIRST_PAUSE_SECONDS, 60.0, MAX_ASKED_SECONDS)
         self._rng = rng or random.SystemRandom()
         self._clock = clock or SystemClock()
@@ -126,6 +129,7 @@ class HttpsFetcher:
         done = 0
         retries = Retries(self._backoff, self._rng)
         started = self._clock.monotonic()
+        self._allow()
         while True:
             try:
                 for piece in self._attempt(path, offset + done, limit_bytes - done):
@@ -133,10 +137,12 @@ class HttpsFetcher:
                     retries.succeeded()
                     self._refuse_drip(path, done, started)
                     yield piece
+                    self._allow()
                 return
             except TransportError as error:
                 wait = retries.failed(asked_seconds=asked_of(error))
-                if retries.failures >= self._attempts or asked_of(error) > MAX_ASKED_SECONDS:
+                is_final = error.facts.get("is_final") or asked_of(error) > MAX_ASKED_SECONDS
+                if is_final or retries.failures >= self._attempts:
                     raise
                 self._pause(wait)
                 started += wait  # what we waited is not held against the server

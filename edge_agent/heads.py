@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from edge_agent.kept_heads import KeptChunks, NoChunks
 from edge_agent.release_files import SlotContents
 from process.logs import get_logger
 from wire.blobs import BlobAssembly
@@ -46,11 +47,18 @@ class Heads:
     Args:
         max_bytes: the largest head that is taken.
         current: the installed release, whose checkpoint may be a head, or None.
+        kept: where chunks outlive the process.
     """
 
-    def __init__(self, max_bytes: int, current: Callable[[], SlotContents | None] = lambda: None) -> None:
+    def __init__(
+        self,
+        max_bytes: int,
+        current: Callable[[], SlotContents | None] = lambda: None,
+        kept: KeptChunks | None = None,
+    ) -> None:
         self._max_bytes = max_bytes
         self._current = current
+        self._kept: KeptChunks = kept or NoChunks()
         self._gathering: dict[bytes, _Gathering] = {}
         self._complete: dict[bytes, bytes] = {}
 
@@ -77,12 +85,14 @@ class Heads:
             return True
         if head.sha256 in self._gathering:
             return False
+        if self._resume(_Gathering(head, None, BlobAssembly(head, limit_bytes=self._max_bytes))):
+            return True
         if patch is not None and not self._is_here(patch.base_sha256):
             patch = None
         blob = patch.blob if patch is not None else head
         assembly = BlobAssembly(blob, limit_bytes=self._max_bytes)
-        self._gathering[head.sha256] = _Gathering(head, patch, assembly)
-        return False
+        one = self._gathering[head.sha256] = _Gathering(head, patch, assembly)
+        return self._resume(one)
 
     def add(self, sha256: bytes, index: int, piece: bytes) -> Progress | None:
         """Takes a piece of a blob; None when it brings nothing.
@@ -95,6 +105,7 @@ class Heads:
         one = next((one for one in self._gathering.values() if one.assembly.ref.sha256 == sha256), None)
         if one is None or not one.assembly.add(index, piece):
             return None
+        self._kept.put(one.assembly.ref, index, piece)
         if not one.assembly.is_complete:
             return Progress(one.head.sha256, False)
         return Progress(one.head.sha256, self._end(one))
@@ -125,21 +136,35 @@ class Heads:
         """Forgets a head, complete or not."""
         self._gathering.pop(sha256, None)
         self._complete.pop(sha256, None)
+        self._kept.drop(sha256)
+
+    def _resume(self, one: _Gathering) -> bool:
+        """Takes what an earlier life of the process gathered; returns whether the head is complete with it."""
+        for index, piece in self._kept.read(one.assembly.ref):
+            one.assembly.add(index, piece)
+        return one.assembly.is_complete and self._end(one)
 
     def _end(self, one: _Gathering) -> bool:
         """All chunks are here; False when a patch did not lead to its head, which is then gathered whole."""
         sha256, data = one.head.sha256, one.assembly.result()
         if one.patch is not None:
+            self._kept.drop(one.patch.blob.sha256)
             try:
                 data = self._patched(one.patch, data, sha256)
+                self._keep_whole(one.head, data)
             except BundleError as error:
                 _log.warning("head_patch_refused", head=sha256.hex(), reason=str(error))
                 whole = BlobAssembly(one.head, limit_bytes=self._max_bytes)
                 self._gathering[sha256] = _Gathering(one.head, None, whole)
                 return False
-        del self._gathering[sha256]
+        self._gathering.pop(sha256, None)
         self._complete[sha256] = data
         return True
+
+    def _keep_whole(self, ref: BlobRef, data: bytes) -> None:
+        """A head that was made from a patch is the base of the next one, also after a restart."""
+        for index in range(len(ref.chunk_sha256)):
+            self._kept.put(ref, index, data[index * ref.chunk_bytes : (index + 1) * ref.chunk_bytes])
 
     def _patched(self, patch: HeadPatch, data: bytes, head_sha256: bytes) -> bytes:
         base = self._complete.get(patch.base_sha256) or self._installed(patch.base_sha256)

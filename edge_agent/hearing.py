@@ -53,7 +53,13 @@ def event_of(body: DownBody, parts: Parts) -> on.Event | None:
             return _receipt(body, parts)
         case Announcement():
             _note_least_agent(body, parts)
-            return on.AnnouncementArrived(body.release_version, body.keys_version)
+            most = parts.settings.network.hint_cap_seconds
+            return on.AnnouncementArrived(
+                body.release_version,
+                body.keys_version,
+                min(body.reconnect_seconds, most),
+                min(body.spread_seconds, most),
+            )
         case MaskRoster() | MaskInbox() | MaskQuestion():
             return on.MaskingHeard(body)
 
@@ -86,6 +92,8 @@ def _note_least_agent(body: Announcement, parts: Parts) -> None:
 
 def refusal_of(order: Order, parts: Parts) -> str:
     """Why this device cannot do an order, or empty."""
+    if not parts.link.view.is_open:
+        return f"the link of this device waits: {parts.link.view.reason}"
     training, counts = parts.settings.training, parts.samples.counts()
     model = parts.serving.current
     # Before the first model nobody knows whether its task has labels: any sample will do until it is here.

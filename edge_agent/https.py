@@ -19,11 +19,22 @@ from typing import Any, Final
 
 from edge_agent.identity import Identity, parse_https_url
 from wire.errors import PeerError, TransportError, TrustError
+from wire.traffic import TrafficMeter
 
 BUSY: Final = frozenset({429, 502, 503, 504})
 """A server that may answer later."""
 TIMEOUT_SECONDS: Final = 30.0
 USER_AGENT: Final = "shoal-edge"
+METER: Final = TrafficMeter()
+"""Of all HTTPS connections of this process, which is a release check or an enrolment and ends with it."""
+
+
+class _CountedSocket(ssl.SSLSocket):
+    """Takes its last reading when it is closed: by the connection, by the response, or by whoever comes last."""
+
+    def close(self) -> None:
+        METER.read(self)
+        super().close()
 
 
 def verified_context(
@@ -61,6 +72,7 @@ def unverified_context() -> ssl.SSLContext:
 def _context() -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.sslsocket_class = _CountedSocket
     return context
 
 
@@ -92,16 +104,24 @@ class HttpsConnection(http.client.HTTPSConnection):
             ) from error
         try:
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.sock = self._tls.wrap_socket(plain, server_hostname=self._tls_name)
+            self.sock = self._tls.wrap_socket(
+                plain, server_hostname=self._tls_name, do_handshake_on_connect=False
+            )
+            METER.watch(self.sock)
+            self.sock.do_handshake()
         except ssl.SSLCertVerificationError as error:
-            plain.close()
+            self._drop(plain)
             raise TrustError(
                 f"{self.url} does not show the certificate that we expect: {error.verify_message}",
                 hint="wrong address, wrong clock, or somebody in between",
             ) from error
         except (OSError, ValueError) as error:
-            plain.close()
+            self._drop(plain)
             raise TransportError(f"no TLS with {self.url}: {error}") from error
+
+    def _drop(self, plain: socket.socket) -> None:
+        plain.close()
+        self.close()
 
     def send(self, data: Any) -> None:
         """In TLS 1.3 a server judges our certificate when our handshake is over already: it may have said why and be

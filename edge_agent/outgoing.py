@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from process.logs import get_logger
 from wire.errors import BackpressureError, OversizeError
@@ -37,11 +37,36 @@ class _Queued:
         return _SAID if self.packet.qos else _LOSABLE
 
 
-class Outgoing:
-    """The queue of one device. Used from the agent's loop only."""
+class Door(Protocol):
+    """What stands between the queue and a link with limits (`link/door.py`)."""
 
-    def __init__(self, transport: Transport) -> None:
+    def may_upload(self, count: int) -> bool:
+        """Whether a packet of an update of so many bytes may go now."""
+        ...
+
+    def passed(self, count: int, *, is_upload: bool = False) -> None:
+        """So many bytes went to the transport."""
+        ...
+
+
+class _NoDoor:
+    def may_upload(self, count: int) -> bool:
+        return True
+
+    def passed(self, count: int, *, is_upload: bool = False) -> None:
+        """Nobody counts."""
+
+
+class Outgoing:
+    """The queue of one device. Used from the agent's loop only.
+
+    Args:
+        door: holds updates back, and counts everything; None for a link without limits.
+    """
+
+    def __init__(self, transport: Transport, door: Door | None = None) -> None:
         self._transport = transport
+        self._door: Door = door or _NoDoor()
         self._lanes: tuple[deque[_Queued], ...] = tuple(deque() for _ in _LANES)
         self._uploading: dict[bytes, int] = {}
         self.sent_bytes_total = 0
@@ -67,6 +92,9 @@ class Outgoing:
         for lane in self._lanes:
             while lane:
                 queued = lane[0]
+                size = len(queued.packet.payload) + len(queued.packet.topic)
+                if queued.lane == _UPLOADED and not self._door.may_upload(size):
+                    break
                 try:
                     self._transport.publish(queued.packet)
                 except BackpressureError:
@@ -75,7 +103,8 @@ class Outgoing:
                     _log.warning("packet dropped", topic=queued.packet.topic, reason=str(error))
                     self.dropped_total += 1
                 else:
-                    self.sent_bytes_total += len(queued.packet.payload) + len(queued.packet.topic)
+                    self.sent_bytes_total += size
+                    self._door.passed(size, is_upload=queued.lane == _UPLOADED)
                 lane.popleft()
                 self._settle(queued)
 

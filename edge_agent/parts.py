@@ -11,6 +11,8 @@ from edge_agent.heads import Heads
 from edge_agent.helper_pin import HelperPin
 from edge_agent.identity import Identity
 from edge_agent.install import Installer
+from edge_agent.kept_heads import KeptChunks
+from edge_agent.link.door import Link, plan_of
 from edge_agent.masked_rounds import MaskedRounds
 from edge_agent.online_keys import ONLINE_KEYS_FACT, OnlineKeys
 from edge_agent.orders import Orders, ReplayWindows
@@ -60,6 +62,7 @@ class Parts:
     installer: Installer
     serving: Serving
     speaker: Speaker
+    link: Link
     outgoing: Outgoing
     outbox: Outbox
     orders: Orders
@@ -96,11 +99,14 @@ def assemble(
     selftest: SelfTest,
     engine: Engine,
     served_badly: Callable[[int, str], None],
+    link: Link | None = None,
+    kept: KeptChunks | None = None,
 ) -> Parts:
     """Joins the parts of one agent; the arguments are those of `Agent` and `Serving`."""
     floored = clock if isinstance(clock, FlooredClock) else FlooredClock(clock, database)
     storage, training = settings.storage, settings.training
     speaker = _speaker(identity, database, floored)
+    link = link or Link(plan_of(settings), database, floored)
     helper = HelperPin(training.helper_key, database, tenant=identity.tenant, fleet=identity.fleet)
     return Parts(
         settings=settings,
@@ -113,7 +119,8 @@ def assemble(
         installer=Installer(releases, slots, selftest, engine, database, variant=settings.inference.variant),
         serving=Serving(floored, served_badly),
         speaker=speaker,
-        outgoing=Outgoing(transport),
+        link=link,
+        outgoing=Outgoing(transport, link),
         outbox=Outbox(database, max_bytes=storage.outbox_bytes),
         orders=Orders(database),
         samples=SampleStore(
@@ -122,7 +129,7 @@ def assemble(
             retention_seconds=storage.retention_days * 86_400.0,
             precision=storage.precision,
         ),
-        heads=Heads(training.max_head_bytes, slots.current),
+        heads=Heads(training.max_head_bytes, slots.current, kept),
         helper=helper,
         masked=MaskedRounds(
             identity,

@@ -20,6 +20,8 @@ from edge_agent import identity as identity_files
 from edge_agent import tuf_client
 from edge_agent.child import ChildTimeoutError, run_child
 from edge_agent.identity import Identity
+from edge_agent.link.allowance import NOTE_NAME, Allowance
+from edge_agent.link.door import Link, Terms
 from edge_agent.online_keys import OnlineKeys
 from edge_agent.patience import asked_of
 from edge_agent.release_source import Held, Known, Offer
@@ -46,11 +48,15 @@ _RAISED: Final = (
 
 
 class Request(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the child is told: the release that serves, and the files of its model that are in the slots."""
+    """What the child is told: the release that serves, the files of its model that are in the slots, and what it may
+    do on the link (`link.door.Terms`)."""
 
     current_version: int
     graphs_sha256: str = ""
     held: tuple[str, ...] = ()
+    is_open: bool = True
+    bytes_left: int | None = None
+    until: float = 0.0
 
 
 class Found(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -69,6 +75,7 @@ class Found(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     expires: float
     keys_version: int = 0
     helper: bytes = b""
+    is_withheld: bool = False
     renewal_failure: str = ""
 
 
@@ -90,12 +97,20 @@ class ChildReleases:
         graphs: hash (hex) of the graphs that are installed, or empty.
         checked: called after every check, whether it found something or failed: the child may have written a new
             certificate.
+        link: which says what a check may do; None for one without limits.
     """
 
     def __init__(
-        self, folder: Path, clock: Clock, *, graphs: Callable[[], str], checked: Callable[[], None]
+        self,
+        folder: Path,
+        clock: Clock,
+        *,
+        graphs: Callable[[], str],
+        checked: Callable[[], None],
+        link: Link | None = None,
     ) -> None:
         self._folder = folder
+        self._link = link
         self._clock = clock
         self._graphs = graphs
         self._checked = checked
@@ -103,18 +118,24 @@ class ChildReleases:
     def fetch(self, current_version: int, held: Held, known: Known) -> Offer:
         tuf_client.seed_staging(self._folder / STAGING_NAME, known)
         graphs = self._graphs()
+        terms = self._link.terms() if self._link is not None else Terms()
         request = Request(
             current_version=current_version,
             graphs_sha256=graphs,
             held=tuple(sorted(held(graphs))) if graphs else (),
+            is_open=terms.is_open,
+            bytes_left=terms.bytes_left,
+            until=terms.until,
         )
         try:
             found = self._ask(msgspec.json.encode(request))
         finally:
+            if self._link is not None:
+                self._link.settle()
             self._checked()
         keys = OnlineKeys(found.tenant, found.fleet, found.kem, found.orders, found.keys_version)
         files = {name: Path(path) for name, path in found.files.items()}
-        if not files:
+        if not files and not found.is_withheld:
             self.clear()
         return Offer(
             keys=keys,
@@ -174,12 +195,22 @@ class _FixedClock:
 def check(folder: Path, now: float, request: Request, identity: Identity) -> Found:
     """The child's work; raises as `tuf_client.check` and `tuf_client.download`."""
     from edge_agent.fetcher import HttpsFetcher
+    from edge_agent.https import METER
 
-    fetcher = HttpsFetcher(identity)
+    bounded = request.is_open
+    allowance = Allowance(
+        folder / NOTE_NAME,
+        METER,
+        SystemClock(),
+        bytes_left=request.bytes_left if bounded else None,
+        until=request.until if bounded else 0.0,
+    )
+    fetcher = HttpsFetcher(identity, allow=allowance.check)
     try:
         return _check_by(fetcher, folder, now, request, identity)
     finally:
         fetcher.close()
+        allowance.close()
 
 
 def _check_by(fetcher: Fetcher, folder: Path, now: float, request: Request, identity: Identity) -> Found:
@@ -190,7 +221,10 @@ def _check_by(fetcher: Fetcher, folder: Path, now: float, request: Request, iden
     if authorities is not None:
         identity_files.with_authorities(identity, authorities)
     files: dict[str, str] = {}
-    if info.release_version not in (0, request.current_version):
+    is_news = info.release_version not in (0, request.current_version)
+    # A link that is shut brings nothing but a way back: a release that is bad must not wait for the night.
+    is_withheld = is_news and not request.is_open and not info.rollback
+    if is_news and not is_withheld:
         held = frozenset(request.held)
         paths = tuf_client.download(
             info, held=lambda graphs: held if graphs == request.graphs_sha256 else frozenset()
@@ -210,6 +244,7 @@ def _check_by(fetcher: Fetcher, folder: Path, now: float, request: Request, iden
         expires=info.expires,
         keys_version=info.keys.version,
         helper=info.helper,
+        is_withheld=is_withheld,
     )
 
 

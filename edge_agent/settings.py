@@ -7,6 +7,7 @@ which keys it trusts is not here but in its identity (enrolment). Source: docs/r
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from msgspec import Meta, Struct, field
 
 from edge_agent.device_state import Timing
 from edge_agent.learning import TrainPolicy
+from edge_agent.link.door import LOOK_SECONDS, plan_of
 from process.health import Mode
 from process.settings import load_settings
 from wire.backoff import Backoff
@@ -188,8 +190,15 @@ class NetworkSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """`[network]`"""
 
     keepalive_seconds: Annotated[
-        int, _option("Longest silence towards the broker, in seconds.", ge=1, le=65_535)
-    ] = 30
+        int,
+        _option(
+            "Longest silence towards the broker, in seconds; 0: 30, and on a metered link the shortest that leaves half"
+            " of the budget: 86,400 × 260 bytes / (budget of a day / 2 − heartbeats, reports and checks), at most nine"
+            " tenths of link.nat_seconds.",
+            ge=0,
+            le=65_535,
+        ),
+    ] = 0
     retry_first_seconds: Annotated[
         float,
         _option(
@@ -228,6 +237,54 @@ class NetworkSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             "Seconds after a round's deadline in which its update is still offered.", ge=0.0, le=2_592_000.0
         ),
     ] = 600.0
+
+
+class LinkSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[link]`: a link that is paid by bytes, or that may be used at some hours only (docs/how-to/links.md)."""
+
+    metered: Annotated[
+        bool,
+        _option(
+            "Whether the link is paid by bytes. When its budget is spent, updates, downloads and reports wait;"
+            " heartbeats, receipts, keys that come or go and rollbacks pass."
+        ),
+    ] = False
+    bytes_per_day: Annotated[
+        int,
+        _option(
+            "Budget of a day, both directions, headers of TLS, TCP and IP included; 0 for none.",
+            ge=0,
+            le=2**50,
+        ),
+    ] = 0
+    bytes_per_month: Annotated[int, _option("Budget of a month, alike; 0 for none.", ge=0, le=2**50)] = 0
+    month_begins: Annotated[
+        int, _option("Day of the month on which a month of the budget begins.", ge=1, le=28)
+    ] = 1
+    windows: Annotated[
+        list[Annotated[str, Meta(max_length=16)]],
+        _option(
+            'Hours of the day in which the link may be used for more than what always passes, such as ["02:00-05:00",'
+            ' "22:30-00:15"]; none: at any time.',
+            max_length=16,
+        ),
+    ] = []
+    timezone: Annotated[
+        str,
+        _option(
+            'Whose days and hours those are: "local" (the machine\'s), "UTC", or a name such as "Europe/Berlin".',
+            min_length=1,
+            max_length=64,
+        ),
+    ] = "local"
+    nat_seconds: Annotated[
+        int,
+        _option(
+            "Silence after which the network forgets a connection, in seconds; the keepalive stays a tenth below.",
+            ge=34,
+            le=7200,
+        ),
+    ] = 300
 
 
 class HealthSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -298,6 +355,7 @@ class EdgeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     release: ReleaseSettings = field(default_factory=ReleaseSettings)
     report: ReportSettings = field(default_factory=ReportSettings)
     network: NetworkSettings = field(default_factory=NetworkSettings)
+    link: LinkSettings = field(default_factory=LinkSettings)
     health: HealthSettings = field(default_factory=HealthSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     log: LogSettings = field(default_factory=LogSettings)
@@ -322,6 +380,7 @@ class EdgeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             telemetry_every=self.report.telemetry_seconds,
             report_every=self.report.inference_seconds,
             health_every=self.health.check_seconds,
+            link_every=LOOK_SECONDS if self.link.metered or self.link.windows else inf,
             watch_every=WATCH_SECONDS if self.health.remedies != "off" else self.health.check_seconds,
         )
 
@@ -330,6 +389,8 @@ def load_edge_settings(path: Path | None, environment: Mapping[str, str] | None)
     """Reads settings from a file and the environment.
 
     Raises:
-        ConfigurationError: (operator) see `process.settings.load_settings`.
+        ConfigurationError: (operator) see `process.settings.load_settings`; or a link that cannot be.
     """
-    return load_settings(EdgeSettings, path, environment, VARIABLE_PREFIX)
+    settings = load_settings(EdgeSettings, path, environment, VARIABLE_PREFIX)
+    plan_of(settings)
+    return settings

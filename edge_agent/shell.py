@@ -20,6 +20,7 @@ from edge_agent.parts import PROBATION_STARTS_FACT, Parts
 from edge_agent.ports import JobResult
 from edge_agent.release_files import SlotContents
 from edge_agent.serving import ServedModel
+from edge_agent.speaker import last_chunk
 from process.logs import get_logger
 from process.version import VERSION
 from process.vitals import resident_bytes
@@ -79,6 +80,8 @@ class Shell:
             do.SendUpdate:       self._send,
             do.EndUpdate:        self._end,
             do.Sweep:            lambda _: self._sweep(),
+            do.LookAtLink:       lambda _: post(on.LinkLooked(parts.link.look().is_open)),
+            do.SpreadReturns:    lambda action: parts.link.spread(action.seconds),
             do.CheckHealth:      lambda _: health.look(),
             do.ConfirmRelease:   lambda _: self._confirm(),
             do.RollBack:         self._roll_back,
@@ -316,6 +319,8 @@ class Shell:
         # To a key that the cloud no longer lists, somebody else may hold it: nothing more is said to that key.
         if sealed is None or row.kem_key_id not in parts.speaker.kem_key_ids:
             sealed, wanted = self._seal(row), ()
+        elif action.is_again:
+            wanted = last_chunk(sealed, parts.max_packet_bytes)
         packets = parts.speaker.uploads(
             sealed, row.round_number, max_packet_bytes=parts.max_packet_bytes, parts=wanted
         )

@@ -17,7 +17,7 @@ from edge_agent.identity import Identity
 from edge_agent.online_keys import OnlineKeys
 from process.clock import Clock
 from wire import envelope
-from wire.chunks import max_payload_bytes, split
+from wire.chunks import chunk_count, max_payload_bytes, split
 from wire.errors import MessageError, ReplayError, TrustError
 from wire.header import Header
 from wire.helper import MaskSeed
@@ -46,6 +46,7 @@ from wire.topics import Topics, message_types
 from wire.transport import Packet
 
 SHARD: Final = "0"
+ASKED_FROM_CHUNKS: Final = 4
 MAX_DOWN_BYTES: Final = 256 * 1024
 NEED_EXPIRY_SECONDS: Final = 60
 TELEMETRY_EXPIRY_SECONDS: Final = 60
@@ -94,6 +95,13 @@ class BlobChunk:
     piece: bytes
 
 
+def last_chunk(sealed: bytes, max_packet_bytes: int) -> tuple[int, ...]:
+    """What is sent of a message that may have arrived in part: its last chunk, whose receipt names those that are
+    missing; empty (all of it) for a message of few chunks."""
+    total = chunk_count(len(sealed), max_payload_bytes(max_packet_bytes))
+    return (total - 1,) if total >= ASKED_FROM_CHUNKS else ()
+
+
 class Speaker:
     """One device's voice and ears.
 
@@ -134,6 +142,11 @@ class Speaker:
         """What the device subscribes to, with QoS."""
         wanted = self._topics.device_filters(self._identity.device, self._identity.channel)
         return tuple((topic_filter, 1) for topic_filter in wanted)
+
+    @property
+    def bulk_filters(self) -> tuple[str, ...]:
+        """Those that a link with limits does without while it is shut: rounds, and what is broadcast for them."""
+        return (self._topics.invitation(None), self._topics.blob_filter)
 
     @property
     def kem_key_id(self) -> bytes:

@@ -27,6 +27,7 @@ from edge_agent.device_state import (
     is_missed,
     is_ready,
     is_wanted,
+    may_check,
     on_elapsed,
     with_head,
     with_upload,
@@ -65,7 +66,9 @@ def step(state: State, event: on.Event, now: Moment) -> Outcome:
 
 def _started(state: State, event: on.Started, now: Moment) -> Outcome:
     timing = state.timing
-    uploads = tuple(Upload(key, on_elapsed(deadline, now), now.elapsed) for key, deadline in event.pending)
+    uploads = tuple(
+        Upload(key, on_elapsed(deadline, now), now.elapsed, offered=True) for key, deadline in event.pending
+    )
     state = replace(
         state,
         release_version=event.release_version,
@@ -76,6 +79,8 @@ def _started(state: State, event: on.Started, now: Moment) -> Outcome:
         telemetry_at=after(state, now, timing.telemetry_every, timing.telemetry_every),
         report_at=after(state, now, timing.report_every, timing.report_every),
         sweep_at=now.elapsed + timing.sweep_every,
+        is_link_open=event.is_link_open,
+        link_at=now.elapsed + timing.link_every,
     )
     state = replace(state, health_at=now.elapsed + _look_every(state))
     # What an order needs (its head, its configuration) did not survive; the cloud need not wait for its
@@ -99,7 +104,7 @@ def _disconnected(state: State, event: on.Disconnected, now: Moment) -> Outcome:
     if not event.is_distrust or state.is_distrusted:
         return state, []
     # Once, until there is a connection again: a check that fails is repeated by itself, ever less often.
-    return _check_soon(replace(state, is_distrusted=True), now), []
+    return _check_soon(replace(state, is_distrusted=True), now, is_urgent=True), []
 
 
 def _invited(state: State, event: on.InvitationArrived, now: Moment) -> Outcome:
@@ -238,11 +243,12 @@ def _installed(state: State, event: on.ReleaseInstalled, now: Moment) -> Outcome
         state,
         check_at=min(asked_again, after(state, now, timing.check_every, timing.check_every / 4)),
         check_failures=0,
+        is_check_urgent=state.is_check_urgent and asked_again != inf,
         probation_until=now.elapsed + timing.probation if is_new else state.probation_until,
     )
     state = replace(state, health_at=min(state.health_at, now.elapsed + _look_every(state)))
     for update_id in event.stale:
-        state = with_upload(state, update_id, send_at=now.elapsed, sends=0)
+        state = with_upload(state, update_id, send_at=now.elapsed, sends=0, offered=False)
     state, gathers = _look_again(state, now)
     # What waits for a helper's key may have it now.
     masks = [do.MaskUpdate(task.order.order_id) for task in state.tasks if task.trained and task.order.helped]
@@ -286,16 +292,41 @@ def _update_lost(state: State, event: on.UpdateLost, now: Moment) -> Outcome:
 
 
 def _announced(state: State, event: on.AnnouncementArrived, now: Moment) -> Outcome:
-    state = replace(state, announced_version=event.release_version, announced_keys=event.keys_version)
-    return _check_soon(state, now) if is_behind(state) else state, []
+    state = replace(
+        state,
+        announced_version=event.release_version,
+        announced_keys=event.keys_version,
+        spread=event.spread_seconds,
+    )
+    follow: list[do.Action] = [do.SpreadReturns(event.reconnect_seconds)]
+    if not is_behind(state):
+        return state, follow
+    # Keys that came or went, or the way back from a release: neither waits for a link that is shut.
+    is_other = state.keys_version != 0 and event.keys_version not in (0, state.keys_version)
+    is_back = 0 < event.release_version < state.release_version
+    return _check_soon(state, now, is_urgent=is_other or is_back), follow
+
+
+def _link_looked(state: State, event: on.LinkLooked, now: Moment) -> Outcome:
+    if event.is_open == state.is_link_open:
+        return state, []
+    state = replace(state, is_link_open=event.is_open)
+    if not event.is_open:
+        return state, []
+    # Windows open for a whole fleet at once.
+    for upload in state.uploads:
+        send_at = after(state, now, 0.0, max(state.spread, state.timing.announcement_spread))
+        state = with_upload(state, upload.update_id, send_at=send_at, sends=0)
+    is_waiting = is_behind(state) or state.check_at <= now.elapsed
+    return _check_soon(replace(state, check_at=inf), now) if is_waiting else state, []
 
 
 def _keys_unknown(state: State, event: on.KeysUnknown, now: Moment) -> Outcome:
-    return _check_soon(state, now), []
+    return _check_soon(state, now, is_urgent=True), []
 
 
 def _check_wanted(state: State, event: on.CheckWanted, now: Moment) -> Outcome:
-    return _check_soon(state, now), []
+    return _check_soon(state, now, is_urgent=True), []
 
 
 def _served_badly(state: State, event: on.ServedBadly, now: Moment) -> Outcome:
@@ -311,7 +342,7 @@ def _rolled_back(state: State, event: on.RolledBack, now: Moment) -> Outcome:
 
 def _tick(state: State, event: on.Tick, now: Moment) -> Outcome:
     actions: list[do.Action] = []
-    for part in (_give_up, _sweep, _ask_due, _send_due, _report_due, _health_due, _confirm_due):
+    for part in (_give_up, _sweep, _ask_due, _send_due, _report_due, _link_due, _health_due, _confirm_due):
         state, more = part(state, now)
         actions += more
     return state, actions
@@ -335,6 +366,7 @@ _TABLE: dict[type, Callable[[State, Any, Moment], Outcome]] = {
     on.CloudRestored:       _cloud_restored,
     on.UpdateLost:          _update_lost,
     on.AnnouncementArrived: _announced,
+    on.LinkLooked:          _link_looked,
     on.KeysUnknown:         _keys_unknown,
     on.CheckWanted:         _check_wanted,
     on.ReleaseInstalled:    _installed,
@@ -377,7 +409,7 @@ def _sweep(state: State, now: Moment) -> Outcome:
 def _ask_due(state: State, now: Moment) -> Outcome:
     actions: list[do.Action] = []
     for head in state.heads:
-        if state.connected and is_missed(state, head) and head.ask_at <= now.elapsed:
+        if _may_send(state) and is_missed(state, head) and head.ask_at <= now.elapsed:
             timing = state.timing
             ask_at = after(state, now, timing.ask_after, timing.ask_backoff.ceiling_seconds(head.asked))
             state = with_head(state, head.sha256, ask_at=ask_at, asked=head.asked + 1)
@@ -388,12 +420,14 @@ def _ask_due(state: State, now: Moment) -> Outcome:
 def _send_due(state: State, now: Moment) -> Outcome:
     actions: list[do.Action] = []
     for upload in state.uploads:
-        if state.connected and upload.send_at <= now.elapsed:
+        if _may_send(state) and upload.send_at <= now.elapsed:
             timing = state.timing
             spread = timing.receipt_backoff.ceiling_seconds(upload.sends)
             send_at = after(state, now, timing.receipt_timeout, spread)
-            state = with_upload(state, upload.update_id, send_at=send_at, sends=upload.sends + 1)
-            actions.append(do.SendUpdate(upload.update_id))
+            state = with_upload(
+                state, upload.update_id, send_at=send_at, sends=upload.sends + 1, offered=True
+            )
+            actions.append(do.SendUpdate(upload.update_id, is_again=upload.offered))
     return state, actions
 
 
@@ -404,10 +438,21 @@ def _report_due(state: State, now: Moment) -> Outcome:
         again_at = after(state, now, timing.telemetry_every, timing.telemetry_every / 5)
         state = replace(state, telemetry_at=again_at)
         actions.append(do.PublishTelemetry())
-    if state.connected and state.report_at <= now.elapsed:
+    if _may_send(state) and state.report_at <= now.elapsed:
         state = replace(state, report_at=after(state, now, timing.report_every, timing.report_every / 5))
         actions.append(do.PublishReport())
     return state, actions
+
+
+def _may_send(state: State) -> bool:
+    """Whether more may go than what always passes."""
+    return state.connected and state.is_link_open
+
+
+def _link_due(state: State, now: Moment) -> Outcome:
+    if state.link_at > now.elapsed:
+        return state, []
+    return replace(state, link_at=now.elapsed + state.timing.link_every), [do.LookAtLink()]
 
 
 def _health_due(state: State, now: Moment) -> Outcome:
@@ -448,7 +493,7 @@ def _start_next_job(state: State, now: Moment) -> Outcome:
         head = head_of(state, task)
         invitation = head.invitation if head else None
         return _move(state, task.order.kind), [do.StartJob(task.order.kind, task.order, invitation)]
-    if state.check_at <= now.elapsed:
+    if state.check_at <= now.elapsed and may_check(state):
         return replace(_move(state, "update"), check_at=inf), [do.StartJob("update")]
     return state, []
 
@@ -481,9 +526,13 @@ def _forget_heads(state: State, *, keep: int, base: bytes = b"") -> Outcome:
     return replace(state, heads=tuple(kept)), dropped
 
 
-def _check_soon(state: State, now: Moment) -> State:
+def _check_soon(state: State, now: Moment, *, is_urgent: bool = False) -> State:
+    """With all of the fleet, which was told the same: spread as the settings or the aggregator want it."""
+    spread = max(state.spread, state.timing.announcement_spread)
     return replace(
-        state, check_at=min(state.check_at, after(state, now, 0.0, state.timing.announcement_spread))
+        state,
+        check_at=min(state.check_at, after(state, now, 0.0, spread)),
+        is_check_urgent=state.is_check_urgent or is_urgent,
     )
 
 

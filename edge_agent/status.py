@@ -66,6 +66,7 @@ def status_of(parts: Parts, state: State, status: str) -> dict[str, Any]:
         ],
         "samples": parts.samples.counts(),
         "outbox": {"open": parts.outbox.depth(), **parts.outbox.totals()},
+        "link": parts.link.as_dict(),
         "sent_bytes_total": parts.outgoing.sent_bytes_total,
         "received_bytes_total": parts.received_bytes_total,
     }

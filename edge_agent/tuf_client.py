@@ -153,6 +153,15 @@ class _Session:
         self._append(place, info)
         return self._verified(place, info)
 
+    def prune(self, *paths: str) -> None:
+        """Drops what lies in the staging folder and belongs to none of these targets: parts of a release that was never
+        finished, because the next one came before."""
+        wanted = {info.hashes["sha256"] for path in paths if (info := self.target(path)) is not None}
+        with contextlib.suppress(FileNotFoundError):
+            for place in (self.folder / _TARGETS).iterdir():
+                if place.name not in wanted:
+                    place.unlink(missing_ok=True)
+
     def _append(self, place: Path, info: TargetFile) -> bool:
         """Fetches what is missing of a file; returns whether some of it was there."""
         place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -251,6 +260,10 @@ def download(info: ReleaseInfo, *, held: Callable[[str], frozenset[str]]) -> dic
         for name in (CHECKPOINT, GOLDEN_INPUTS, GOLDEN_OUTPUTS):
             files[name] = session.file(f"{base}/{name}")
         graphs = f"graphs/{release.graphs_sha256}"
+        session.prune(
+            *(f"{base}/{name}" for name in (RELEASE, CHECKPOINT, GOLDEN_INPUTS, GOLDEN_OUTPUTS)),
+            *(f"{graphs}/{name}" for name in (MANIFEST, *GRAPH_FILES)),
+        )
         files[MANIFEST] = session.file(f"{graphs}/{MANIFEST}")
         if hashlib.sha256(files[MANIFEST].read_bytes()).hexdigest() != release.graphs_sha256:
             raise ReleaseError(f"{graphs}/{MANIFEST} is not the manifest of that name")

@@ -62,6 +62,11 @@ class Chunk:
     piece: bytes
 
 
+def chunk_count(size_bytes: int, max_payload: int) -> int:
+    """How many chunks `split` makes of a message of so many bytes."""
+    return -(-size_bytes // (max_payload - HEADER_BYTES))
+
+
 def split(message: bytes, max_payload: int = MAX_CHUNK_BYTES) -> list[bytes]:
     """Cuts a message into chunks of at most `max_payload` bytes each, header included.
 
@@ -71,7 +76,7 @@ def split(message: bytes, max_payload: int = MAX_CHUNK_BYTES) -> list[bytes]:
     if not _MIN_PAYLOAD_BYTES <= max_payload <= MAX_CHUNK_BYTES:
         raise ChunkError("no such chunk size", size_bytes=max_payload, limit_bytes=MAX_CHUNK_BYTES)
     piece_bytes = max_payload - HEADER_BYTES
-    total = -(-len(message) // piece_bytes)
+    total = chunk_count(len(message), max_payload)
     if not 1 <= total <= MAX_CHUNKS:
         raise ChunkError("message cannot be cut into chunks", size_bytes=len(message), total=total)
     transfer = sha256(message)
@@ -175,6 +180,11 @@ class Reassembly:
         if sha256(message) != chunk.transfer:
             raise ChunkError("transfer does not have the hash it claims", size_bytes=len(message))
         return message
+
+    def has(self, chunk: Chunk) -> bool:
+        """Whether this piece of an open transfer is there already."""
+        known = self._transfers.get(chunk.transfer)
+        return known is not None and known.is_of(chunk) and chunk.index in known.pieces
 
     def missing(self, transfer: bytes) -> tuple[int, ...]:
         """The indices that an open transfer lacks, in order; empty for one that is not open."""

@@ -32,6 +32,7 @@ DigestOrNone = Annotated[bytes, Meta(max_length=32)]
 Nonce = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e11)]
+Spread = Annotated[float, Meta(ge=0.0, le=86_400.0)]
 Text = Annotated[str, Meta(max_length=512)]
 ShortText = Annotated[str, Meta(max_length=64)]
 Metrics = Annotated[dict[ShortText, float], Meta(max_length=32)]
@@ -257,7 +258,9 @@ class Announcement(Body, frozen=True, kw_only=True):
     """`md/{channel}`, retained: there is a release; `timestamp` is TUF's timestamp.json, so a device knows at once.
 
     `keys_version` is the sum of the versions of the signed metadata that lists keys (root, targets, `keys`): a device
-    that knows another looks at once. `min_agent_version` is the oldest agent that is asked; empty for any."""
+    that knows another looks at once. `min_agent_version` is the oldest agent that is asked; empty for any.
+    `reconnect_seconds` and `spread_seconds` are what the fleet is asked to spread its returns to the broker and its
+    downloads over; 0: as each likes."""
 
     TYPE: ClassVar[str] = "md"
     channel: Id
@@ -265,6 +268,8 @@ class Announcement(Body, frozen=True, kw_only=True):
     timestamp: Annotated[bytes, Meta(max_length=65_536)]
     keys_version: Annotated[int, Meta(ge=0, le=2**53)] = 0
     min_agent_version: ShortText = ""
+    reconnect_seconds: Spread = 0.0
+    spread_seconds: Spread = 0.0
 
 
 class Need(Body, frozen=True, kw_only=True):

@@ -71,10 +71,15 @@ class Topics:
     def need(self, device: str, sha256: str) -> str:
         return self._checked(f"nd/{device}/{sha256}")
 
+    @property
+    def blob_filter(self) -> str:
+        """All chunks that are broadcast."""
+        return f"{self.base}/bl/+/+"
+
     def device_filters(self, device: str, channel: str) -> tuple[str, ...]:
         """What a device subscribes to: the fleet's `rd`, `md`, `bl` and its own `ak`, `cm`, `ea`."""
         own = tuple(self.by_device(kind, device) for kind in ("ak", "cm", "ea"))
-        return (self.invitation(None), self.announcement(channel), f"{self.base}/bl/+/+", *own)
+        return (self.invitation(None), self.announcement(channel), self.blob_filter, *own)
 
     def cloud_filters(self) -> tuple[str, ...]:
         """What the aggregator subscribes to: all that goes up."""

@@ -176,7 +176,8 @@ def test_repeated_order_is_answered_again_and_never_done_twice() -> None:
     assert actions == [do.PublishJoin(order().order_id, "r", 1, True)]
     state, _ = run(state, on.JobDone(order().order_id, answer()))
     state, actions = run(state, on.OrderArrived(order(), update_id=answer().update_id))
-    assert actions == [do.PublishJoin(order().order_id, "r", 1, True), do.SendUpdate(answer().update_id)]
+    again = do.SendUpdate(answer().update_id, is_again=True)
+    assert actions == [do.PublishJoin(order().order_id, "r", 1, True), again]
     state, _ = run(state, on.ReceiptArrived(answer().update_id, "stored", b"t" * 32))
     state, actions = run(state, on.OrderArrived(order(), update_id=answer().update_id))
     assert actions == [do.PublishJoin(order().order_id, "r", 1, True)]
@@ -221,7 +222,7 @@ def test_update_without_a_receipt_is_sent_again_with_back_off() -> None:
     for _ in range(6):
         moment = state.uploads[0].send_at
         state, actions = run(state, on.Tick(), now=at(moment - 100.0))
-        assert do.SendUpdate(b"u" * 16) in actions
+        assert do.SendUpdate(b"u" * 16, is_again=bool(sent)) in actions
         sent.append(moment)
     gaps = [later - earlier for earlier, later in itertools.pairwise(sent)]
     assert all(10 <= gap <= 10 + 10 * 2**n for n, gap in enumerate(gaps)), (
@@ -265,7 +266,7 @@ def test_pending_updates_of_the_last_life_are_sent_after_a_restart() -> None:
     event = on.Started(1, GRAPHS, False, ((b"u" * 16, WALL + 30),))
     state, _ = run(State(), event, on.ReleaseInstalled(1, GRAPHS))
     _, actions = run(state, on.Connected())
-    assert do.SendUpdate(b"u" * 16) in actions
+    assert do.SendUpdate(b"u" * 16, is_again=True) in actions
     assert state.uploads[0].give_up_at == pytest.approx(130.0)
 
 
