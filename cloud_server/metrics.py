@@ -139,9 +139,13 @@ class CloudMetrics:
         )
         self.dropped: Counter = registry.counter(
             "shoal_messages_dropped_total",
-            "Messages that did not fit into a queue of ours.",
-            "Above 0 the aggregator or the broker is too slow for the fleet; nothing is lost, all is asked for again.",
-            where,
+            "Messages downward that did not fit into a queue of ours.",
+            "Above 0 the broker is too slow for the fleet; nothing is lost, all is asked for again.",
+        )
+        self.paused_reading: Counter = registry.counter(
+            "shoal_reading_paused_total",
+            "How often we stopped reading from the broker because too much waited.",
+            "When it grows the event loop is too slow for the fleet; the broker keeps what is ours meanwhile.",
         )
         self.waiting: Gauge = registry.gauge(
             "shoal_messages_waiting",

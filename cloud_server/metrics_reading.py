@@ -57,10 +57,10 @@ class Throttled(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class EventQueue:
-    """What the service's loop tells of its queue: how many events wait, and how many did not fit."""
+    """What the service's loop tells of its queue: how many events wait, and how often it stopped the reading."""
 
     waiting: Callable[[], int]
-    dropped: Callable[[], int]
+    paused: Callable[[], int]
 
 
 def read_metrics(
@@ -112,7 +112,8 @@ def _read_queues(metrics: CloudMetrics, assembled: Assembled, events: EventQueue
         return {reason: float(count) for reason, count in counted.items()}
 
     metrics.refused.read_from(refused)
-    metrics.dropped.read_from(lambda: {"up": events.dropped(), "down": sender.dropped_total})
+    metrics.dropped.read_from(lambda: sender.dropped_total)
+    metrics.paused_reading.read_from(events.paused)
     metrics.waiting.read_from(lambda: {"up": events.waiting(), "down": sender.backlog})
     metrics.transfers.read_from(lambda: inbox.open_transfers)
     metrics.granted_bytes.read_from(lambda: inbox.granted_bytes)

@@ -51,7 +51,7 @@ def look_after(deployment: Deployment, around: Surroundings) -> CloudHealth:
         nonlocal dropped_before
         assembled, now = around.assembled, deployment.clock.monotonic()
         link = assembled.aggregator.link
-        dropped = around.events.dropped() + assembled.sender.dropped_total
+        dropped = assembled.sender.dropped_total
         since, dropped_before = dropped - dropped_before, dropped
         return replace(
             facts,

@@ -183,7 +183,8 @@ class _Campaign:
             phases=self._phases,
             peak_mib=peaks,
             peak_queues=watch.peaks,
-            dropped=_labelled(samples, "shoal_messages_dropped_total"),
+            dropped=int(samples.get("shoal_messages_dropped_total", 0)),
+            pauses=int(samples.get("shoal_reading_paused_total", 0)),
             refused={**tally.refused, **_labelled(samples, "shoal_messages_refused_total")},
         )
 

@@ -41,7 +41,8 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
         spread_seconds: from the signature of a release until the aggregator knew of every device that it has it.
         fetched: devices that really fetched and verified both releases' files; the others took them over as announced.
         reconnects: connections that ended before the end.
-        peak_mib, peak_queues, dropped: memory of each role; the longest queues of the aggregator; what did not fit.
+        peak_mib, peak_queues: memory of each role; the longest queues of the aggregator.
+        dropped, pauses: messages that did not fit its queue downward, and how often it stopped reading from the broker.
         refused: messages that could not be used, on either side, by kind.
     """
 
@@ -65,7 +66,8 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     phases: Sequence[Phase]
     peak_mib: dict[str, float]
     peak_queues: dict[str, int]
-    dropped: dict[str, int]
+    dropped: int
+    pauses: int
     refused: dict[str, int]
 
     @property
@@ -104,11 +106,8 @@ def render(report: LoadReport) -> str:
         costs = [f"{phase.cpu_seconds.get(role, 0.0):.1f}" for role in (*ROLES, "others")]
         lines.append(_row(phase.name, [*costs, f"{phase.seconds:.1f}"]))
     lines.append(_row("peak MiB", [f"{report.peak_mib.get(role, 0.0):.0f}" for role in ROLES]))
-    for title, counts in (
-        ("queues", report.peak_queues),
-        ("dropped", report.dropped),
-        ("refused", report.refused),
-    ):
+    stops = {"dropped": report.dropped, "stops of reading": report.pauses}
+    for title, counts in (("queues", {**report.peak_queues, **stops}), ("refused", report.refused)):
         lines.append(
             f"{title:<20}" + (", ".join(f"{name} {count}" for name, count in counts.items()) or "none")
         )
