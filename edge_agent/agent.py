@@ -39,6 +39,7 @@ from edge_agent.speaker import BlobChunk
 from edge_agent.state import step
 from edge_agent.status import status_of, write_status
 from edge_agent.storage import Database
+from process.bounded_queue import BoundedQueue
 from process.clock import Clock
 from process.logs import get_logger
 from process.pulse import Pulse
@@ -51,6 +52,10 @@ _log = get_logger("edge_agent")
 _IDLE_SECONDS = 30.0
 _STALE_SECONDS = 120.0
 """A loop that is away for longer hangs: what it waits for itself (the disk, a model that is loaded) takes seconds."""
+
+MAX_WAITING = 8192
+MAX_WAITING_BYTES = 64 * 2**20
+"""Of packets that wait for the loop; what comes on top is dropped, and asked for or said again."""
 
 # What changes something that a person looks at; the rest is written with the next sweep.
 _SHOWN = (on.Started, on.Connected, on.Disconnected, on.ReleaseInstalled, on.RolledBack, on.JobDone, on.Tick)
@@ -107,7 +112,7 @@ class Agent:
         self._notify = notify
         self._status_file = status_file
         self._on_close = on_close
-        self._inbox: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
+        self._inbox: BoundedQueue[Incoming] = BoundedQueue(MAX_WAITING, MAX_WAITING_BYTES, _weigh)
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._complaints = Complaints()
@@ -180,7 +185,7 @@ class Agent:
     @property
     def rejected_total(self) -> int:
         """Messages that were dropped, and publications that the broker refused."""
-        return self._complaints.total
+        return self._complaints.total + self._inbox.dropped_total
 
     # --- answers and samples: any thread ------------------------------------------------------------------
 
@@ -337,7 +342,7 @@ class Agent:
         """Handles everything that waits."""
         while True:
             try:
-                event = self._inbox.get_nowait()
+                event = self._inbox.get(0)
             except queue.Empty:
                 return
             self.handle(event)
@@ -359,7 +364,7 @@ class Agent:
             self._beat()
             wait = min(max(self.wake_at - self.parts.clock.monotonic(), 0.0), longest)
             try:
-                event = self._inbox.get(timeout=wait) if wait > 0 else None
+                event = self._inbox.get(wait) if wait > 0 else None
             except queue.Empty:
                 event = None
             try:
@@ -382,7 +387,11 @@ class Agent:
         self.pulse.beat(is_ready=model is not None, status=doing)
 
     def _post(self, event: Incoming) -> None:
-        self._inbox.put(event)
+        if isinstance(event, Received):
+            # A loop that is away for long: the broker's word is the one thing that has no end by itself.
+            self._inbox.offer(event)
+        else:
+            self._inbox.put(event)
         self._notify()
 
     def _now(self) -> Moment:
@@ -402,7 +411,7 @@ class Agent:
         if self._status_file is None:
             return None
         metrics, folder = EdgeMetrics(), self._status_file.parent
-        metrics.read_from(self.parts, lambda: self.state, lambda: self._complaints.total, folder)
+        metrics.read_from(self.parts, lambda: self.state, lambda: self.rejected_total, folder)
         metrics.read_health(self.health)
         return MetricsBoard(metrics, self._settings.metrics, folder, self.parts.clock, self.pulse)
 
@@ -461,3 +470,7 @@ class Agent:
             return
         event = on.HeadReady if progress.is_complete else on.ChunkArrived
         self._step(event(progress.head_sha256))
+
+
+def _weigh(event: Incoming) -> int:
+    return len(event.packet.payload) if isinstance(event, Received) else 0

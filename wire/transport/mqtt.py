@@ -46,6 +46,7 @@ _log = logging.getLogger("wire.transport.mqtt")
 DEFAULT_MAX_PACKET_BYTES = 131_072  # hosted brokers stop at 128 KB
 _RECEIVE_MAXIMUM = 64  # of what the broker may send us without our acknowledgement
 _EARLY_PACKETS = 1_000  # received between CONNACK and SUBACK
+_EARLY_BYTES = 32 * 1_048_576  # of those
 # What a broker that has too much to do says (MQTT 5, 2.4): server unavailable, server busy, quota exceeded, connection
 # rate exceeded. It names no time, so the least wait is ours; it is doubled with every refusal, like any other.
 _BUSY_CODES = frozenset({0x88, 0x89, 0x97, 0x9F})
@@ -251,6 +252,7 @@ class _Connection:
         self._is_accepted = False
         self._welcome = (False, terms.max_packet_bytes, 65_535)
         self._early: list[Packet] = []
+        self._early_bytes = 0
         self._asked_for: list[tuple[str, int]] = []
         self._muted: frozenset[str] = frozenset()
         self._is_closed = self._is_paused = False
@@ -451,8 +453,9 @@ class _Connection:
         packet = Packet(topic, bytes(message.payload), message.qos, message.retain, expiry)
         if self._is_accepted:
             self._owner.received(packet)
-        elif len(self._early) < _EARLY_PACKETS:
+        elif len(self._early) < _EARLY_PACKETS and self._early_bytes < _EARLY_BYTES:
             self._early.append(packet)  # a kept session speaks before SUBACK
+            self._early_bytes += len(packet.payload)
         else:
             self._fault = "the broker sends without answering SUBSCRIBE"
             client.disconnect()
