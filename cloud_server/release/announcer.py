@@ -2,14 +2,18 @@
 anew before it expires.
 
 Law of the file: one rule, whoever signed (the gate, a command in another process, maintenance): the signed timestamp
-is another than the one that was announced. Source: docs/protocol.md, `md/{channel}`.
+is another than the one that was announced, or the fleet has grown or shrunk so far that it shall take another time to
+come back (`pace.py`). Source: docs/protocol.md, `md/{channel}`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from msgspec import structs
 
 from cloud_server.downlink import Downlink
+from cloud_server.pace import Hints
 from cloud_server.release.publish import DEFAULT_RING, Publisher
 from process.clock import Clock
 from process.logs import get_logger
@@ -26,6 +30,7 @@ class Announcer:
 
     Args:
         least_agent: the oldest agent that is asked for rounds, which older ones are told; empty for any.
+        hints: what the fleet of now is asked to spread over.
     """
 
     def __init__(
@@ -36,13 +41,15 @@ class Announcer:
         ring: str = DEFAULT_RING,
         *,
         least_agent: str = "",
+        hints: Callable[[], Hints] = Hints,
     ) -> None:
         self._publisher = publisher
         self._downlink = downlink
         self._clock = clock
         self._ring = ring
         self._least_agent = least_agent
-        self._announced = b""
+        self._hints = hints
+        self._announced: tuple[bytes, Hints] | None = None
         self._next_check = 0.0
         self.announced_total = 0
 
@@ -59,11 +66,18 @@ class Announcer:
         return self._next_check
 
     def _announce_news(self) -> None:
-        timestamp = self._publisher.timestamp()
-        if timestamp == self._announced:
+        timestamp, hints = self._publisher.timestamp(), self._hints()
+        if (timestamp, hints) == self._announced:
             return
         announcement = self._publisher.announcement(self._ring)
         # Before the first release, too: keys that came or went are news to devices that wait for it.
-        self._downlink.announce(structs.replace(announcement, min_agent_version=self._least_agent))
+        self._downlink.announce(
+            structs.replace(
+                announcement,
+                min_agent_version=self._least_agent,
+                reconnect_seconds=hints.reconnect_seconds,
+                spread_seconds=hints.spread_seconds,
+            )
+        )
         self.announced_total += 1
-        self._announced = announcement.timestamp
+        self._announced = announcement.timestamp, hints
