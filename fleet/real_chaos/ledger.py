@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -30,11 +31,14 @@ CROWDED = ENDED_WELL | {"evicted"}
 # What an aggregator may say of an update that it keeps no row of.
 _UNBOOKED = ("round_closed", "already_answered", "quarantined")
 _WAIT_SECONDS = 30.0
+# An order that nobody has answered for so long is nobody's work just now: it waits to be sent again.
+_FRESH_SECONDS = 5.0
+_BUSY_ROUND = "SELECT count(*) FROM rounds WHERE state IN ('folding', 'deciding')"
 _OPEN_ROUND = "SELECT count(*) FROM rounds WHERE state NOT IN ('done', 'failed')"
 _OPEN_ORDER = (
     "SELECT count(*) FROM orders JOIN rounds ON rounds.run = orders.run AND rounds.number = orders.round"
-    " WHERE orders.device = ? AND orders.state IN ('committed', 'sent', 'accepted')"
-    " AND rounds.state NOT IN ('done', 'failed')"
+    " WHERE orders.state IN ('committed', 'sent', 'accepted') AND rounds.state NOT IN ('done', 'failed')"
+    " AND orders.created > ?"
 )
 
 
@@ -133,9 +137,18 @@ class Ledger:
 
     def is_in_flight(self, device: str = "") -> bool:
         """Whether there is work that a fault could harm: of a device, or of anybody."""
-        if not device:
-            return bool(self._ask(_OPEN_ROUND)) or any(map(self._owes, self._devices))
-        return self._owes(device) or bool(self._ask(_OPEN_ORDER, device))
+        fresh = time.time() - _FRESH_SECONDS
+        if device:
+            return self._owes(device) or bool(
+                self._ask(f"{_OPEN_ORDER} AND orders.device = ?", fresh, device)
+            )
+        return bool(self._ask(_OPEN_ORDER, fresh) or self._ask(_BUSY_ROUND)) or any(
+            map(self._owes, self._devices)
+        )
+
+    def is_at_rest(self) -> bool:
+        """Whether no round is open and nobody owes anything."""
+        return not self._ask(_OPEN_ROUND) and not any(map(self._owes, self._devices))
 
     def rounds_done(self) -> int:
         """Rounds that moved the head."""
@@ -152,7 +165,7 @@ class Ledger:
             ).fetchone()[0]
         return found > 0
 
-    def _ask(self, sql: str, *values: str) -> int:
+    def _ask(self, sql: str, *values: str | float) -> int:
         with _reader(self._cloud) as reader:
             return int(reader.execute(sql, values).fetchone()[0])
 
@@ -167,13 +180,21 @@ class Ledger:
             ends: how an update may end on a device.
             worn: by device, other ends (`DAMAGED`: its disk was).
         """
-        cloud = self._read_cloud()
+        with _reader(self._cloud) as reader:
+            # One moment: rows and head belong together.
+            reader.execute("BEGIN")
+            return self._reconcile(reader, ends, worn or {})
+
+    def _reconcile(
+        self, reader: sqlite3.Connection, ends: frozenset[str], worn: Mapping[str, frozenset[str]]
+    ) -> Books:
+        cloud = _read_cloud(reader)
         books = _Finding()
         bodies: dict[str, bytes] = {}
         for device, files in self._devices.items():
             notes = Notes.read(files.witness)
             self._read_device(device)
-            allowed = (worn or {}).get(device, ends)
+            allowed = worn.get(device, ends)
             places = self._seen[device]
             for update in sorted(notes.kept | places.keys()):
                 books.updates += 1
@@ -184,14 +205,18 @@ class Ledger:
                 if row.device == device:
                     _judge_arrival(books, device, update, row, notes)
                     bodies[update] = notes.bodies.get(update, {}).get(row.body_sha256, b"")
-        self._judge_cloud(books, cloud, bodies)
+        self._judge_cloud(books, reader, cloud, bodies)
         return books.close()
 
     def _judge_cloud(
-        self, books: _Finding, cloud: Mapping[str, CloudRow], bodies: Mapping[str, bytes]
+        self,
+        books: _Finding,
+        reader: sqlite3.Connection,
+        cloud: Mapping[str, CloudRow],
+        bodies: Mapping[str, bytes],
     ) -> None:
         """Two sound answers to one order, rows of nobody, and whether the head is the sum of what was folded."""
-        sound = Counter((row.order_id) for row in cloud.values() if row.state in SOUND)
+        sound = Counter(row.order_id for row in cloud.values() if row.state in SOUND)
         for order, count in sound.items():
             if count > 1:
                 books.doubled_by("cloud", order, f"has {count} sound answers")
@@ -204,15 +229,8 @@ class Ledger:
                 if not bodies.get(update):
                     return  # said above; a sum without it says nothing
                 folded[row.round_number].append(decode_body(bodies[update], Update))
-        with _reader(self._cloud) as reader:
-            complaint = check_sum(reader, folded, self._blob)
-        if complaint:
+        if complaint := check_sum(reader, folded, self._blob):
             books.doubled_by("cloud", "the head", complaint)
-
-    def _read_cloud(self) -> dict[str, CloudRow]:
-        sql = "SELECT update_id, order_id, round, device, kind, state, body_sha256 FROM updates"
-        with _reader(self._cloud) as reader:
-            return {update: CloudRow(*values) for update, *values in reader.execute(sql)}
 
     def _read_device(self, device: str) -> None:
         path = self._devices[device].database
@@ -299,6 +317,11 @@ def _judge_arrival(books: _Finding, device: str, update: str, row: CloudRow, not
     elif update not in notes.kept and row.state in SOUND:
         # Its commit did not return, and it was sent nevertheless: it is in the outbox, or it should not have left.
         books.places["sent by a life that ended in its commit"] += 1
+
+
+def _read_cloud(reader: sqlite3.Connection) -> dict[str, CloudRow]:
+    sql = "SELECT update_id, order_id, round, device, kind, state, body_sha256 FROM updates"
+    return {update: CloudRow(*values) for update, *values in reader.execute(sql)}
 
 
 @contextmanager
