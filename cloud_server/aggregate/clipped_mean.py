@@ -1,16 +1,16 @@
-"""The default rule: a mean of updates cut to their median length, in which a voice has to be one's own and go forward,
-and what few say in a parameter is cut away.
+"""The default rule: a mean of updates cut to their median length, in which a voice has to be one's own, to speak of
+what others speak of, and to go forward.
 
-Who counts how much follows from lengths, weights and sketches (`sketch.py`) of the updates. What became of a device in
-rounds before, its *standing*, is the decayed sum of its cosines with the way that the head has gone: one round's angle
-is noise where devices hold different data, their sum is not. FLTrust is the same mean with a root of trust: the cosine
-with what the operator's own samples make joins the sum, and who has none above zero is not heard.
+Who counts how much follows from lengths, weights and sketches (`sketch.py`) of the updates: angles within the cohort
+say who is alike and who is noise (`voices.py`), angles with the way that the head has gone add up to a device's
+*standing* (`standings.py`). FLTrust is the same mean with a root of trust: the cosine with where the operator's own
+samples lead joins the sum, and in the first round decides alone who may speak: no majority is needed.
 
-Of each parameter the smallest and the largest values are cut away, by the voices behind them: what a backdoor needs is
-said by a few, the same in every round. That shortens the step where honest devices differ, as does cutting to the
-median, and attackers that are not heard. So it is made to reach as far along the mean of the same voices as that mean
-(at most `MOST_AGAIN` times as long as it was), and gets back what they lost by the cut to one median and not to
-`LENGTH_ROOM` of them.
+Cutting to the median shortens the step where honest devices have much or little to learn, and attackers that are not
+heard leave room: the step gets back what was lost by the cut to one median and not to `LENGTH_ROOM` of them. On demand
+the smallest and the largest values of each parameter are cut away, by the voices behind them; that shortens the step
+where honest devices differ, so it is made to reach as far along the mean of the same voices as that mean (at most
+`MOST_AGAIN` times as long as it was).
 """
 
 from __future__ import annotations
@@ -27,20 +27,13 @@ from cloud_server.aggregate.coordinate import heard_trimmed_mean
 from cloud_server.aggregate.gram import weighted_mean
 from cloud_server.aggregate.rows import bucket_count
 from cloud_server.aggregate.sketch import unit_rows
-from cloud_server.aggregate.voices import (
-    FEWEST,
-    forward_voices,
-    shared_voices,
-    trusted_voices,
-    with_the_others,
-)
+from cloud_server.aggregate.standings import accord, fleets_voices, moved, standing_voices
+from cloud_server.aggregate.voices import FEWEST, kindred_voices, shared_voices, with_the_others
 from wire.errors import RoundError
 
 LENGTH_ROOM = 2.0
 MOST_AGAIN = 3.0
 """What trimming took of the length is given back up to here: where it took more, there is no common direction."""
-KEPT_STANDING = 0.9
-"""Of a device's standing, from one of its replies to the next: half of it is gone after seven."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,23 +87,59 @@ def shares_of(
         )
     )
     cosines = units @ units.T
-    voices = voices * shared_voices(cosines)
+    kindred = kindred_voices(cosines)
+    voices = voices * kindred * shared_voices(cosines, kindred)
     short = real * cuts
-    ahead = torch.zeros_like(voices) if way is None else units @ unit_rows([way])[0]
+    gram = cosines * short[:, None] * short[None, :]
+    ahead = None if way is None else units @ unit_rows([way])[0]
     if reference is not None:
-        standing = KEPT_STANDING * stood + ahead + units @ unit_rows([reference])[0]
-        heard = voices * trusted_voices(standing)
+        standing = _trusted_standings(stood, gram, voices, ahead, units @ unit_rows([reference])[0])
+        heard = voices * standing_voices(standing)
         if not float(heard @ short) > 0.0:
             raise RoundError("no update goes where the operator's samples do")
     else:
-        if way is None:
-            ahead = with_the_others(cosines * short[:, None] * short[None, :], voices)
-        # One or two replies are a mean already, or nobody's: they say nothing of anybody.
-        standing = KEPT_STANDING * stood + ahead if len(units) >= FEWEST else stood
-        heard = voices * forward_voices(standing)
+        standing = _standings(stood, gram, voices, ahead)
+        heard = voices * fleets_voices(standing)
     stretch = float(heard @ (real * roomy)) / max(float(heard @ short), torch.finfo(torch.float64).tiny)
     voices = heard / heard.sum()
     return Shares(voices.tolist(), cuts.tolist(), max(stretch, 1.0), standing.tolist())
+
+
+def _standings(
+    stood: torch.Tensor, gram: torch.Tensor, voices: torch.Tensor, ahead: torch.Tensor | None
+) -> torch.Tensor:
+    """By the way of the head; where it has none yet, by the others."""
+    # One or two replies are a mean already, or nobody's: they say nothing of anybody.
+    if len(stood) < FEWEST:
+        return stood
+    if ahead is None:
+        ahead = with_the_others(gram, voices)
+        return moved(stood, [(ahead, accord(ahead, voices))])
+    return moved(stood, [(ahead, accord(ahead, voices * standing_voices(stood)))])
+
+
+def _trusted_standings(
+    stood: torch.Tensor,
+    gram: torch.Tensor,
+    voices: torch.Tensor,
+    ahead: torch.Tensor | None,
+    trusted: torch.Tensor,
+) -> torch.Tensor:
+    """By the way of the head and by the operator's samples.
+
+    Args:
+        ahead: cosines with the way; None in the first round.
+        trusted: cosines with the reference.
+    """
+    heard = voices * standing_voices(stood)
+    weight = accord(trusted, heard)
+    if ahead is not None:
+        return moved(stood, [(ahead, accord(ahead, heard)), (trusted, weight)])
+    # Where most of the fleet turns against the samples from the start, the samples are right.
+    weight = max(weight, accord(-trusted, heard))
+    heard = voices * standing_voices(moved(stood, [(trusted, weight)]))
+    others = with_the_others(gram, heard)
+    return moved(stood, [(others, accord(others, heard)), (trusted, weight)])
 
 
 class Rows:
@@ -145,6 +174,9 @@ class Rows:
         """The cohort's step, float64 [size]."""
         voices = torch.from_numpy(self._voices).to(self._matrix.device)
         mean = weighted_mean(self._matrix, voices).double()
+        if not trimmed_share:
+            untrimmed: NDArray[np.float64] = (mean * self._shares.stretch).cpu().numpy()
+            return untrimmed
         step = heard_trimmed_mean(self._matrix, voices, trimmed_share).double()
         along = float(step @ mean)
         again = float(mean @ mean) / along if along > 0.0 else 0.0

@@ -160,18 +160,19 @@ class RobustStrategy(FedAvg):
 
 class ClippedMean(RobustStrategy):
     """The default: the mean of updates that are cut to their median length, where those that are alike share a voice,
-    those that pull back lose theirs, and what few say is cut away (`aggregate/clipped_mean.py`).
+    and those that pull back or speak of nothing lose theirs (`aggregate/clipped_mean.py`).
 
     Args:
         max_weight_ratio: no reply weighs more than this many times the median weight.
-        trimmed_share: of the voices, cut away on either side of every parameter; from 0 to below 0.5.
+        trimmed_share: of the voices, cut away on either side of every parameter; from 0 to below 0.5. It takes of a
+            backdoor, of what only few devices know, and time: values are sorted.
 
     Attributes:
         way: float64 [P], decayed sum of the steps so far: where the head has been going; None before the first.
         standings: by node id, what a device's earlier updates say for it; at most `MOST_STANDINGS` devices.
     """
 
-    def __init__(self, max_weight_ratio: float = 4.0, trimmed_share: float = 0.1, **flower: Any) -> None:
+    def __init__(self, max_weight_ratio: float = 4.0, trimmed_share: float = 0.0, **flower: Any) -> None:
         super().__init__(**flower)
         if not (math.isfinite(max_weight_ratio) and max_weight_ratio >= 1.0):
             raise ConfigurationError(
@@ -248,13 +249,10 @@ class FLTrust(ClippedMean):
 
     Args:
         train_reference: trains on those samples; our driver sets it, a stock ServerApp gives it.
-        trimmed_share: as in the clipped mean. Nothing by default: where few are heard, what few say is what there is.
     """
 
-    def __init__(
-        self, train_reference: TrainReference | None = None, trimmed_share: float = 0.0, **ours: Any
-    ) -> None:
-        super().__init__(trimmed_share=trimmed_share, **ours)
+    def __init__(self, train_reference: TrainReference | None = None, **ours: Any) -> None:
+        super().__init__(**ours)
         self.train_reference = train_reference
 
     def _reference(self) -> NDArray[np.floating] | None:

@@ -30,6 +30,8 @@ _LEAST = {
     "weight_decay": 0,
     "max_change": 0,
 }
+_PASS = 256
+"""Samples whose activations are held at once where no batch is asked for."""
 Vector = NDArray[np.float32]
 
 
@@ -140,6 +142,25 @@ class Refinery:
             change *= limit / length
         refined = (params + change).astype(np.float32)
         return Refined(refined, min(length, limit), length > limit, first, last)
+
+    def descent(self, params: Vector, buffers: Vector) -> Vector:
+        """Where the mean loss of all data falls fastest from `params` float32 [P]: minus its gradient, float32 [P].
+
+        Raises:
+            ModelError: (us) vectors of another model.
+        """
+        load_flat(self._module, params, buffers)
+        self._module.eval()
+        self._module.zero_grad(set_to_none=True)
+        for start in range(0, len(self._x), _PASS):
+            x, y = self._x[start : start + _PASS], self._y[start : start + _PASS]
+            (self._loss(x, y) * (len(x) / len(self._x))).backward()  # type: ignore[no-untyped-call]
+        parts = [
+            torch.zeros(tensor.numel()) if tensor.grad is None else -tensor.grad.float().flatten().cpu()
+            for tensor in params_of(self._module).values()
+        ]
+        whole: Vector = torch.cat(parts).numpy()
+        return whole
 
     def _train(self, generator: torch.Generator) -> list[float]:
         """Returns the mean loss of each epoch."""

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cloud_server.aggregate.clipped_mean import KEPT_STANDING, LENGTH_ROOM, MOST_AGAIN, Shares, shares_of
+from cloud_server.aggregate.clipped_mean import LENGTH_ROOM, MOST_AGAIN, Shares, shares_of
 from cloud_server.aggregate.clipped_mean import Rows as Sides
 from cloud_server.aggregate.coordinate import heard_trimmed_mean, trimmed_mean
 from cloud_server.aggregate.sketch import SKETCH_SIZE, Sketcher, unit_rows
+from cloud_server.aggregate.standings import KEPT
 from cloud_server.aggregate.voices import shared_voices
 from cloud_server.flower import robust
 from cloud_server.flower.robust import ClippedMean
@@ -160,7 +161,7 @@ def test_device_that_once_pulled_back_is_heard_again_when_it_goes_along() -> Non
 def test_standing_is_the_decayed_sum_of_cosines() -> None:
     rows, way = np.eye(4, SIZE), np.eye(4, SIZE)[0] + np.eye(4, SIZE)[1]
     found = weigh(rows, way=way, standings=[1.0, 0.0, 0.0, -2.0]).standings
-    expected = [KEPT_STANDING + 0.5**0.5, 0.5**0.5, 0.0, -2.0 * KEPT_STANDING]
+    expected = [KEPT + 0.5**0.5, 0.5**0.5, 0.0, -2.0 * KEPT]
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 

@@ -183,7 +183,7 @@ def _clipped(
     rows = Rows(shares, P, 0)
     for number, update in enumerate(updates):
         rows.add(number, update)
-    return rows.step(0.1 if reference is None else 0.0)
+    return rows.step(0.0)
 
 
 @pytest.mark.parametrize("name", NAMES)
