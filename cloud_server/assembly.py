@@ -6,7 +6,7 @@ clock, database, store, keys) is an argument. Source: docs/architecture.md, "The
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from cloud_server.flower.strategies import (
 )
 from cloud_server.keys import CloudKeys
 from cloud_server.metrics import CloudMetrics
+from cloud_server.pace import Hints, Pace
 from cloud_server.privacy.budget import PrivateRun
 from cloud_server.privacy.run import check_private, make_private
 from cloud_server.refine.reference import reference_of
@@ -153,6 +154,8 @@ def assemble(
     chunk_bytes: int = 98_304,
     slot_bytes: int = 64 * 1024 * 1024,
     silent_seconds: float = SILENT_SECONDS,
+    pace: Pace | None = None,
+    may_send: Callable[[], None] = lambda: None,
 ) -> Assembled:
     """An aggregator over a transport; it only receives and announces until `Aggregator.begin` gives it a run.
 
@@ -161,10 +164,12 @@ def assemble(
         chunk_bytes: pieces of a broadcast; the broker must accept packets a little larger.
         slot_bytes: largest sealed update.
         silent_seconds: a device that said nothing for this long is not asked before it speaks again.
+        pace: what the fleet is asked to keep to; None asks for nothing.
+        may_send: see `Sender`.
     """
     topics = Topics(tenant, fleet)
     metrics = CloudMetrics()
-    sender = Sender(transport, metrics.note_sent)
+    sender = Sender(transport, metrics.note_sent, may_send=may_send)
     downlink = Downlink(
         topics=topics,
         key=base.keys.order,
@@ -174,7 +179,12 @@ def assemble(
         chunk_bytes=chunk_bytes,
     )
     announcer = Announcer(
-        base.publisher, downlink, base.clock, ring, least_agent=base.registry.min_agent_version
+        base.publisher,
+        downlink,
+        base.clock,
+        ring,
+        least_agent=base.registry.min_agent_version,
+        hints=lambda: pace.hints(len(base.registry.signers())) if pace is not None else Hints(),
     )
     aggregator = Aggregator(
         topics=topics,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +38,7 @@ from wire.primitives import write_private
 if TYPE_CHECKING:
     from models.bundle import Bundle
 
+_BUNDLES = "bundles"
 ANY_ADDRESS = ("0.0.0.0", "::")
 """Listen everywhere, and are nowhere to connect to."""
 
@@ -153,7 +154,14 @@ class Deployment:
             timestamp=days.timestamp_days,
         )
         lock = self.folder.lock("tuf")
-        return TufRepository(self.artefacts, self.key_folder, self.clock, expiry=expiry, lock=lock)
+        return TufRepository(
+            self.artefacts, self.key_folder, self.clock, expiry=expiry, lock=lock, may_sign=self._check_claim
+        )
+
+    def _check_claim(self) -> None:
+        """Of a service only: a command claims nothing, and need not open the database to sign."""
+        if "database" in self.__dict__:
+            self.database.check_claim()
 
     @cached_property
     def registry(self) -> Registry:
@@ -259,18 +267,48 @@ class Deployment:
     # ---- models ----
 
     def keep_bundle(self, bundle: Bundle) -> Path:
-        """Copies an imported bundle into the state folder, whole or not at all; returns where it lies."""
-        target = self.folder.bundle(bundle.manifest.graphs_sha256)
-        if target.exists():
+        """Copies an imported bundle into the state folder, whole or not at all; returns where it lies.
+
+        Artefacts that are elsewhere get it, too: a machine that goes on with the run has them, and not this folder.
+        """
+        graphs_sha256 = bundle.manifest.graphs_sha256
+        target = self.folder.bundle(graphs_sha256)
+        if not target.exists():
+            self._stage(target, lambda staged: shutil.copytree(bundle.folder, staged))
+        if self.settings.storage.artefacts:
+            for file in sorted(target.iterdir()):
+                self.artefacts.write(f"{_BUNDLES}/{graphs_sha256}/{file.name}", file.read_bytes())
+        return target
+
+    def bundle_folder(self, graphs_sha256: str) -> Path:
+        """Where an imported model lies, which another machine may have imported; it need not be there.
+
+        Raises:
+            StorageError: (disk) it cannot be fetched from the artefacts.
+        """
+        target = self.folder.bundle(graphs_sha256)
+        if target.exists() or not self.settings.storage.artefacts:
             return target
+        prefix = f"{_BUNDLES}/{graphs_sha256}"
+        files = {key.rpartition("/")[2]: self.artefacts.read(key) for key in self.artefacts.keys(prefix)}
+        if files:
+            self._stage(target, lambda staged: _write_all(staged, files))
+        return target
+
+    def _stage(self, target: Path, fill: Callable[[Path], object]) -> None:
         try:
             with tempfile.TemporaryDirectory(prefix=".import-", dir=self.folder.bundles) as scratch:
                 staged = Path(scratch) / "bundle"
-                shutil.copytree(bundle.folder, staged)
+                fill(staged)
                 staged.rename(target)
         except OSError as error:
             raise StorageError(f"the bundle cannot be kept in {target}: {error.strerror}") from error
-        return target
+
+
+def _write_all(folder: Path, files: Mapping[str, bytes | None]) -> None:
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data or b"")
 
 
 def _url(scheme: str, host: str, port: int) -> str:

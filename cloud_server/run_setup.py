@@ -243,7 +243,7 @@ def chosen_bundle(deployment: Deployment) -> Bundle | None:
     if not rows:
         return None
     try:
-        return Bundle.open(deployment.folder.bundle(rows[-1].graphs_sha256))
+        return Bundle.open(deployment.bundle_folder(rows[-1].graphs_sha256))
     except BundleError as error:
         raise BundleError(
             f"the model {rows[-1].name} cannot be loaded: {error}",

@@ -22,14 +22,22 @@ class Sender:
 
     Args:
         on_sent: told of every packet that the transport took.
+        may_send: raises when nothing of ours may leave any more.
 
     Attributes:
         dropped_total: packets that did not fit into a queue or were larger than the broker accepts.
         sent_bytes_total: payload bytes that the transport took.
     """
 
-    def __init__(self, transport: Transport, on_sent: Callable[[Packet], None] = lambda packet: None) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        on_sent: Callable[[Packet], None] = lambda packet: None,
+        *,
+        may_send: Callable[[], None] = lambda: None,
+    ) -> None:
         self._transport = transport
+        self._may_send = may_send
         self._on_sent = on_sent
         self._control: deque[Packet] = deque()
         # One entry a topic: a chunk that is asked for twice while it waits goes out once.
@@ -68,6 +76,7 @@ class Sender:
         while self._control or self._bulk:
             is_control = bool(self._control)
             packet = self._control[0] if is_control else next(iter(self._bulk.values()))
+            self._may_send()
             try:
                 self._transport.publish(packet)
             except BackpressureError:

@@ -1,21 +1,22 @@
 """The running aggregator: broker, HTTPS ports, event loop and clean stop around one `Aggregator`.
 
 Laws of the file: wiring and order only; the transport's thread may only enqueue, everything else of the aggregator runs
-on the caller's thread; the queue between them is bounded, and what does not fit is dropped and counted, because whoever
-sent it sends it again until there is a receipt. The caller holds the state folder's lock `service`. Source:
-docs/architecture.md.
+on the caller's thread; the queue between them is bounded, and when it is full the broker is not read (`incoming.py`).
+The caller holds the state folder's lock `service`. Source: docs/architecture.md.
 """
 
 from __future__ import annotations
 
+import os
 import queue
 import secrets
 import signal
 import ssl
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Protocol
 
@@ -26,33 +27,38 @@ from cloud_server.db.rounds import load_run
 from cloud_server.deployment import Deployment
 from cloud_server.enrolment.ca import ensure_client_files
 from cloud_server.https import HttpsFront
+from cloud_server.incoming import Incoming
 from cloud_server.listening import check_ports
 from cloud_server.metrics_reading import EventQueue, read_health, read_metrics
 from cloud_server.operators.front import OperatorsFront
+from cloud_server.pace import Pace
+from cloud_server.partials import Partials
 from cloud_server.registry import AGGREGATOR_NAME
 from cloud_server.release.authority_watch import AuthorityWatch
 from cloud_server.release.key_watch import KeyWatch
 from cloud_server.rounds.runner import RoundRunner
 from cloud_server.run_setup import PreparedRun, open_run, prepare_run
 from cloud_server.service_health import Surroundings, look_after
+from cloud_server.standby import check_standby, held_lease, wait_for_lease
 from process.logs import get_logger
 from process.metrics_port import MetricsPort
 from process.pulse import Pulse
 from process.service_manager import ServiceManager
 from process.vitals import register_vitals
 from wire.backoff import Backoff
-from wire.errors import ConfigurationError, ModelError, ShoalError
+from wire.errors import ConfigurationError, ModelError, ShoalError, StorageError
 from wire.transport import TransportEvent
 from wire.transport.mqtt import MqttTransport
 
 _log = get_logger("cloud.service")
 
-QUEUED_EVENTS = 100_000
 EVENTS_PER_TICK = 256
 LONGEST_WAIT_SECONDS = 1.0
 POLL_SECONDS = 1.0
 STALE_SECONDS = 900.0
 """A loop that is away for longer hangs: a fold of a large model, or refinement, takes minutes."""
+CLAIM_SECONDS = 1.0
+"""So long a look at who writes counts: nothing leaves a process that stood still for longer before it has looked."""
 RETRY_SECONDS = 60.0
 """How long a model that cannot be used is left alone before it is looked at again."""
 # There is one aggregator, so a broker that comes back is not overrun by it, and the whole fleet waits for it.
@@ -83,6 +89,7 @@ def run(
     deployment: Deployment,
     *,
     serverapp: str = "",
+    standby: bool = False,
     stop: StopSignal | None = None,
     service_manager: ServiceManager | None = None,
     on_ready: Callable[[Running], None] = lambda running: None,
@@ -91,6 +98,7 @@ def run(
 
     Args:
         serverapp: `module:app` of a stock Flower ServerApp that drives the rounds; over the settings' own.
+        standby: first wait until no other aggregator on this database holds the lease.
         service_manager: is told that the loop lives.
         on_ready: called once, when every port is open.
 
@@ -104,13 +112,25 @@ def run(
         stop = _Signalled()
     with ExitStack() as stack:
         stack.callback(deployment.close)
+        pulse = Pulse(deployment.clock, stale_seconds=STALE_SECONDS, manager=service_manager)
+        fence = None
+        if standby:
+            check_standby(deployment.settings)
+            # What is wrong is said now, and not when it is needed.
+            prepare_run(deployment, serverapp)
+            fence = wait_for_lease(deployment, stop, pulse)
+            if fence is None:
+                return 0
+            # From the first moment on: what is opened now may take longer than the lease.
+            stack.enter_context(_lease(deployment, fence, pulse))
         # Before anything is started: what cannot be loaded is one error, and no device saw half a service.
         prepared = prepare_run(deployment, serverapp)
         check_ports(deployment.settings)
-        base = _open_base(deployment)
+        base = _open_base(deployment, fence)
+        if fence is None and deployment.database.is_server:
+            stack.enter_context(_lease(deployment, base.fence, pulse))
         broker_host, broker_port = stack.enter_context(open_broker(deployment))
         transport = _transport(deployment, broker_host, broker_port)
-        pulse = Pulse(deployment.clock, stale_seconds=STALE_SECONDS, manager=service_manager)
         loop = _Loop(deployment, base, transport, stop, serverapp, pulse)
         stack.callback(loop.close)
         if prepared is not None:
@@ -166,9 +186,7 @@ class _Loop:
         self._deployment = deployment
         self._base = base
         self._stop = stop
-        # None only wakes the loop.
-        self._events: queue.Queue[TransportEvent | None] = queue.Queue(QUEUED_EVENTS)
-        self._dropped = 0
+        self._events = Incoming(transport.pause)
         settings = deployment.settings
         self._cloud = assemble(
             base,
@@ -178,7 +196,10 @@ class _Loop:
             ring=settings.enrolment.ring,
             slot_bytes=settings.broker.slot_bytes,
             silent_seconds=settings.broker.silent_seconds,
+            pace=Pace(settings.pace.connections_per_second, settings.pace.downloads_per_second),
+            may_send=_Claim(base).check,
         )
+        self._cloud.aggregator.inbox.keep_partials(Partials(deployment.folder.partials, base.clock))
         self._key_watch = KeyWatch(
             deployment.key_folder,
             base.repository,
@@ -200,11 +221,11 @@ class _Loop:
         self._pulse = pulse
         self.enders: list[Callable[[], None]] = []
         self.renewers: list[Callable[[], object]] = []
-        self._queue = EventQueue(self._events.qsize, lambda: self._dropped)
+        self._queue = EventQueue(self._events.waiting, lambda: self._events.paused_total)
         self.health = look_after(
             deployment,
             Surroundings(
-                self._cloud, self._queue, QUEUED_EVENTS, transport.rejoin, self.renewers, lambda: self._runner
+                self._cloud, self._queue, self._events.room, transport.rejoin, self.renewers, lambda: self._runner
             ),
         )
 
@@ -238,7 +259,7 @@ class _Loop:
     def run(self) -> None:
         """Serves until the stop signal."""
         aggregator = self._cloud.aggregator
-        aggregator.start(self._enqueue)
+        aggregator.start(self._events.put)
         try:
             wake = self._base.clock.now()
             while not self._stop.is_set():
@@ -254,7 +275,7 @@ class _Loop:
                 begin_stop()
             self.close()
             aggregator.stop()
-            _log.info("service_stopped", dropped_events=self._dropped)
+            _log.info("service_stopped", waiting_events=self._events.waiting())
 
     def _beat(self) -> None:
         """Once round. Ready is a service that hears devices and can commit what they say."""
@@ -273,20 +294,14 @@ class _Loop:
 
     def _take(self, aggregator: Aggregator, wait: float) -> None:
         """Handles what is there, at most so much that ticks keep coming."""
-        try:
-            event = self._events.get(timeout=wait) if wait > 0 else self._events.get_nowait()
-            for _ in range(EVENTS_PER_TICK):
-                if event is not None:
-                    aggregator.handle(event)
-                event = self._events.get_nowait()
-        except queue.Empty:
-            return
-
-    def _enqueue(self, event: TransportEvent | None) -> None:
-        try:
-            self._events.put_nowait(event)
-        except queue.Full:
-            self._dropped += 1
+        for _ in range(EVENTS_PER_TICK):
+            try:
+                event = self._events.take(wait)
+            except queue.Empty:
+                return
+            wait = 0.0
+            if event is not None:
+                aggregator.handle(event)
 
     def _poll(self) -> None:
         """Looks at what commands changed in the database while the service runs."""
@@ -345,7 +360,7 @@ class _Loop:
         """
         publisher, settings, bundle = self._base.publisher, self._deployment.settings, prepared.bundle
         ring, name = settings.enrolment.ring, settings.run.name
-        runner, stop_app = open_run(prepared, self._base, self._cloud, wake=lambda: self._enqueue(None))
+        runner, stop_app = open_run(prepared, self._base, self._cloud, wake=lambda: self._events.put(None))
         with self._base.database.read() as connection:
             known = load_run(connection, name)
         runner.resume(bundle.checkpoint(), settings.run.seed or secrets.randbelow(2**63 - 1) + 1)
@@ -359,8 +374,31 @@ class _Loop:
         _log.info("run_begun", run=name, model=bundle.manifest.model, strategy=settings.run.strategy)
 
 
-def _open_base(deployment: Deployment) -> Base:
-    fence = deployment.database.claim_writer()
+def _lease(deployment: Deployment, fence: int, pulse: Pulse) -> AbstractContextManager[None]:
+    """Held while the loop comes round. A process that lost it ends like one that is killed: another one speaks, and
+    what is queued here for the broker must not leave."""
+    seconds = deployment.settings.standby.lease_seconds
+    lost = partial(os._exit, StorageError.exit_code)
+    return held_lease(deployment.database, fence, seconds, is_alive=lambda: pulse.is_alive, on_lost=lost)
+
+
+class _Claim:
+    """Asked before each packet leaves: a process that was stopped for a while must look before it speaks again."""
+
+    def __init__(self, base: Base) -> None:
+        self._database = base.database
+        self._clock = base.clock
+        self._looked_at = -CLAIM_SECONDS
+
+    def check(self) -> None:
+        now = self._clock.monotonic()
+        if now - self._looked_at >= CLAIM_SECONDS:
+            self._database.check_claim()
+            self._looked_at = now
+
+
+def _open_base(deployment: Deployment, fence: int | None = None) -> Base:
+    fence = deployment.database.claim_writer() if fence is None else fence
     deployment.fence = fence
     return Base(
         deployment.database,

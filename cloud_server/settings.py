@@ -87,6 +87,23 @@ class StorageSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = ""
 
 
+class PaceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[pace]`: what the fleet is asked to keep to when all of it begins at once (docs/how-to/links.md)."""
+
+    connections_per_second: Annotated[
+        float,
+        _option(
+            "Devices that may come back to the broker in a second; a fleet of N spreads over N / this, at most an hour;"
+            " 0 asks for nothing.",
+            ge=0.0,
+            le=1e6,
+        ),
+    ] = 50.0
+    downloads_per_second: Annotated[
+        float, _option("Devices that may begin to fetch a release in a second, alike.", ge=0.0, le=1e6)
+    ] = 20.0
+
+
 class EnrolmentSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[enrolment]`"""
 
@@ -453,6 +470,19 @@ class MetricsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = ""
 
 
+class StandbySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[standby]`: two aggregators on one PostgreSQL database, of which one waits."""
+
+    lease_seconds: Annotated[
+        float,
+        _option(
+            "Silence of the aggregator that runs after which the one that waits takes over, in seconds.",
+            ge=2.0,
+            le=600.0,
+        ),
+    ] = 10.0
+
+
 class AuditSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[audit]`: when the chain is signed, and who else keeps its heads."""
 
@@ -502,6 +532,7 @@ class CloudSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     listen: ListenSettings = field(default_factory=ListenSettings)
     broker: BrokerSettings = field(default_factory=BrokerSettings)
     storage: StorageSettings = field(default_factory=StorageSettings)
+    pace: PaceSettings = field(default_factory=PaceSettings)
     enrolment: EnrolmentSettings = field(default_factory=EnrolmentSettings)
     tuf: TufSettings = field(default_factory=TufSettings)
     run: RunSettings = field(default_factory=RunSettings)
@@ -514,6 +545,7 @@ class CloudSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     compute: ComputeSettings = field(default_factory=ComputeSettings)
     health: HealthSettings = field(default_factory=HealthSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
+    standby: StandbySettings = field(default_factory=StandbySettings)
     audit: AuditSettings = field(default_factory=AuditSettings)
     operators: OperatorSettings = field(default_factory=OperatorSettings)
     log: LogSettings = field(default_factory=LogSettings)

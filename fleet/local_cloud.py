@@ -6,11 +6,13 @@ import contextlib
 import http.client
 import os
 import random
+import shutil
 import signal
 import socket
 import ssl
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -23,6 +25,7 @@ from cloud_server.settings import CloudSettings
 from fleet.launch import CLOUD, Launch
 from models.bundle import Bundle
 from models.data.federation import Federation
+from process.options import render_toml
 from wire.errors import RoundError
 
 _START_SECONDS = 60.0
@@ -39,6 +42,9 @@ class LocalCloud:
     Args:
         started_in: the service's working folder, where a `--serverapp` is looked for.
         launch: how the service is started.
+        arguments: of `shoal-cloud run`.
+        copied_from: another aggregator's state folder, whose keys, authority and settings this one has; only where it
+            listens may differ. Its operator copied them, as docs/how-to/standby.md says.
     """
 
     def __init__(
@@ -49,13 +55,19 @@ class LocalCloud:
         *,
         started_in: Path | None = None,
         launch: Launch = CLOUD,
+        arguments: Sequence[str] = (),
+        copied_from: Path | None = None,
     ) -> None:
         self.root = root
         self.settings = settings
         self.log_file = root.with_suffix(".log")
-        self.deployment: Deployment = initialise(root, settings)
+        if copied_from is None:
+            self.deployment: Deployment = initialise(root, settings)
+        else:
+            self.deployment = _copied(copied_from, root, settings)
         operator = federation.operator
         np.savez(root / HOLDOUT, x=operator.val_x, y=operator.val_y)
+        self._arguments = tuple(arguments)
         self._started_in = started_in
         self._launch = launch
         self._process: subprocess.Popen[bytes] | None = None
@@ -78,7 +90,7 @@ class LocalCloud:
         """Starts the service and does not wait for it."""
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                self._launch.command("run", "--state", str(self.root.absolute())),
+                self._launch.command("run", "--state", str(self.root.absolute()), *self._arguments),
                 cwd=self._started_in,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -152,6 +164,22 @@ class LocalCloud:
                 process.wait()
         return process.returncode
 
+    def wait(self) -> int:
+        """Waits until the service ended by itself; its exit code.
+
+        Raises:
+            RoundError: it does not, or it was never started.
+        """
+        process, self._process = self._process, None
+        if process is None:
+            raise RoundError("there is no aggregator to wait for")
+        try:
+            return process.wait(_START_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise RoundError("the aggregator does not end", hint=f"see {self.log_file}") from None
+
     def kill(self) -> None:
         """Ends the service as a crash would."""
         if self._process is not None:
@@ -184,6 +212,17 @@ class LocalCloud:
             return False
         finally:
             connection.close()
+
+
+def _copied(source: Path, root: Path, settings: CloudSettings) -> Deployment:
+    root.mkdir(mode=0o700)
+    for name in ("keys", "ca", "locks"):
+        shutil.copytree(source / name, root / name)
+    for name in ("bundles", "broker"):
+        (root / name).mkdir(mode=0o700)
+    shutil.copy2(source / "FORMAT", root / "FORMAT")
+    (root / "settings.toml").write_text(render_toml(settings), encoding="utf-8")
+    return Deployment.open(root)
 
 
 def free_port() -> int:

@@ -33,6 +33,7 @@ class Pulse:
         self._beaten_at: float | None = None
         self._fed_at: float | None = None
         self._is_ready = False
+        self._is_standby = False
         self._is_stopping = False
 
     @property
@@ -46,7 +47,18 @@ class Pulse:
         now = self._clock.monotonic()
         with self._lock:
             is_first = self._beaten_at is None
-            self._beaten_at, self._is_ready = now, is_ready
+            self._beaten_at, self._is_ready, self._is_standby = now, is_ready, False
+        self._tell(now, status, is_first=is_first)
+
+    def stand_by(self, status: str = "") -> None:
+        """The loop that waits for its turn came round: alive, and not ready."""
+        now = self._clock.monotonic()
+        with self._lock:
+            is_first = self._beaten_at is None
+            self._beaten_at, self._is_ready, self._is_standby = now, False, True
+        self._tell(now, status, is_first=is_first)
+
+    def _tell(self, now: float, status: str, *, is_first: bool) -> None:
         if is_first:
             self._manager.ready()
         rest = max(_LEAST_FEED_SECONDS, self.longest_wait_seconds / 2.0)
@@ -77,5 +89,7 @@ class Pulse:
         if path == ALIVE:
             return (200, "ok") if self.is_alive else (503, "stuck")
         if path == READY:
-            return (200, "ready") if self.is_ready else (503, "not ready")
+            if self.is_ready:
+                return 200, "ready"
+            return 503, "standby" if self._is_standby and self.is_alive else "not ready"
         return None

@@ -85,7 +85,7 @@ class Notary:
 
     def sign(self) -> HeadRow | None:
         """The head of the chain as it is now, signed; None for an empty chain."""
-        with self._database.transaction() as connection:
+        with self._database.transaction(fence=self._database.claimed) as connection:
             incarnation = chain.hold_chain(connection)
             last, head = chain.newest_entry(connection), chain.newest_head(connection)
             if last is None:
@@ -119,7 +119,7 @@ class Notary:
             untold = chain.load_heads(connection, is_unwitnessed=True)
         for head in untold:
             self._witness.tell(head)
-            with self._database.transaction() as connection:
+            with self._database.transaction(fence=self._database.claimed) as connection:
                 chain.note_witnessed(connection, head.seq, self._clock.now())
 
     def _is_due(self) -> bool:

@@ -18,6 +18,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE:APP",
         help="a stock Flower ServerApp that drives the rounds",
     )
+    parser.add_argument(
+        "--standby",
+        action="store_true",
+        help="wait while another aggregator on the same PostgreSQL database runs, and take over when it is silent",
+    )
     parser.set_defaults(handler=_run)
 
 
@@ -34,7 +39,9 @@ def _run(options: argparse.Namespace) -> int:
             # Named, not imported: the service brings torch and flwr, which no other command waits for.
             service = import_module("cloud_server.service")
             manager = ServiceManager.of(os.environ)
-            code: int = service.run(deployment, serverapp=options.serverapp, service_manager=manager)
+            code: int = service.run(
+                deployment, serverapp=options.serverapp, standby=options.standby, service_manager=manager
+            )
     # The interpreter's last collection would walk through all of torch, for seconds on a small machine.
     gc.freeze()
     return code

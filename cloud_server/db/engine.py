@@ -33,6 +33,9 @@ _BUSY_TIMEOUT_MS = 30_000
 _READ_ONLY = "shoal_read_only"
 # Made once: composing it takes longer than SQLite takes to execute it, and every reply's transaction asks.
 _FENCE = sa.select(schema.fencing.c.token).with_for_update()
+# Of a process that stopped inside a transaction (it hangs, its machine is gone): the server ends that, and lets go of
+# what it locked, so that another one can take over. None of ours computes for so long between two statements.
+_IDLE_IN_TRANSACTION = "SET SESSION idle_in_transaction_session_timeout = '15s'"
 _HINTS = {
     sqlite3.SQLITE_NOTADB: "it is no database: restore it from its backup",
     sqlite3.SQLITE_CORRUPT: "it is damaged: restore it from its backup",
@@ -62,6 +65,11 @@ class Database:
         self._local = threading.local()
         self.on_commit: Callable[[float], None] = lambda seconds: None
         self.claimed: int | None = None
+
+    @property
+    def is_server(self) -> bool:
+        """Whether other machines can open it, too."""
+        return not self._is_sqlite
 
     @contextmanager
     def transaction(self, *, fence: int | None = None) -> Iterator[Connection]:
@@ -188,9 +196,11 @@ class Database:
         return _translated(self._place)
 
     def claim_writer(self) -> int:
-        """Raises the fencing token and returns it: who claimed before can no longer commit with theirs."""
+        """Raises the fencing token and returns it: who claimed before can no longer commit with theirs. The lease of
+        that one ends with it; nobody holds one until somebody renews it (`db/lease.py`)."""
         with self.transaction() as connection:
-            connection.execute(sa.update(schema.fencing).values(token=schema.fencing.c.token + 1))
+            values = {"token": schema.fencing.c.token + 1, "beat": 0, "lease_seconds": 0.0}
+            connection.execute(sa.update(schema.fencing).values(**values))
             token = connection.execute(sa.select(schema.fencing.c.token)).scalar_one()
         self.claimed = int(token)
         return self.claimed
@@ -267,6 +277,8 @@ def open_database(url: str, *, factory: Callable[..., sqlite3.Connection] | None
     if parsed.get_backend_name() == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
+    elif parsed.get_backend_name() == "postgresql":
+        event.listen(engine, "connect", _prepare_postgresql)
     try:
         with _translated(_place(parsed)), engine.connect():
             pass
@@ -293,6 +305,12 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
         f"busy_timeout={_BUSY_TIMEOUT_MS}",
     ):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _prepare_postgresql(connection: Any, _record: Any) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(_IDLE_IN_TRANSACTION)
+    connection.commit()
 
 
 def _begin_sqlite(connection: Connection) -> None:

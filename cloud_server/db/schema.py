@@ -30,7 +30,7 @@ from sqlalchemy import (
 )
 
 FORMAT = 1
-HEAD = "0008"
+HEAD = "0009"
 """The newest migration, which these tables are."""
 
 metadata = MetaData(
@@ -87,6 +87,9 @@ fencing = Table(
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=False),
     Column("token", BigInteger, nullable=False),
+    # Moves while that process lives; a standby takes over when it stood still for `lease_seconds` (0: at once).
+    Column("beat", BigInteger, nullable=False, server_default="0"),
+    Column("lease_seconds", Double, nullable=False, server_default="0"),
 )
 
 # ---- devices and trust -------------------------------------------------------------------------------------

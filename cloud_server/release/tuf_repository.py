@@ -51,6 +51,8 @@ class TufRepository:
             `add_graphs` and what changes root or targets fail.
         clock: expiries count from its wall clock.
         lock: makes one writer of many; over a shared folder it must exclude other processes too.
+        may_sign: raises when this process may publish nothing any more; asked before the first signature of a
+            publication, and once more before the timestamp makes it count.
         keep_releases: older releases than this many newest leave the metadata, unless a ring points at them.
     """
 
@@ -62,8 +64,10 @@ class TufRepository:
         *,
         expiry: TufExpiry | None = None,
         lock: AbstractContextManager[object] | None = None,
+        may_sign: Callable[[], None] = lambda: None,
         keep_releases: int = 16,
     ) -> None:
+        self._may_sign = may_sign
         self._store = store
         source = (lambda: keys) if isinstance(keys, CloudKeys) else keys
         self._signing = RoleSigning(source, clock, expiry or TufExpiry())
@@ -408,6 +412,7 @@ class TufRepository:
                 self._publish(current, roles, signed)
 
     def _publish(self, current: SignedSet, roles: set[str], signed: SigningRequest | None = None) -> None:
+        self._may_sign()
         if "targets" in roles and signed is None:
             self._signing.require("targets", current.keys_of("targets"))
         for name in sorted(roles & set(current.targets)):
@@ -424,6 +429,7 @@ class TufRepository:
             current.timestamp.snapshot_meta = MetaFile(version=current.snapshot.version)
         current.timestamp.version += 1
         data = self._signing.signed("timestamp", current.timestamp, current.keys_of("timestamp"))
+        self._may_sign()
         self._store.write(_PREFIX + "metadata/timestamp.json", data)
 
     def _next_version(self, role: str, version: int) -> int:
