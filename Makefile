@@ -12,7 +12,7 @@ export ORT_DISABLE_TELEMETRY := 1
 export FLWR_TELEMETRY_ENABLED := 0
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install demo test test-all fuzz chaos-sim chaos-long bench images lint clean help
+.PHONY: install demo test test-all fuzz chaos chaos-sim chaos-long bench images lint clean help
 
 help:           ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -49,11 +49,16 @@ fuzz: install   ## a million hostile envelopes, every decoder, planted bugs, the
 	$(BIN)/python -m tests.fuzz --count $(FUZZ_COUNT) --workers $(WORKERS) --planted
 	$(BIN)/python -m tests.fuzz.guided --seconds $(FUZZ_SECONDS)
 
+chaos: install  ## real processes under real faults: kill -9, SIGSTOP, broken links; some ten minutes
+	rm -rf build/chaos
+	$(BIN)/shoal-fleet chaos --real --faults 100 --seconds 900 --out build/chaos
+
 chaos-sim: install  ## simulated fleets under faults, a minute of them
 	$(BIN)/shoal-fleet chaos --seeds 24 --faults 10 --workers $(WORKERS)
 
-chaos-long: install  ## 100 histories of 100 faults each; goes on where it was cut off
+chaos-long: install  ## 100 histories of 100 faults, then 1,000 real ones; goes on where it was cut off
 	$(BIN)/shoal-fleet chaos --seeds 100 --faults 100 --out build/chaos-long
+	$(BIN)/shoal-fleet chaos --real --faults 1000 --out build/chaos-long/real
 
 lint: install   ## ruff and mypy --strict
 	$(BIN)/ruff check .
