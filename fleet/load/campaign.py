@@ -66,6 +66,7 @@ class LoadPlan:
         seconds: how long the fleet is only there, and its heartbeats are counted.
         processes: of light agents; 0 for one a core, or more where one would hold too many.
         fetch_every: one of so many devices really fetches and verifies releases; 0 for none.
+        cut_every: one of so many loses its connection right after it sent its update; 0 for none.
         dials: connections that each process opens at a time.
         limit_seconds: after which a phase has failed.
     """
@@ -76,6 +77,7 @@ class LoadPlan:
     is_tls: bool = True
     seed: int = 1
     fetch_every: int = 100
+    cut_every: int = 100
     dials: int = 32
     limit_seconds: float = 600.0
     habits: Habits = field(default_factory=Habits)
@@ -219,6 +221,7 @@ class _Campaign:
                 seed=plan.seed,
                 dials=plan.dials,
                 fetch_every=plan.fetch_every,
+                cut_every=plan.cut_every,
             )
             for number, (first, end) in enumerate(itertools.pairwise(ends))
         ]

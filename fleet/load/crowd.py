@@ -51,6 +51,7 @@ class CrowdPlan(msgspec.Struct, kw_only=True, frozen=True):
         is_tls: whether the broker is spoken to in TLS.
         dials: connections that are opened at a time.
         fetch_every: each agent whose number this divides fetches releases; 0 for none.
+        cut_every: each agent whose number this divides loses its connection right after it sent its update; 0 for none.
     """
 
     roll: str
@@ -66,6 +67,7 @@ class CrowdPlan(msgspec.Struct, kw_only=True, frozen=True):
     seed: int = 0
     dials: int = 32
     fetch_every: int = 0
+    cut_every: int = 0
     keepalive_seconds: int = 30
     stop_timeout_seconds: float = 20.0
 
@@ -133,7 +135,8 @@ class Crowd:
             later=self._loop.call_later,
             rng=rng,
             habits=plan.habits,
-            install=self._fetcher.ask if plan.fetch_every and number % plan.fetch_every == 0 else None,
+            install=self._fetcher.ask if _is_one_of(plan.fetch_every, number) else None,
+            cut=transport.drop if _is_one_of(plan.cut_every, number) else None,
             on_online=_Once(self._next),
         )
         self._agents.append(agent)
@@ -144,6 +147,10 @@ class Crowd:
         for agent in self._agents:
             agent.stop()
         left.set()
+
+
+def _is_one_of(every: int, number: int) -> bool:
+    return every > 0 and number % every == 0
 
 
 class _Once:

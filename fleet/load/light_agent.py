@@ -103,6 +103,7 @@ class LightAgent:
         draft: what it answers a train order with.
         later: plans calls on the thread on which the transport delivers.
         install: see `Install`; None takes a release over as announced.
+        cut: breaks its connection as a bad link does; called once, right after its first update was sent.
         on_online: called when it is connected, each time.
     """
 
@@ -119,6 +120,7 @@ class LightAgent:
         habits: Habits | None = None,
         clock: Clock | None = None,
         install: Install | None = None,
+        cut: Callable[[], None] | None = None,
         on_online: Callable[[], None] = lambda: None,
     ) -> None:
         self.identity = identity
@@ -133,6 +135,7 @@ class LightAgent:
         self._backoff = Backoff(self._habits.receipt_first, self._habits.receipt_cap)
         self._clock = clock or SystemClock()
         self._install = install
+        self._cut = cut
         self._on_online = on_online
         self._speaker = Speaker(identity, sequence=_Numbers(), windows=_Windows(), clock=self._clock)
         self._outgoing = Outgoing(transport)
@@ -255,6 +258,9 @@ class LightAgent:
         self._tally.made += 1
         if self._is_connected:
             self._upload(owed)
+            cut, self._cut = self._cut, None
+            if cut is not None:
+                self._later(0.0, cut)
 
     def _upload(self, owed: Owed, parts: tuple[int, ...] = ()) -> None:
         packets = self._speaker.uploads(
