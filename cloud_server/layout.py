@@ -73,6 +73,11 @@ class StateFolder:
     def broker(self) -> Path:
         return self.root / "broker"
 
+    @property
+    def partials(self) -> Path:
+        """Chunks of large updates that are not whole yet."""
+        return self.root / "partials"
+
     def bundle(self, graphs_sha256: str) -> Path:
         """Where an imported model lies."""
         return self.bundles / graphs_sha256

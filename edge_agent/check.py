@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import email.utils
 import http.client
+import math
 import os
 import socket
 import ssl
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,8 @@ from edge_agent.checks.facts import Facts
 from edge_agent.device import broker_context
 from edge_agent.https import HttpsConnection, verified_context
 from edge_agent.identity import Identity
+from edge_agent.link.budget import IDLE_SHARE
+from edge_agent.link.door import plan_of
 from edge_agent.lock import is_locked
 from edge_agent.machine import free_bytes, hottest
 from edge_agent.remedies import prescribe
@@ -66,6 +70,7 @@ def run_checks(folder: Path, settings: EdgeSettings, clock: Clock) -> Iterator[F
     )
     for check in checks.CHECKS[1:]:
         yield _with_remedy(check.judge(facts, limits), facts, settings)
+    yield judge_link(settings, status if agent.level == "ok" else {}, clock)
     yield agent
     yield judge_version(status)
 
@@ -184,6 +189,55 @@ def judge_version(status: Mapping[str, Any]) -> Finding:
     if is_new_enough(VERSION, least):
         return Finding("version", "ok", VERSION)
     return Finding("version", "warn", f"{VERSION} is older than {least[:64]}", TOO_OLD_HINT)
+
+
+def judge_link(settings: EdgeSettings, status: Mapping[str, Any], clock: Clock) -> Finding:
+    """Whether the link lets updates and downloads pass, and whether an idle agent fits its budget.
+
+    Args:
+        status: of an agent that runs; empty without one.
+
+    Raises:
+        ConfigurationError: (operator) a link that cannot be.
+    """
+    plan = plan_of(settings)
+    if not plan.is_limited:
+        return Finding("link", "ok", "no limits")
+    budget = min(plan.per_day or math.inf, plan.per_month / 31 if plan.per_month else math.inf)
+    idle = (
+        f"an idle agent costs {_mb(plan.idle_bytes_a_day)} a day at a keepalive of {plan.keepalive_seconds} s"
+    )
+    if plan.idle_bytes_a_day > IDLE_SHARE * budget:
+        hint = (
+            "raise report.telemetry_seconds (and the aggregator's broker.silent_seconds to six times that),"
+            " report.inference_seconds and release.check_seconds, or the budget"
+        )
+        return Finding("link", "warn", f"{idle}, of a budget of {_mb(budget)}", hint)
+    told = status.get("link") or {}
+    spent = [
+        f"{_mb(int(told.get(f'spent_{name}_bytes', 0)))} of {_mb(most)} this {name}"
+        for name, most in (("day", plan.per_day), ("month", plan.per_month))
+        if most and told
+    ]
+    if told and not told.get("is_open", True):
+        until = told.get("until")
+        opens = f" until {_local(float(until))}" if until else ""
+        detail = "; ".join([f"shut{opens}: {told.get('reason', '')}", *spent])
+        return Finding(
+            "link", "warn", detail, "updates and downloads wait; link.windows and the budget decide"
+        )
+    if not told and plan.has_windows and not plan.calendar.is_open(clock.now()):
+        opens = _local(plan.calendar.next_change(clock.now()))
+        return Finding("link", "ok", f"outside of its windows until {opens}; {idle}")
+    return Finding("link", "ok", "; ".join(["open", *spent, idle]))
+
+
+def _mb(count: float) -> str:
+    return f"{count / 1e6:.1f} MB"
+
+
+def _local(wall: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(wall))
 
 
 def _agent(folder: Path, status: dict[str, Any]) -> Finding:

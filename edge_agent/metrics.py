@@ -135,6 +135,17 @@ class EdgeMetrics:
             "See what a metered link pays for.",
             directions,
         )
+        self.link_open: Gauge = registry.gauge(
+            "shoal_edge_link_open",
+            "1 while updates, downloads and reports may use the link, else 0.",
+            "At 0 outside of its windows: as it should be; else its budget is spent.",
+        )
+        self.link_spent: Gauge = registry.gauge(
+            "shoal_edge_link_spent_bytes",
+            "What the link has cost in this day and month of the budget, TLS, TCP and IP included.",
+            "Compare with link.bytes_per_day and link.bytes_per_month, and with the bill.",
+            {"period": ("day", "month")},
+        )
         self.dropped: Counter = registry.counter(
             "shoal_edge_messages_dropped_total",
             "Messages that did not fit our queue (up), or could not be verified or used (down).",
@@ -187,6 +198,10 @@ class EdgeMetrics:
         self.connected.read_from(lambda: float(state().connected))
         self.connections.read_from(lambda: parts.tally.connections_total)
         self.bytes.read_from(lambda: {"up": outgoing.sent_bytes_total, "down": parts.received_bytes_total})
+        self.link_open.read_from(lambda: float(parts.link.view.is_open))
+        self.link_spent.read_from(
+            lambda: {"day": parts.link.view.spent_day, "month": parts.link.view.spent_month}
+        )
         self.dropped.read_from(lambda: {"up": outgoing.dropped_total, "down": refused()})
         self.clock_behind.read_from(lambda: parts.clock.behind_seconds)
         self.disk_free.read_from(lambda: _free_bytes(folder))
