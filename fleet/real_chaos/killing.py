@@ -15,6 +15,7 @@ from fleet.real_chaos.outcome import Outcome
 from fleet.real_chaos.real_fleet import RealAgent, RealFleet
 from fleet.real_chaos.scenario import Scenario, Task
 from fleet.real_chaos.waves import Fault, play_waves
+from wire.errors import BrokerError
 
 _DOWN_SECONDS = (0.0, 1.0)
 _STOPPED_SECONDS = (0.2, 3.5)
@@ -79,7 +80,16 @@ def _stop(name: str, target: str, process_id: Callable[[], int], device: str = "
 
 
 def _revive(fleet: RealFleet) -> None:
-    fleet.broker.revive()
+    """On a machine that is busy a broker may need longer than its owner would give it."""
+    fleet.wait(lambda: _has_revived(fleet), "the broker")
+
+
+def _has_revived(fleet: RealFleet) -> bool:
+    try:
+        fleet.broker.revive()
+    except BrokerError:
+        return False
+    return True
 
 
 def _play(name: str, faults: Callable[[RealFleet], Sequence[Fault]], task: Task) -> Outcome:

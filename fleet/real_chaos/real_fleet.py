@@ -319,7 +319,8 @@ class RealFleet:
         )
         stack.callback(_continue, lambda: self.broker.process_id)
         self.cloud.import_model(self.task.bundle)
-        self.cloud.start()
+        self.cloud.launch()
+        self.wait(self.cloud.answers, "the aggregator")
         self.ledger = Ledger(
             folder / "cloud" / "cloud.db",
             {},
