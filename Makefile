@@ -12,7 +12,7 @@ export ORT_DISABLE_TELEMETRY := 1
 export FLWR_TELEMETRY_ENABLED := 0
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install demo test test-all fuzz chaos chaos-sim chaos-long bench images lint clean help
+.PHONY: install demo test test-all fuzz chaos chaos-sim chaos-long load bench images lint clean help
 
 help:           ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -52,6 +52,9 @@ fuzz: install   ## a million hostile envelopes, every decoder, planted bugs, the
 chaos: install  ## real processes under real faults: kill -9, SIGSTOP, broken links; some ten minutes
 	rm -rf build/chaos
 	$(BIN)/shoal-fleet chaos --real --faults 100 --seconds 900 --out build/chaos
+
+load: install  ## 10,000 light agents over TLS against one broker and one aggregator; some ten minutes
+	$(BIN)/shoal-fleet load --devices 10000 --seconds 60 --out build/load
 
 chaos-sim: install  ## simulated fleets under faults, a minute of them
 	$(BIN)/shoal-fleet chaos --seeds 24 --faults 10 --workers $(WORKERS)
