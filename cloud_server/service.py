@@ -47,7 +47,6 @@ from process.service_manager import ServiceManager
 from process.vitals import register_vitals
 from wire.backoff import Backoff
 from wire.errors import ConfigurationError, ModelError, ShoalError, StorageError
-from wire.transport import TransportEvent
 from wire.transport.mqtt import MqttTransport
 
 _log = get_logger("cloud.service")
