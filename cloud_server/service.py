@@ -224,7 +224,12 @@ class _Loop:
         self.health = look_after(
             deployment,
             Surroundings(
-                self._cloud, self._queue, self._events.room, transport.rejoin, self.renewers, lambda: self._runner
+                self._cloud,
+                self._queue,
+                self._events.room,
+                transport.rejoin,
+                self.renewers,
+                lambda: self._runner,
             ),
         )
 
