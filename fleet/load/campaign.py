@@ -125,7 +125,7 @@ class _Campaign:
         self._bundle = bundle
         self._load = os.getloadavg()[0]
         self._metrics_port = free_port()
-        self._settings = _cloud_settings(plan, self._metrics_port)
+        self._settings = load_settings(plan, self._metrics_port)
         self._cloud = LocalCloud(out / "cloud", self._settings, federation)
         self._phases: list[Phase] = []
         self._watch: Watch | None = None
@@ -204,7 +204,7 @@ class _Campaign:
             )
 
     def _crowds(self, roll: Roll) -> list[CrowdPlan]:
-        plan, draft = self._plan, _draft(self._bundle, self._plan.seed)
+        plan, draft = self._plan, draft_of(self._bundle, self._plan.seed)
         ends = [plan.devices * number // plan.crowds for number in range(plan.crowds + 1)]
         return [
             CrowdPlan(
@@ -355,7 +355,7 @@ class _Campaign:
             time.sleep(_POLL_SECONDS)
 
 
-def _cloud_settings(plan: LoadPlan, metrics_port: int) -> CloudSettings:
+def load_settings(plan: LoadPlan, metrics_port: int) -> CloudSettings:
     return CloudSettings(
         tenant="shoal",
         fleet="load",
@@ -377,7 +377,7 @@ def _cloud_settings(plan: LoadPlan, metrics_port: int) -> CloudSettings:
     )
 
 
-def _draft(bundle: Bundle, seed: int) -> Draft:
+def draft_of(bundle: Bundle, seed: int) -> Draft:
     """What every light agent answers: a small step in some direction, coded as devices code theirs."""
     manifest, kind = bundle.manifest, CloudSettings().train.codec
     rng = np.random.default_rng(seed)

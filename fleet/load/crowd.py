@@ -138,6 +138,7 @@ class Crowd:
             install=self._fetcher.ask if _is_one_of(plan.fetch_every, number) else None,
             cut=transport.drop if _is_one_of(plan.cut_every, number) else None,
             on_online=_Once(self._next),
+            spread=transport.spread,
         )
         self._agents.append(agent)
         agent.start()

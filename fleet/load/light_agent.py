@@ -105,6 +105,7 @@ class LightAgent:
         install: see `Install`; None takes a release over as announced.
         cut: breaks its connection as a bad link does; called once, right after its first update was sent.
         on_online: called when it is connected, each time.
+        spread: told over how long the aggregator asks its fleet to come back.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class LightAgent:
         install: Install | None = None,
         cut: Callable[[], None] | None = None,
         on_online: Callable[[], None] = lambda: None,
+        spread: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.identity = identity
         self.release = 0
@@ -137,6 +139,7 @@ class LightAgent:
         self._install = install
         self._cut = cut
         self._on_online = on_online
+        self._spread = spread
         self._speaker = Speaker(identity, sequence=_Numbers(), windows=_Windows(), clock=self._clock)
         self._outgoing = Outgoing(transport)
         self._boot_id = random_bytes(16)
@@ -216,10 +219,15 @@ class LightAgent:
                 self._answer(body)
             case Receipt():
                 self._settle(body)
-            case Announcement() if body.release_version not in (0, self._announced):
-                self._announced = body.release_version
-                wait = self._rng.random() * self._habits.spread_seconds
-                self._later(wait, functools.partial(self._take_release, body.release_version))
+            case Announcement():
+                self._spread(body.reconnect_seconds)
+                self._learn(body)
+
+    def _learn(self, body: Announcement) -> None:
+        if body.release_version not in (0, self._announced):
+            self._announced = body.release_version
+            wait = self._rng.random() * max(self._habits.spread_seconds, body.spread_seconds)
+            self._later(wait, functools.partial(self._take_release, body.release_version))
 
     def _answer(self, order: Order) -> None:
         """A repeated order is answered again and made once: its update has the same id."""
