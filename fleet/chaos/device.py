@@ -87,6 +87,7 @@ class DeviceNode(Node):
         )
         self.agent: Agent | None = None
         self.is_slow_until = 0.0
+        self.is_cut_until = 0.0
         self._identity = identity
         self._around = around
         self._split = split
@@ -351,7 +352,9 @@ class _Fetcher:
         self.fetched_bytes_total = 0
 
     def fetch(self, path: str, *, offset: int = 0, limit_bytes: int) -> Iterator[bytes]:
-        disk = self._node.disk
+        node, disk = self._node, self._node.disk
+        if node.clock.monotonic() < node.is_cut_until:
+            raise TransportError("nobody answers")
         data = self._read(path)
         if data is None:
             raise RefusedError(f"there is no {path}", status=404)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 RINGS_METADATA = ".rings.json"
+TIMESTAMP = "/timestamp.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +35,11 @@ class ModelLedger:
 
     def __init__(self, violated: Callable[[str, str], NoReturn]) -> None:
         self._violated = violated
-        self._signed: set[str] = set()
+        self._releases: set[str] = set()
         self._passed: set[tuple[str, str]] = set()
         self._served: dict[str, list[int]] = defaultdict(list)
-        self._written: dict[str, bytes] = {}
+        self._statements: dict[str, bytes] = {}
+        self._metadata: dict[str, bytes] = {}
         self.stated: list[Statement] = []
 
     @property
@@ -48,19 +50,30 @@ class ModelLedger:
     # ---- what was signed ---------------------------------------------------------------------------------------
 
     def written(self, key: str, data: bytes) -> None:
-        """Learns from a file of the signed repository."""
+        """Learns from a file of the signed repository. A ring's statement is made once a timestamp leads to it."""
         if key.startswith("tuf/targets/rings/"):
-            self._written[hashlib.sha256(data).hexdigest()] = data
+            self._statements[hashlib.sha256(data).hexdigest()] = data
         elif key.startswith("tuf/metadata/") and key.endswith(".parameters.json"):
-            for path, target in _targets(data).items():
+            for path, target in _signed(data)["targets"].items():
                 if path.endswith("/release.json"):
-                    self._signed.add(target["hashes"]["sha256"])
-        elif key.startswith("tuf/metadata/") and key.endswith(RINGS_METADATA):
-            for target in _targets(data).values():
-                self._state(target["hashes"]["sha256"])
+                    self._releases.add(target["hashes"]["sha256"])
+        elif key.endswith((RINGS_METADATA, ".snapshot.json")):
+            self._metadata[key.rpartition("/")[2]] = data
+        elif key.endswith(TIMESTAMP):
+            self._follow(data)
+
+    def _follow(self, timestamp: bytes) -> None:
+        snapshot = self._listed(timestamp, "snapshot.json")
+        rings = self._listed(snapshot, "rings.json") if snapshot is not None else None
+        for target in _signed(rings)["targets"].values() if rings is not None else ():
+            self._state(target["hashes"]["sha256"])
+
+    def _listed(self, metadata: bytes, name: str) -> bytes | None:
+        listed = _signed(metadata)["meta"].get(name)
+        return None if listed is None else self._metadata[f"{listed['version']}.{name}"]
 
     def _state(self, sha256: str) -> None:
-        plain = json.loads(self._written[sha256])
+        plain = json.loads(self._statements[sha256])
         statement = Statement(plain["serial"], plain["release_version"], plain["rollback"])
         last = self.newest
         if statement == last:
@@ -82,7 +95,7 @@ class ModelLedger:
         history = self._served[device]
         if history and history[-1] == version:
             return
-        if release_sha256 not in self._signed:
+        if release_sha256 not in self._releases:
             self._violated(device, f"serves release {version}, which nobody signed")
         if (device, release_sha256) not in self._passed:
             self._violated(device, f"serves release {version}, which did not pass its self-test there")
@@ -115,6 +128,6 @@ class ModelLedger:
         return [device for device in devices if not later & set(self._served[device][-2:])]
 
 
-def _targets(metadata: bytes) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = json.loads(metadata)["signed"]["targets"]
+def _signed(metadata: bytes) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = json.loads(metadata)["signed"]
     return found

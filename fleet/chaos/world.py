@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import random
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from cloud_server.assembly import Base
 from cloud_server.privacy.budget import PrivateRun
 from cloud_server.privacy.keys import LedgerKeys
 from cloud_server.privacy.plan import PrivacyPlan
@@ -34,7 +32,7 @@ from edge_agent.settings import (
     TrainingSettings,
 )
 from edge_agent.slots import FOLDER_NAME as SLOTS_FOLDER
-from fleet.chaos.cloud import CLIENT, DATABASE_NAME, CloudNode, CloudSetup
+from fleet.chaos.cloud import DATABASE_NAME, CloudNode, CloudSetup
 from fleet.chaos.device import DeviceNode, Surroundings
 from fleet.chaos.disk import mounted
 from fleet.chaos.engine import RememberingEngine
@@ -42,8 +40,9 @@ from fleet.chaos.faults import UPDATES_PER_FAULT, Fault
 from fleet.chaos.fold_check import FoldCheck
 from fleet.chaos.injector import Injector, Line
 from fleet.chaos.ledger import Ledger, Violation, ViolationError
-from fleet.chaos.model_ledger import Statement
-from fleet.chaos.node import Node, NodeClock
+from fleet.chaos.model_ledger import TIMESTAMP, Statement
+from fleet.chaos.node import Node
+from fleet.chaos.outside import Outside
 from fleet.chaos.plays import Play, play_of
 from fleet.chaos.privacy_ledger import PrivacyLedger
 from fleet.chaos.steps import step_of
@@ -51,7 +50,6 @@ from fleet.chaos.template import Template, make_split
 from fleet.local_helper import LocalHelper, open_local_helper
 from fleet.simulated_device import FLEET, TENANT
 from fleet.virtual import VirtualTime
-from wire.errors import ConfigurationError
 from wire.primitives import SigningKey
 from wire.transport.memory import MemoryBroker
 
@@ -59,19 +57,9 @@ DRAIN_SECONDS = 600.0
 """Virtual time within which everything must be at rest once no fault strikes any more: the longest back-off of an
 update (300 s and half as much jitter), a round and its failure's rest, and the start of a node that just died."""
 CALM_ROUNDS = 2
-MOST_REVOKED = 2
 FEWEST_SUMMED = 3
 OVERTIME_UPDATES = 60
 """Updates after the last of the schedule in which faults may still find their points."""
-PARTITION_SECONDS = 60.0
-JUMPS: dict[str, float | None] = {
-    "clock_1970": None,
-    "clock_2040": None,
-    "clock_ahead": 3600.0,
-    "clock_behind": -3600.0,
-}
-YEAR_2040 = 2_208_988_800.0
-JUMP_SECONDS = 90.0
 LONGEST_SECONDS = 40_000.0
 
 
@@ -141,17 +129,18 @@ class World:
         self._folder = tempfile.TemporaryDirectory(prefix="shoal-chaos-", dir=memory_folder())
         self._ready = _Ready()
         self.play = play_of(seed)
-        self._hindered_until = 0.0
         root = Path(self._folder.name)
         files = dict(template.files)
         self.helper = open_helper(self.play, seed, template, self.time)
         self.ledger = self._make_ledger(template, files)
-        for key in sorted(files, key=lambda key: key.startswith("tuf/metadata/")):
+        # What a file names comes before it, as it was written.
+        for key in sorted(files, key=lambda key: (key.startswith("tuf/metadata/"), key.endswith(TIMESTAMP))):
             self.ledger.written(key, files[key])
         self.injector = Injector(schedule, self.time.monotonic, lambda: self.ledger.is_in_flight, tell)
         self.cloud = self._make_cloud(template, root / "cloud", files)
         self.devices = self._make_devices(template, root)
         self._nodes: dict[str, Node] = {self.cloud.name: self.cloud, **self.devices}
+        self.outside = Outside(self.time, self.broker, self.injector, self.ledger, self.cloud, self.devices)
 
     # ---- the history -------------------------------------------------------------------------------------------
 
@@ -209,22 +198,22 @@ class World:
 
     def _turn(self) -> None:
         self.injector.arm(len(self.ledger.made))
-        self._strike_from_outside()
+        self.outside.strike()
         self._settle()
         self.time.advance_to(self._next_moment())
 
     def _calm_down(self) -> None:
         """The last fault has struck: networks and clocks are well again, and what is down comes back by itself."""
         self.injector.calm()
-        self.cloud.clock.jump_seconds = 0.0
-        for node in self.devices.values():
+        for node in self._nodes.values():
             node.clock.jump_seconds = 0.0
-            node.is_slow_until = 0.0
+        for device in self.devices.values():
+            device.is_slow_until = 0.0
         self.injector.note("fleet", "calm")
 
     def _check_liveness(self) -> None:
         owed, moved, stated = self.ledger.open_ids, self.ledger.moved, self.ledger.models.newest
-        end = max(self.time.monotonic(), self._hindered_until) + DRAIN_SECONDS
+        end = max(self.time.monotonic(), self.outside.hindered_until) + DRAIN_SECONDS
         while True:
             left, rounds = owed & self.ledger.open_ids, self.ledger.moved - moved
             behind = self._behind(stated)
@@ -273,89 +262,6 @@ class World:
             moments.append(due + offset)
         return max(min(moments), self.time.now() + 1e-3)
 
-    # ---- faults that come from outside of every node -------------------------------------------------------------
-
-    def _strike_from_outside(self) -> None:
-        for point, strike in self._outside.items():
-            fault = self.injector.visit(point, "fleet")
-            if fault is not None:
-                strike(fault, fault.rng())
-        owing = [name for name in sorted(self.devices) if self.ledger.owes(name)]
-        if self.cloud.is_up and owing and len(self.ledger.revoked_devices) < MOST_REVOKED:
-            self._visit("operator.revoke", lambda fault: self._revoke(fault.rng().choice(owing)))
-        stated = self.ledger.models.newest
-        if self.cloud.is_up and stated is not None and stated.version > 1 and not stated.is_rollback:
-            self._visit("operator.rollback", lambda _fault: self._roll_back())
-
-    def _visit(self, point: str, strike: Callable[[Fault], None]) -> None:
-        fault = self.injector.visit(point, "fleet")
-        if fault is not None:
-            strike(fault)
-
-    @property
-    def _outside(self) -> dict[str, Callable[[Fault, random.Random], None]]:
-        return {
-            "network.device": self._cut_device,
-            "network.cloud": self._cut_cloud,
-            "broker": self._wipe_broker,
-            "device.clock": self._move_device_clock,
-            "cloud.clock": self._move_cloud_clock,
-        }
-
-    def _revoke(self, device: str) -> None:
-        self.injector.note("operator", f"revokes {device}")
-        self.cloud.operate(lambda base: base.registry.revoke(device, "stolen"))
-
-    def _roll_back(self) -> None:
-        """The ring goes back to the release before the present one."""
-
-        def roll_back(base: Base) -> None:
-            with suppress(ConfigurationError):  # there is none before it
-                base.publisher.rollback(reason="a worse one")
-
-        self.injector.note("operator", "rolls the ring back")
-        self.cloud.operate(roll_back)
-
-    def _release_unheard(self) -> None:
-        """A ring is signed, and half of the devices are not there to hear of it."""
-        self._visit("network.release", self._cut_half)
-
-    def _cut_half(self, fault: Fault) -> None:
-        rng = fault.rng()
-        for name in rng.sample(sorted(self.devices), len(self.devices) // 2):
-            self.broker.cut(name, for_seconds=rng.uniform(1.0, PARTITION_SECONDS), reason="partition")
-
-    def _cut_device(self, _fault: Fault, rng: random.Random) -> None:
-        name = rng.choice(sorted(self.devices))
-        self.broker.cut(name, for_seconds=rng.uniform(1.0, PARTITION_SECONDS), reason="partition")
-
-    def _cut_cloud(self, _fault: Fault, rng: random.Random) -> None:
-        self.broker.cut(CLIENT, for_seconds=rng.uniform(1.0, PARTITION_SECONDS), reason="partition")
-
-    def _wipe_broker(self, _fault: Fault, rng: random.Random) -> None:
-        self.broker.forget_everything(for_seconds=rng.uniform(0.1, 10.0))
-
-    def _move_device_clock(self, fault: Fault, rng: random.Random) -> None:
-        node = self.devices[rng.choice(sorted(self.devices))]
-        self._move(node.clock, fault, rng)
-
-    def _move_cloud_clock(self, fault: Fault, rng: random.Random) -> None:
-        """What an aggregator signs with its clock ahead moves its devices' floor, and they wait until that is past."""
-        self._move(self.cloud.clock, fault, rng)
-        ahead = max(0.0, self.cloud.clock.jump_seconds)
-        self._hindered_until = max(self._hindered_until, self.time.monotonic() + ahead + JUMP_SECONDS)
-
-    def _move(self, clock: NodeClock, fault: Fault, rng: random.Random) -> None:
-        """A clock jumps, and is set right some time later."""
-        jump = JUMPS[fault.kind]
-        target = YEAR_2040 if fault.kind == "clock_2040" else 0.0
-        clock.jump_seconds = target - self.time.now() if jump is None else jump
-
-        def set_right() -> None:
-            clock.jump_seconds = 0.0
-
-        self.time.later(rng.uniform(1.0, JUMP_SECONDS), set_right)
-
     # ---- setting up ----------------------------------------------------------------------------------------------
 
     def _make_cloud(self, template: Template, folder: Path, files: dict[str, bytes]) -> CloudNode:
@@ -379,7 +285,7 @@ class World:
             injector=self.injector,
             ledger=self.ledger,
             ready=self._ready.add,
-            ring_signed=self._release_unheard,
+            ring_signed=lambda: self.outside.ring_signed(),
         )
 
     def _make_ledger(self, template: Template, files: dict[str, bytes]) -> Ledger:

@@ -3,7 +3,9 @@ noise and rollback; and one that takes several faults is shrunk to these."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,14 +19,19 @@ from cloud_server.secure.book import MaskBook
 from edge_agent.release_files import StagedRelease
 from edge_agent.slots import Slots
 from edge_agent.storage import Database
-from fleet.chaos.campaign import laboratory, play
+from fleet.chaos.campaign import laboratory, play, shrunk_schedule
+from fleet.chaos.faults import Fault
 from fleet.chaos.plays import play_of, schedule_of
+from fleet.chaos.record import keep_regression
 from fleet.chaos.template import Template
 from wire.envelope import Opened
 from wire.messages import Evaluation, Receipt, Update, decode_body
 
 SEEDS = 50
 FAULTS = 15
+FEW_FAULTS = 8
+THIRD_LIFE = 4
+"""The fencing token of the aggregator's third life; the template was made under the first token."""
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +40,7 @@ def template() -> Iterator[Template]:
         yield made
 
 
-def first_found(template: Template, *names: str) -> tuple[int, str]:
+def first_found(template: Template, *names: str, faults: int = FAULTS) -> tuple[int, str]:
     """The first seed that fails, and what its ledger says.
 
     Args:
@@ -42,7 +49,7 @@ def first_found(template: Template, *names: str) -> tuple[int, str]:
     for seed in range(SEEDS):
         if names and play_of(seed).name not in names:
             continue
-        outcome = play(template, seed, schedule_of(seed, FAULTS))
+        outcome = play(template, seed, schedule_of(seed, faults))
         if outcome.violations:
             return seed, outcome.violations[0].what
     return SEEDS, ""
@@ -186,14 +193,27 @@ def test_rollback_that_is_not_newer_is_found(template: Template, monkeypatch: py
 
 
 @pytest.mark.slow
-def test_device_that_goes_back_below_its_floor_is_found(
-    template: Template, monkeypatch: pytest.MonkeyPatch
+def test_bug_that_takes_two_faults_is_shrunk_to_them_and_kept(
+    template: Template, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def to_the_first(self: Slots, failed: str) -> str | None:
-        contents = self._load("factory")
-        return None if contents is None or contents.release_sha256 == failed else "factory"
+    restore = Desk._restore_head
 
-    monkeypatch.setattr(Slots, "_way_back", to_the_first)
-    seed, what = first_found(template)
-    assert seed < SEEDS
-    assert "serves release 1 after" in what
+    def forgetful_from_the_third_life_on(self: Desk, row: Any) -> None:
+        restore(self, row)
+        if (self._ports.fence or 0) >= THIRD_LIFE and self._taken is not None:
+            self._taken = type(self._taken)(self._taken.head, self._taken.base_sha256, self._taken.patch)
+
+    path = tmp_path / "regressions.json"
+    with monkeypatch.context() as bug:
+        bug.setattr(Desk, "_restore_head", forgetful_from_the_third_life_on)
+        seed, what = first_found(template, "averaged", faults=FEW_FAULTS)
+        shrunk = shrunk_schedule(template, seed, FEW_FAULTS)
+        assert len(shrunk) == 2
+        assert {fault.point.partition(".")[0] for fault in shrunk} == {"cloud"}, "each of them ends a life"
+        for fault in shrunk:
+            assert not play(template, seed, (fault,)).violations
+        keep_regression(path, "a head that forgets", what, seed, shrunk)
+        (kept,) = json.loads(path.read_text())
+        again = play(template, seed, tuple(Fault(**fault) for fault in kept["faults"]))
+        assert ["is not the fold" in violation.what for violation in again.violations] == [True]
+    assert not play(template, seed, shrunk).violations
