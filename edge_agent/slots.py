@@ -183,6 +183,8 @@ class Slots:
                 contents.int8()
             except BundleError:
                 int8 = contents.rebuild_int8()
+                if (self._root / slot / INT8).is_dir():
+                    self._quarantine.take(self._root / slot / INT8, f"{INT8} of {slot} is not a file")
                 with contextlib.suppress(StorageError):
                     write_durably(self._root / slot / INT8, int8)
             return contents

@@ -23,6 +23,8 @@ from typing import Any, Final
 from edge_agent.at_rest import KEY_ID_CHARACTERS, Vault, open_vault
 from edge_agent.conversion import seal_plain_database
 from edge_agent.disk import write_durably
+from edge_agent.foreign import put_foreign_away
+from edge_agent.log_mending import LOG_SUFFIX, mend_log
 from edge_agent.quarantine import FOLDER_NAME, Quarantine
 from edge_agent.salvage import lenient_text, salvage
 from edge_agent.schema import FORMAT_VERSION, PAGE_BYTES, create, is_ours, version_of
@@ -44,7 +46,7 @@ _MEMORY_PAGE_BYTES: Final = 1024
 # SQLite would keep 2 MiB of pages for good; samples are read once a round, and the system has the pages too.
 _CACHE_KIB: Final = 256
 _WAL_LIMIT_BYTES: Final = 4 * 1024 * 1024
-_SQLITE_SUFFIXES: Final = ("", "-wal", "-shm")
+_SQLITE_SUFFIXES: Final = ("", LOG_SUFFIX, "-shm")
 _DAMAGED_SUFFIX: Final = ".damaged"
 _DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
@@ -75,6 +77,7 @@ class Database:
         max_bytes: int,
         clock: Clock,
         connect: Connect = sqlite3.connect,
+        must_salvage: bool = False,
     ) -> None:
         self.path = path
         self._connect = connect
@@ -88,7 +91,7 @@ class Database:
         self._durable = True
         self._epoch = 0
         self.salvaged: dict[str, int] = {}
-        self._connection = self._open_or_replace()
+        self._connection = self._open_or_replace(must_salvage)
         try:
             self._settle_epoch()
         except StorageError as error:
@@ -224,9 +227,10 @@ class Database:
         self._depth = 0
         self._begin_epoch()
 
-    def _open_or_replace(self) -> sqlite3.Connection:
+    def _open_or_replace(self, must_salvage: bool) -> sqlite3.Connection:
         try:
-            return self._open()
+            if not must_salvage:
+                return self._open()
         except UnicodeDecodeError:
             pass
         except sqlite3.Error as error:
@@ -369,15 +373,47 @@ def open_database(
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise StorageError(f"cannot make the state folder {root}: {error.strerror}") from error
+    foreign = put_foreign_away(root)
     _claim_folder(root)
     vault = vault or open_vault(root, clock)
     if vault.damage:
         _log.error("at_rest_keys_lost", reason=vault.damage)
     quarantine = Quarantine(root / FOLDER_NAME, vault=vault)
+    quarantine.kept_total = foreign
     path = root / DATABASE_NAME
+    is_damaged = _is_log_damaged(path, quarantine)
     seal_plain_database(path, vault)
     quarantine.seal_plain()
-    return Database(path, quarantine, vault, max_bytes=max_bytes, clock=clock, connect=connect)
+    return Database(
+        path,
+        quarantine,
+        vault,
+        max_bytes=max_bytes,
+        clock=clock,
+        connect=connect,
+        must_salvage=is_damaged,
+    )
+
+
+def _is_log_damaged(database: Path, quarantine: Quarantine) -> bool:
+    """Puts right what a crash left in the write-ahead log, before SQLite drops what is behind the first wrong bit.
+
+    Returns:
+        Whether rows may be damaged.
+
+    Raises:
+        StorageError: the log could not be put right, so it must not be opened.
+    """
+    log = database.with_name(f"{database.name}{LOG_SUFFIX}")
+    try:
+        outcome = mend_log(log)
+    except OSError:
+        return False  # SQLite meets it next and says it better
+    if outcome != "whole":
+        _log.error("write_ahead_log_damaged", outcome=outcome)
+    if outcome == "foreign":
+        quarantine.take(log, "no write-ahead log of ours: what was committed there is gone")
+    return outcome == "damaged"
 
 
 def _claim_folder(root: Path) -> None:

@@ -101,6 +101,11 @@ class Devices:
         for agent in self.agents:
             agent.stop()
 
+    @property
+    def owe(self) -> bool:
+        """Whether a device has an update that nobody has acknowledged."""
+        return any(agent.parts.outbox.depth() for agent in self.agents)
+
     def told(self) -> dict[str, str]:
         """How each update ended on its device, or `open`."""
         found: dict[str, str] = {}
@@ -155,10 +160,12 @@ class CloudPath:
         with self.stage(folder, **options) as (time, broker, devices, victim, books):
             victim.start()
             devices.start()
-            is_through = play(
-                time, broker, devices, victim, lambda: bool(victim.lives.facts.get("is_finished"))
-            )
-            if victim.leave():
+
+            def is_over() -> bool:
+                return bool(victim.lives.facts.get("is_finished")) and not devices.owe
+
+            is_through = play(time, broker, devices, victim, is_over)
+            if victim.leave() and not victim.was_killed:
                 books.findings.wrong(f"it did not stop politely: {victim.lives.codes}")
             books.read()
             if not is_through:

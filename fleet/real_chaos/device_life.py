@@ -6,6 +6,7 @@ its self-test, which runs inline; it is asked for an answer in every turn. Impor
 
 from __future__ import annotations
 
+import contextlib
 import random
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,12 @@ from fleet.real_chaos.link import Begin, Heard, Leave, LinkTransport, NodeEnd, N
 from fleet.virtual import VirtualTime
 from wire.enrolment import OnlineKey
 from wire.errors import DataError, ModelError, RoundError, StorageError
-from wire.messages import Evaluation, Update, encode_body
+from wire.messages import Evaluation, Update, decode_body, encode_body
 from wire.primitives import SigningKey, sha256
 
 JOB_SECONDS = 1.0
+_OWED_SECONDS = 86_400.0
+_TICK_SECONDS = 1e-3
 _MOST_FAILURES = 100
 """In one turn: an agent that fails so often without time passing would do so for ever."""
 
@@ -44,6 +47,7 @@ class DeviceFacts(msgspec.Struct, frozen=True):
     Attributes:
         window: what is asked for an answer, float32.
         train: windows and labels to learn from, the first time it starts.
+        owes: bodies of updates that it has made before it starts.
     """
 
     device: str
@@ -56,6 +60,7 @@ class DeviceFacts(msgspec.Struct, frozen=True):
     settings: dict[str, Any]
     window: list[float]
     train: list[tuple[list[float], int, str]] = []
+    owes: list[bytes] = []
 
 
 def identity_of(facts: DeviceFacts) -> Identity:
@@ -106,10 +111,20 @@ def live_device(begin: Begin, end: NodeEnd) -> None:
         engine=engine,
         machine=NoMachine(),
     )
+    for encoded in facts.owes:
+        _owe(agent, decode_body(encoded, Update), time.now())
     agent.start()
     for window, label, split in facts.train:
         agent.observe(np.asarray(window, np.float32), label, split)  # type: ignore[arg-type]
     _Loop(agent, transport, end, time, np.asarray(facts.window, np.float32)).run()
+
+
+def _owe(agent: Agent, body: Update, now: float) -> None:
+    """An order that was accepted, and its update in the outbox."""
+    parts, deadline = agent.parts, now + _OWED_SECONDS
+    parts.orders.accept(body.order_id, "train", body.run, body.round_number, now)
+    number = body.round_number
+    parts.outbox.put(body.update_id, body.order_id, body.run, number, "up", encode_body(body), now, deadline)
 
 
 class _NotingWorker(InlineWorker):
@@ -180,7 +195,9 @@ class _Loop:
         agent = self._agent
         wake = self._time.now() + max(0.0, agent.wake_at - self._time.monotonic())
         due = self._time.next_due()
-        self._end.send(Rest(wake if due is None else min(wake, due), self._facts()))
+        wake = wake if due is None else min(wake, due)
+        # What was due is done; between the two clocks a wake can be rounded to now, again and again.
+        self._end.send(Rest(max(wake, self._time.now() + _TICK_SECONDS), self._facts()))
 
     def _facts(self) -> dict[str, Any]:
         agent = self._agent
@@ -188,6 +205,8 @@ class _Loop:
         facts: dict[str, Any] = {"release": 0, "failures": self._failures}
         facts["quarantined"] = agent.parts.database.quarantine.kept_total
         facts["recovered"] = agent.parts.database.recovered_total
+        with contextlib.suppress(StorageError):
+            facts["open"] = agent.parts.outbox.depth()
         if model is None:
             return facts
         try:

@@ -12,16 +12,21 @@ the other side. Source: docs/architecture.md, laws 2 and 3.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
+import msgspec
+
+from edge_agent.identity import Identity
 from edge_agent.settings import EdgeSettings
 from fleet.chaos.template import Template, make_split, make_template
 from fleet.chaos.world import agent_settings, memory_folder
+from fleet.real_chaos.device_life import DeviceFacts
 from fleet.real_chaos.victim import Victim
+from fleet.simulated_device import FLEET, TENANT
 from fleet.virtual import START, VirtualTime
 from models.bundle import Bundle
 from models.data.federation import Split
@@ -30,7 +35,7 @@ from wire.transport.memory import MemoryBroker
 
 SEED: Final = 5
 DEVICES: Final = 3
-PATH_SECONDS: Final = 1800.0
+PATH_SECONDS: Final = 600.0
 """Virtual time within which a path that was struck once must be at its end."""
 
 
@@ -127,3 +132,39 @@ def split_of(device: str) -> Split:
 def settings() -> EdgeSettings:
     """An agent's, with caps that a play can reach and waits that suit virtual time."""
     return agent_settings()
+
+
+def device_facts(
+    identity: Identity,
+    *,
+    is_taught: bool = True,
+    owes: Sequence[bytes] = (),
+    with_settings: EdgeSettings | None = None,
+) -> dict[str, Any]:
+    """What the life of a device is told.
+
+    Args:
+        is_taught: whether its folder has its samples already.
+        owes: bodies of updates for its outbox.
+    """
+    split = split_of(identity.device)
+    samples = [
+        (window.tolist(), int(label), part)
+        for x, y, part in ((split.train_x, split.train_y, "train"), (split.val_x, split.val_y, "val"))
+        for window, label in zip(x, y, strict=True)
+    ]
+    facts = DeviceFacts(
+        device=identity.device,
+        tenant=TENANT,
+        fleet=FLEET,
+        key=identity.update_key.private_bytes(),
+        tuf_root=identity.tuf_root,
+        kem=identity.kem,
+        orders=identity.orders,
+        settings=msgspec.to_builtins(with_settings or settings()),
+        window=split.test_x[0].tolist(),
+        train=[] if is_taught else samples,
+        owes=list(owes),
+    )
+    plain: dict[str, Any] = msgspec.to_builtins(facts, builtin_types=(bytes,))
+    return plain

@@ -41,6 +41,8 @@ from wire.transport import Packet, Published, TransportEvent
 from wire.transport.memory import MemoryBroker, MemoryTransport
 
 RESTART_SECONDS: Final = 1.0
+RELIEF_SECONDS: Final = 60.0
+"""How long a disk stays full."""
 MOST_LIVES: Final = 8
 _STATUS_BYTES: Final = 8
 
@@ -207,6 +209,11 @@ class Victim:
         self._end.send(Turn(self._time.now()))
         self._listen()
 
+    @property
+    def was_killed(self) -> bool:
+        """Whether the end that was asked for is the one that was struck."""
+        return self._strike is not None and self._strike.act == "KILL" and self._count == 1
+
     def leave(self) -> int:
         """Asks it to stop; its exit code."""
         if self._end is None or not self.is_up:
@@ -216,6 +223,13 @@ class Victim:
             self._take(frame)
         self._close()
         return self.lives.codes[-1]
+
+    def relieve(self) -> None:
+        """What befell the first life is over: the disk has room again."""
+        if self._tracer is not None:
+            self._tracer.terminate()
+            self._tracer.communicate()
+            self._tracer = None
 
     def kill(self) -> None:
         """Ends it as the end of the play."""
@@ -232,6 +246,8 @@ class Victim:
                 "strace is not installed here", hint="install it: apt-get install strace"
             )
         command = [program, "-f", "-y", "-p", str(process_id), "-o", str(trace), "-e", f"trace={self._calls}"]
+        if self._strike is not None and self._strike.is_lasting:
+            self._time.later(RELIEF_SECONDS, self.relieve)
         if self._strike is not None:
             command += ["-e", self._strike.expression()]
         tracer = subprocess.Popen(

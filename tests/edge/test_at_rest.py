@@ -387,7 +387,7 @@ def test_ring_that_cannot_be_read_now_is_an_error_and_destroys_nothing(tmp_path:
     ring.rename(tmp_path / "elsewhere")
     ring.mkdir()
     with pytest.raises(StorageError):
-        open_database(tmp_path, clock=SteppedClock())
+        open_vault(tmp_path, SteppedClock())
     ring.rmdir()
     (tmp_path / "elsewhere").rename(ring)
     assert stored(open_database(tmp_path, clock=SteppedClock())) == (2, [SECRET])
