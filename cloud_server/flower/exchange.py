@@ -10,12 +10,16 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from flwr.app import Message
 
 from wire.errors import QuorumError, RoundError, ShoalError
 
 MakeReply = Callable[[], Message]
+
+MAX_WAITING: Final = 256
+"""Exchanges that the aggregator has not begun; an app has one or a few under way."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,9 +91,18 @@ class Board:
             return self._node_ids
 
     def submit(self, messages: Sequence[Message], seconds: float | None) -> Exchange:
-        """Hands messages over; returns at once."""
+        """Hands messages over; returns at once.
+
+        Raises:
+            RoundError: the board was closed, or too many wait.
+        """
         with self._changed:
             self.check_open()
+            if len(self._waiting) >= MAX_WAITING:
+                raise RoundError(
+                    "the app hands over exchanges faster than the fleet takes them",
+                    hint="pull the replies of one before the next is pushed",
+                )
             self._last_number += 1
             exchange = Exchange(self._last_number, tuple(messages), seconds)
             self._waiting.append(exchange)
