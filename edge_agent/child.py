@@ -2,7 +2,7 @@
 goes.
 
 Laws of the file: a child gets a short list of environment variables and nothing else of ours; what it prints
-is read up to a limit; none is left behind by `end_children`.
+is read up to a limit; none is left behind by `end_children`; a child gives way to us.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from edge_agent.background import lower_priority
 from wire.errors import ShoalError
 
 MAX_OUTPUT_BYTES: Final = 2**20
@@ -68,6 +69,7 @@ def run_child(
     pipe = subprocess.PIPE
     talk = None if talks else subprocess.DEVNULL
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=talk, env=environment) as process:
+        lower_priority(process.pid)
         with _lock:
             _running.add(process)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+from edge_agent.background import Background
 from edge_agent.ports import InferenceSession, TrainSession
 
 if TYPE_CHECKING:
@@ -35,5 +36,5 @@ class LazyEngine:
             if self._runtime is None:
                 from edge_agent.runtime import Runtime
 
-                self._runtime = Runtime(kept=1)
+                self._runtime = Runtime(kept=1, background=Background().run)
             return self._runtime

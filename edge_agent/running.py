@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from types import FrameType
 from typing import Any, Final, Protocol
 
 from edge_agent.agent import Agent
+from edge_agent.background import SWITCH_SECONDS
 from edge_agent.freed_memory import share_one_arena
 from edge_agent.inputs.files import FileInput, check_path
 from edge_agent.inputs.item import Answering, Answers
@@ -137,6 +139,7 @@ def run_agent(folder: Path, settings: EdgeSettings, sources: Sequence[str], *, o
         OSError: standard output cannot be written any more.
     """
     share_one_arena()
+    sys.setswitchinterval(SWITCH_SECONDS)
     # The MQTT client imports it for proxies, which it would need another package to use: 1.5 MiB.
     leave_unloaded("urllib.request")
     agent = Agent.from_folder(folder, settings, service_manager=ServiceManager.of(os.environ))

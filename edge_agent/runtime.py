@@ -49,6 +49,8 @@ _WARM_UP_RUNS = 3
 _MEASURED_RUNS = 15
 
 S = TypeVar("S", "OrtInference", "OrtTraining")
+Background = Callable[[Callable[[], Any]], Any]
+"""Runs a call and gives what it gives, wherever that is done."""
 
 
 def _open(model: bytes) -> onnxruntime.InferenceSession:
@@ -119,7 +121,8 @@ class OrtInference:
 class OrtTraining:
     """A loaded train step graph; feeds only the inputs that the graph has."""
 
-    def __init__(self, model: bytes) -> None:
+    def __init__(self, model: bytes, background: Background = lambda call: call()) -> None:
+        self._background = background
         self._session = _open(model)
         self._inputs = {node.name: node.type for node in self._session.get_inputs()}
         self._outputs = {node.name for node in self._session.get_outputs()}
@@ -142,7 +145,8 @@ class OrtTraining:
         feed = {name: _as_fed(getattr(inputs, name), kind) for name, kind in self._inputs.items()}
         wanted = sorted(self._outputs)
         try:
-            got = dict(zip(wanted, self._session.run(wanted, feed), strict=True))
+            answers = self._background(lambda: self._session.run(wanted, feed))
+            got = dict(zip(wanted, answers, strict=True))
         except _NATIVE_ERRORS as error:
             raise ModelError(f"the train step failed while it ran: {_first_line(error)}") from error
         steps = inputs.index.shape[0]
@@ -167,10 +171,12 @@ class Runtime:
     Args:
         kept: sessions of each sort that stay loaded when nobody holds them, until `release`: jobs that follow
             each other need the same train step, and in a simulator every device does.
+        background: where train steps run.
     """
 
-    def __init__(self, *, kept: int = 0) -> None:
+    def __init__(self, *, kept: int = 0, background: Background = lambda call: call()) -> None:
         self._kept = kept
+        self._background = background
         self._lock = threading.Lock()
         self._alive: weakref.WeakValueDictionary[tuple[str, bytes], Any] = weakref.WeakValueDictionary()
         self._recent: OrderedDict[tuple[str, bytes], Any] = OrderedDict()
@@ -179,7 +185,7 @@ class Runtime:
         return self._shared("inference", model, OrtInference)
 
     def load_train(self, model: bytes) -> TrainSession:
-        return self._shared("train", model, OrtTraining)
+        return self._shared("train", model, lambda data: OrtTraining(data, self._background))
 
     def release(self) -> None:
         """Lets go of the sessions that nobody holds."""

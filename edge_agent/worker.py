@@ -7,7 +7,6 @@ job has come for a while, what the last ones freed goes back to the system.
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -19,7 +18,6 @@ from edge_agent.patience import asked_of
 from edge_agent.ports import JobKind, JobResult
 from wire.errors import ShoalError
 
-_NICENESS = 10
 # With what the transport may take for its last words, less than the ten seconds that a service manager waits.
 _STOP_SECONDS = 3.0
 # Not between the jobs of rounds that follow each other: a large model's pages would be faulted in for each anew. Once
@@ -40,7 +38,8 @@ def run_job(kind: JobKind, key: bytes, work: Callable[[], Any]) -> JobResult:
 
 
 class ThreadWorker:
-    """One daemon thread of low priority, started with the first job.
+    """One daemon thread, started with the first job. What of a job needs the processor most has a low priority
+    (`background.py`).
 
     Args:
         at_rest: called when no job has come for that many seconds, after each of `rest_after_seconds` once.
@@ -72,7 +71,6 @@ class ThreadWorker:
             self._thread = None
 
     def _run(self) -> None:
-        _lower_priority()
         while (job := self._next()) is not None:
             kind, key, work, done = job
             try:
@@ -89,15 +87,6 @@ class ThreadWorker:
             except queue.Empty:
                 self._at_rest()
         return self._jobs.get()
-
-
-def _lower_priority() -> None:
-    """Training gives way to inference. On Linux it touches this thread alone; elsewhere it does nothing."""
-    if hasattr(os, "setpriority") and os.uname().sysname == "Linux":
-        try:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-        except OSError:
-            return
 
 
 class InlineWorker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent import child
+from edge_agent.background import NICENESS
 from edge_agent.child import ChildTimeoutError, end_children, run_child
 
 
@@ -35,6 +37,12 @@ def test_child_gets_its_arguments_and_its_input(program: Path) -> None:
     program.write_text('#!/bin/sh\necho "$@"\ncat\nexit 3\n')
     ended = run_child("some.module", ["a", "b c"], timeout_seconds=20, stdin=b"told")
     assert (ended.code, ended.output) == (3, b"-m some.module a b c\ntold")
+
+
+def test_child_gives_way_to_us(program: Path) -> None:
+    program.write_text("#!/bin/sh\ncat; nice\n")  # the end of its input comes when its priority is set
+    told = int(run_child("some.module", [], timeout_seconds=20).output)
+    assert told == min(19, max(os.getpriority(os.PRIO_PROCESS, 0), NICENESS))
 
 
 @pytest.mark.parametrize("talks", [True, False])

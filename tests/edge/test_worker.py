@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from typing import Any
 
 import pytest
 
+from edge_agent.background import NICENESS, Background
 from edge_agent.ports import JobResult
 from edge_agent.worker import ThreadWorker
 from wire.errors import DataError
@@ -67,3 +69,20 @@ def test_worker_ends_while_it_would_rest() -> None:
     assert done.wait(PATIENCE_SECONDS)
     worker.stop()
     assert "shoal-worker" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_background_gives_way_and_its_caller_does_not() -> None:
+    background = Background()
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    name, priority = background.run(
+        lambda: (threading.current_thread().name, os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+    )
+    assert (name, priority) == ("shoal-background", max(before, NICENESS))
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
+
+
+def test_what_fails_in_the_background_is_raised_where_it_was_called() -> None:
+    background = Background()
+    with pytest.raises(DataError, match="no samples"):
+        background.run(lambda: raised(DataError("no samples")))
+    assert background.run(lambda: 7) == 7
