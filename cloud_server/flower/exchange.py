@@ -90,8 +90,8 @@ class Board:
                 raise QuorumError(f"{present} of {quorum} nodes are present", present=present, needed=quorum)
             return self._node_ids
 
-    def submit(self, messages: Sequence[Message], seconds: float | None) -> Exchange:
-        """Hands messages over; returns at once.
+    def check_room(self) -> None:
+        """Looks whether messages would be taken; asked before they are put down.
 
         Raises:
             RoundError: the board was closed, or too many wait.
@@ -103,6 +103,11 @@ class Board:
                     "the app hands over exchanges faster than the fleet takes them",
                     hint="pull the replies of one before the next is pushed",
                 )
+
+    def submit(self, messages: Sequence[Message], seconds: float | None) -> Exchange:
+        """Hands messages over; returns at once. Raises like `check_room`."""
+        with self._changed:
+            self.check_room()
             self._last_number += 1
             exchange = Exchange(self._last_number, tuple(messages), seconds)
             self._waiting.append(exchange)

@@ -123,6 +123,7 @@ class ShoalGrid(Grid):
         number = self._board.next_number
         for index, message in enumerate(listed):
             set_message_id(message, f"{number}-{index}")
+        self._board.check_room()
         self._on_tape(lambda: self._tape.push(number, listed))
         return self._board.submit(listed, timeout)
 
