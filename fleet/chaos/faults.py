@@ -51,6 +51,8 @@ POINTS: Final[Mapping[str, tuple[str, ...]]] = {
     # Half of the fleet is cut off in the moment in which a ring is signed.
     "network.release": ("partition",),
     "broker": ("amnesia",),
+    # The way to the other party of a run with two servers.
+    "helper.ask": ("lose", "answer_lost", "late"),
     # What a person does at a bad moment: a device is trusted no more while it owes an update; a release goes back.
     "operator.revoke": ("mid_round",),
     "operator.rollback": ("signed",),

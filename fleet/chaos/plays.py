@@ -21,6 +21,7 @@ from wire.messages import TrainConfig
 ROUND_SECONDS = 30.0
 MASK_SECONDS = 20.0
 _MASKED_ONLY = tuple(point for point in POINTS if point.endswith(".mask"))
+_HELPED_ONLY = ("helper.ask",)
 _PRIVATE_ONLY = ("cloud.commit.charge",)
 
 
@@ -43,13 +44,13 @@ class Play:
     @property
     def rare(self) -> tuple[str, ...]:
         """The points that histories of other plays do not pass."""
-        masked = _MASKED_ONLY if self.masks == "pairwise" else ()
+        masked = {"pairwise": _MASKED_ONLY, "two_server": _HELPED_ONLY}.get(self.masks, ())
         return masked if self.noise is None else (*masked, *_PRIVATE_ONLY)
 
     @property
     def points(self) -> tuple[str, ...]:
         """All points that its histories pass, the rare ones first."""
-        left_out = {*_MASKED_ONLY, *_PRIVATE_ONLY}
+        left_out = {*_MASKED_ONLY, *_HELPED_ONLY, *_PRIVATE_ONLY}
         if self.noise is not None:
             # Nobody is asked how good a model is, and the commit that opens a round is the one that charges it.
             left_out |= {"device.job.evaluate", "cloud.commit.open"}

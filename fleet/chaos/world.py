@@ -38,6 +38,7 @@ from fleet.chaos.disk import mounted
 from fleet.chaos.engine import RememberingEngine
 from fleet.chaos.faults import UPDATES_PER_FAULT, Fault
 from fleet.chaos.fold_check import FoldCheck
+from fleet.chaos.helper import FaultyHelper
 from fleet.chaos.injector import Injector, Line
 from fleet.chaos.ledger import Ledger, Violation, ViolationError
 from fleet.chaos.model_ledger import TIMESTAMP, Statement
@@ -274,7 +275,7 @@ class World:
             keys=template.keys,
             holdout=Holdout(operator.val_x, operator.val_y),
             seed=self.seed,
-            helper=self.helper,
+            helper=None if self.helper is None else FaultyHelper(self.helper, self.injector, self.time.later),
         )
         return CloudNode(
             setup,
