@@ -44,6 +44,8 @@ PEER: Final = "shoal.peer"
 
 _CHUNK_BYTES: Final = 1024 * 1024
 _BODY_SECONDS: Final = 15.0
+_BUSY_SECONDS: Final = 10
+"""What a device is asked to wait when our disk or store does not answer; it spreads that again."""
 _RANGE: Final = re.compile(r"bytes=(\d{0,15})-(\d{0,15})")
 _LEADS_TO_KEYS: Final = re.compile(r"timestamp\.json|[0-9]{1,10}\.(?:root|snapshot|targets|keys)\.json")
 _AUTHORITIES: Final = re.compile(r"[0-9a-f]{64}\.authorities\.pem")
@@ -211,7 +213,9 @@ def _answer_error(error: Exception) -> Response:
         limit = error.facts.get("limit_bytes")
         return _refuse(413 if limit else 400, "bad_request", str(error))
     if isinstance(error, StorageError):
-        return _refuse(503, "busy", "try again later")
+        refusal = _refuse(503, "busy", "try again later")
+        refusal.headers["Retry-After"] = str(_BUSY_SECONDS)
+        return refusal
     return _refuse(500, "busy", "the aggregator cannot answer this now")
 
 

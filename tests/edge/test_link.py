@@ -13,6 +13,7 @@ import pytest
 from edge_agent import actions as do
 from edge_agent import events as on
 from edge_agent.agent import Agent
+from edge_agent.check import judge_link
 from edge_agent.link.allowance import NOTE_NAME, Allowance, read_note
 from edge_agent.link.budget import IDLE_SHARE, idle_bytes_a_day, keepalive_for
 from edge_agent.link.door import AHEAD_BYTES, Link, plan_of
@@ -184,6 +185,38 @@ def test_note_that_cannot_be_read_is_nothing(tmp_path: Path, content: bytes) -> 
     (tmp_path / "note").write_bytes(content)
     assert read_note(tmp_path / "note") in (0, int("9" * 32))
     assert read_note(tmp_path / "note") == 0
+
+
+# ---- what a person is shown ------------------------------------------------------------------------------------
+
+
+def shown(link: Link) -> dict[str, object]:
+    return {"link": link.as_dict()}
+
+
+def test_check_says_until_when_the_link_is_shut_and_what_it_has_cost(
+    clock: VirtualTime, line: CountedLine
+) -> None:
+    budget = {"metered": True, "bytes_per_day": 10_000_000}
+    link = door(clock, line, open_database(MEMORY, clock=clock), **budget)
+    wanted = settings(**budget)
+    assert judge_link(wanted, shown(link), clock).level == "ok"
+    line.sent = 9_900_000
+    link.look()
+    found = judge_link(wanted, shown(link), clock)
+    assert found.level == "warn"
+    assert "its budget of the day is spent; 9.9 MB of 10.0 MB this day" in found.detail
+    assert found.hint
+
+
+def test_check_warns_of_a_budget_that_an_idle_agent_alone_uses_up(clock: VirtualTime) -> None:
+    found = judge_link(settings(metered=True, bytes_per_day=1_000_000), {}, clock)
+    assert found.level == "warn"
+    assert "report.telemetry_seconds" in found.hint
+    assert judge_link(EdgeSettings(), {}, clock).detail == "no limits"
+    closed = judge_link(settings(windows=["02:00-05:00"]), {}, clock)
+    assert closed.level == "ok", "as it should be"
+    assert "outside of its windows until" in closed.detail
 
 
 # ---- the keepalive ---------------------------------------------------------------------------------------------

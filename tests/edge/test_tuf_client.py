@@ -18,7 +18,7 @@ from tuf.ngclient import Updater
 from cloud_server.artefacts import Artefacts
 from cloud_server.keys import CloudKeys
 from cloud_server.release.tuf_repository import TufRepository
-from edge_agent.fetcher import MemoryFetcher
+from edge_agent.fetcher import Fetcher, MemoryFetcher
 from edge_agent.tuf_client import ReleaseInfo, check, clear_staging, download
 from tests.edge.tiny_release import SteppedClock, graph_files, tiny_release
 from wire.errors import ReleaseError, ShoalError, TransportError
@@ -147,6 +147,60 @@ def test_broken_download_goes_on_where_it_stopped(world: World) -> None:
     files = download(info, held=hold_nothing)
     assert files["train_sgd.onnx"].read_bytes() == tiny_release(1)[1]["train_sgd.onnx"]
     assert [offset for path, offset in ranges if path.endswith("train_sgd.onnx")] == [0, 100]
+
+
+@pytest.mark.parametrize("step", [1, 977])
+def test_download_that_is_cut_at_any_byte_goes_on_there_in_the_next_process(world: World, step: int) -> None:
+    """Each attempt is a session of its own, as each check is a process; all that it has is the folder."""
+    expected = tiny_release(1)[1]
+    whole = sum(map(len, expected.values()))
+    first = [100, 101, whole // 2] if step == 1 else range(step, whole, step)
+    fetched = attempts = 0
+    cuts = iter(first)
+
+    class DiesError(Exception):
+        """As a process that is killed: nothing behind it runs."""
+
+    class Cut:
+        fetched_bytes_total = 0
+
+        def __init__(self, inner: Fetcher, cut: int) -> None:
+            self._inner = inner
+            self._left = cut
+
+        def fetch(self, path: str, *, offset: int = 0, limit_bytes: int) -> Iterator[bytes]:
+            nonlocal fetched
+            for piece in self._inner.fetch(path, offset=offset, limit_bytes=limit_bytes):
+                given = piece[: self._left] if path.startswith("/targets/") else piece
+                if path.startswith("/targets/"):
+                    self._left -= len(given)
+                    fetched += len(given)
+                yield given
+                if len(given) < len(piece):
+                    raise DiesError
+
+    while True:
+        attempts += 1
+        info = world.check()
+        info.session.fetcher = Cut(info.session.fetcher, next(cuts, 10 * whole))
+        try:
+            files = download(info, held=hold_nothing)
+            break
+        except DiesError:
+            continue
+    assert {name: path.read_bytes() for name, path in files.items()} == expected
+    assert attempts > 2
+    assert fetched == whole, "no byte came twice"
+
+
+def test_parts_of_a_release_that_was_never_finished_are_dropped_for_the_next(world: World) -> None:
+    download(world.check(), held=hold_nothing)
+    stale = {path.name for path in (world.folder / "tuf" / "targets").iterdir()}
+    world.publish(2)
+    files = download(world.check(), held=hold_nothing)
+    left = {path.name for path in (world.folder / "tuf" / "targets").iterdir()}
+    assert left == {path.name for path in files.values()}
+    assert stale - left, "something of the first release is not part of the second"
 
 
 def test_damaged_part_of_an_earlier_run_is_fetched_anew(world: World) -> None:
