@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from cloud_server.refine.reference import reference_of
 from cloud_server.refine.refinement import RefineConfig, Refinery
 from models.flat import flatten_buffers, flatten_params
 from models.task import Task
+from wire.checkpoint import Checkpoint
 from wire.errors import ConfigurationError, DataError
 
 RNG = np.random.default_rng(3)
@@ -113,3 +115,29 @@ def test_configuration_out_of_bounds_is_an_error_that_names_it(changes: dict[str
     with pytest.raises(ConfigurationError) as caught:
         RefineConfig(**changes)  # type: ignore[arg-type]
     assert caught.value.facts["name"] in changes
+
+
+# ---- what FLTrust measures by ------------------------------------------------------------------------------
+
+
+def test_descent_is_how_the_loss_of_all_data_falls() -> None:
+    params, buffers = start()
+    subject = refinery(
+        RefineConfig(epochs=1, learning_rate=1e-3, momentum=0.0, batch_size=200, is_mixed=False)
+    )
+    descent = subject.descent(params, buffers)
+    one_step = subject.refine(params, buffers, seed=1).params - params
+    np.testing.assert_allclose(1e-3 * descent, one_step, atol=1e-7)
+    assert float(np.linalg.norm(descent)) > 0.01
+
+
+def test_reference_goes_where_training_and_the_slope_go() -> None:
+    params, buffers = start()
+    subject = refinery(RefineConfig(epochs=2, learning_rate=0.05, max_change=2.0, is_mixed=False))
+    trained = subject.refine(params, buffers, seed=4).params - params
+    slope = subject.descent(params, buffers)
+    base = Checkpoint(params, buffers, np.zeros((0, 2), np.float32))
+    led = reference_of(subject)(base, 4) - params
+    expected = trained + slope * np.linalg.norm(trained) / np.linalg.norm(slope)
+    np.testing.assert_allclose(led, expected, atol=1e-6)
+    np.testing.assert_array_equal(reference_of(subject)(base, 4) - params, led)

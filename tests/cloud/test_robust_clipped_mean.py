@@ -17,8 +17,8 @@ from cloud_server.aggregate.clipped_mean import LENGTH_ROOM, MOST_AGAIN, Shares,
 from cloud_server.aggregate.clipped_mean import Rows as Sides
 from cloud_server.aggregate.coordinate import heard_trimmed_mean, trimmed_mean
 from cloud_server.aggregate.sketch import SKETCH_SIZE, Sketcher, unit_rows
-from cloud_server.aggregate.standings import KEPT
-from cloud_server.aggregate.voices import shared_voices
+from cloud_server.aggregate.standings import ACCORD, KEPT, accord
+from cloud_server.aggregate.voices import kindred_voices, shared_voices
 from cloud_server.flower import robust
 from cloud_server.flower.robust import ClippedMean
 from cloud_server.flower.state import export_state, import_state
@@ -171,12 +171,53 @@ def test_cohort_that_turns_around_is_heard() -> None:
     assert all(factor > 0.0 for factor in weigh(rows, way=np.ones(SIZE)).voices)
 
 
-def test_devices_that_send_nothing_hold_up_and_do_not_stop() -> None:
+def test_devices_that_send_nothing_neither_stop_nor_hold_up() -> None:
     rows = honest(9)
     rows[:3] = 0.0
-    step, whole = step_of(rows), step_of(rows[3:])
-    assert 0.3 < np.linalg.norm(step) / np.linalg.norm(whole) < 1.0
+    np.testing.assert_allclose(step_of(rows), step_of(rows[3:]), atol=1e-8)
     assert not step_of(np.zeros((4, SIZE))).any()
+
+
+def unlike(count: int, *, seed: int = 1) -> NDArray[np.float64]:
+    """Cosines of devices that hold different data: about 0 on the mean, some above and some below."""
+    drawn = np.random.default_rng(seed).normal(0.0, 0.12, (count, count))
+    cosines = np.clip((drawn + drawn.T) / 2**0.5, -0.3, 0.3)
+    np.fill_diagonal(cosines, 1.0)
+    return cosines
+
+
+def test_likeness_is_measured_by_the_spread_of_all_pairs() -> None:
+    cosines = unlike(16)
+    cosines[:3, :3] = np.where(np.eye(3) == 1.0, 1.0, 0.6)
+    cosines[4, 5] = cosines[5, 4] = 0.25
+    voices = shared_voices(torch.from_numpy(cosines))
+    assert float(voices[:3].sum()) < 0.5
+    assert float(voices[4:6].min()) > 0.8
+    assert float(voices[6:].min()) > 0.5
+
+
+def test_noise_has_no_kin_and_no_voice() -> None:
+    cosines = unlike(16)
+    cosines[:4, :] = cosines[:, :4] = 0.005
+    np.fill_diagonal(cosines, 1.0)
+    kindred = kindred_voices(torch.from_numpy(cosines))
+    assert kindred[:4].tolist() == [0.0] * 4
+    assert kindred[4:].tolist() == [1.0] * 12
+
+
+def test_accord_is_that_of_the_median_voice() -> None:
+    cosines = torch.tensor([-0.5, 0.5 * ACCORD, 0.9, -0.4], dtype=torch.float64)
+    assert accord(cosines, torch.tensor([0.0, 1.0, 1.0, 0.0]).double()) == pytest.approx(0.5)
+    assert accord(cosines, torch.ones(4).double()) == 0.0
+    assert accord(cosines, torch.tensor([0.0, 0.0, 1.0, 0.0]).double()) == 1.0
+
+
+def test_standings_rest_while_nobody_agrees_where_to_go() -> None:
+    """Of a fleet that has nearly arrived most may pull against the way: that is no sign of bad faith, nor of good."""
+    rows = honest(9)
+    rows[3:] *= -1.0
+    standings = [0.5] * 8 + [-0.5]
+    assert weigh(rows, way=np.ones(SIZE), standings=standings).standings == standings
 
 
 # ---- with a root of trust ----------------------------------------------------------------------------------
