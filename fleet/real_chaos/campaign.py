@@ -32,7 +32,7 @@ from process.progress import Progress
 from wire.errors import ConfigurationError, StorageError
 
 FILE_NAME: Final = "campaign.json"
-PLAY_FAULTS: Final = 40
+PLAY_FAULTS: Final = 24
 """Faults of one fleet, at most: what is lost when a campaign is stopped in the middle of a play."""
 
 
