@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ipaddress
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from wire.transport.broker import BrokerTls, RunningBroker, end_session, start_b
 BROKER_PROBE_SECONDS = 5.0
 AUTHORITIES_NAME = "authorities.pem"
 _PURPOSE = "broker"
+BUSY_SECONDS = 60.0
+"""How long a broker that lives may leave a fresh connection without an answer: thousands of devices that come at once
+keep it busy for a while, and who ended it then would make all of them come again."""
 SESSIONS_SECONDS = 1.0
 """How often the register is asked whom to disconnect."""
 _CALLED = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where we find what listens everywhere
@@ -86,6 +90,7 @@ def _watch_broker(
     """Starts a broker that no longer answers anew, and ends the sessions of revoked devices."""
     next_probe = BROKER_PROBE_SECONDS
     waited = 0.0
+    care = BrokerCare(broker) if broker is not None else None
     while not ended.wait(SESSIONS_SECONDS):
         waited += SESSIONS_SECONDS
         try:
@@ -93,14 +98,43 @@ def _watch_broker(
                 followed.follow()
             if sessions is not None:
                 sessions.follow()
-            if broker is not None and waited >= next_probe:
+            if care is not None and waited >= next_probe:
                 next_probe = waited + BROKER_PROBE_SECONDS
-                if broker.revive():
-                    _log.warning("broker_revived", kind=broker.kind)
+                care.look()
         except BrokerError as error:
             _log.error("broker_does_not_come_back", error=str(error), hint=error.hint)
         except (StorageError, ConfigurationError) as error:
             _log.error("revocations_not_read", error=str(error), hint=error.hint)
+
+
+class BrokerCare:
+    """Starts a broker of ours anew that has ended, or that lives and answers nobody any more.
+
+    Args:
+        monotonic: seconds.
+    """
+
+    def __init__(self, broker: RunningBroker, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._broker = broker
+        self._monotonic = monotonic
+        self._answered_at = monotonic()
+
+    def look(self) -> bool:
+        """Whether it was started anew.
+
+        Raises:
+            BrokerError: it does not come back; the next look tries again.
+        """
+        if self._broker.answers():
+            self._answered_at = self._monotonic()
+            return False
+        if self._broker.is_alive() and self._monotonic() - self._answered_at < BUSY_SECONDS:
+            return False
+        if not self._broker.revive():
+            return False
+        self._answered_at = self._monotonic()
+        _log.warning("broker_revived", kind=self._broker.kind)
+        return True
 
 
 class _FollowedAuthorities:
