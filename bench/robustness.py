@@ -15,14 +15,14 @@ import shutil
 import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from bench.table import Row
 from edge_agent.settings import EdgeSettings, ReportSettings
-from fleet.attacks import ATTACKS, TARGET, with_trigger
+from fleet.attacks import ATTACKS, TARGET, chosen_attackers, with_trigger
 from fleet.demo import DATASETS
 from fleet.scenario import AttackScenario, DataScenario, RunScenario, Scenario
 from fleet.simulate import conspiracy_of, run_config, trusted_samples
@@ -47,7 +47,7 @@ IMAGES = 6_000
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One run. `attack` is `none` or one of `ATTACKS`."""
+    """One run. `attack` is `none`, one of `ATTACKS`, or `absent`: the attackers of that share and seed stay away."""
 
     data: str
     strategy: str
@@ -92,6 +92,10 @@ def cases() -> Iterator[Case]:
                 yield Case(data, DEFAULT, attack, 0.2, seed)
             for attack in ATTACKS:
                 yield Case(data, "FLTrust", attack, 0.4, seed)
+    for seed in SEEDS:
+        for data in MODELS:
+            yield Case(data, PLAIN, "absent", 0.4, seed)
+            yield Case(data, PLAIN, "absent", 0.2, seed)
 
 
 def play(case: Case) -> dict[str, float]:
@@ -99,14 +103,16 @@ def play(case: Case) -> dict[str, float]:
     federation, model = _federation(case), MODELS[case.data]
     # No evaluation and so no release: heads do not depend on them, and the head is what is judged.
     run = RunScenario(model=model, strategy=case.strategy, evaluate_every=0)
-    attack = AttackScenario(kind=case.attack, attackers=case.attackers)  # type: ignore[arg-type]
+    kind = "none" if case.attack == "absent" else case.attack
+    attack = AttackScenario(kind=kind, attackers=case.attackers)  # type: ignore[arg-type]
     scenario = Scenario(run=run, attack=attack)
-    config = run_config(scenario, devices=len(federation.devices), rounds=ROUNDS)
+    taking_part = _without_absent(federation, case)
+    config = run_config(scenario, devices=len(taking_part.devices), rounds=ROUNDS)
     settings = EdgeSettings(report=ReportSettings(telemetry_seconds=3600.0, inference_seconds=3600.0))
     bundle = _first_bundle(case, federation)
     task = bundle.manifest.task
     simulation = Simulation(
-        federation,
+        taking_part,
         bundle,
         config,
         seed=case.seed,
@@ -127,6 +133,8 @@ def rows(known: dict[str, dict[str, float]]) -> list[Row]:
     """One row an attack and data set: points lost against the plain mean of the same seeds."""
     found: list[Row] = []
     for data in MODELS:
+        found += _loss(known, data, PLAIN, "absent", 0.2, "")
+        found += _loss(known, data, PLAIN, "absent", 0.4, "")
         found += _loss(known, data, DEFAULT, "none", 0.0, "")
         for attack in ATTACKS:
             found += _loss(known, data, DEFAULT, attack, 0.2, "<= 4")
@@ -167,6 +175,14 @@ def _federation(case: Case) -> Federation:
     if case.data == "smartwatch":
         return DATASETS[case.data].load(case.seed)
     return workload(MODELS[case.data]).federation(20, DataScenario(samples=IMAGES), case.seed)
+
+
+def _without_absent(federation: Federation, case: Case) -> Federation:
+    """The fleet without attackers: what a rule that hears none of them can reach. Their later windows count as ever."""
+    if case.attack != "absent":
+        return federation
+    away = chosen_attackers(federation.devices, case.attackers, case.seed)
+    return replace(federation, devices={n: d for n, d in federation.devices.items() if n not in away})
 
 
 def _first_bundle(case: Case, federation: Federation) -> Bundle:
