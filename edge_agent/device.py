@@ -17,6 +17,7 @@ from typing import Any
 
 from edge_agent import identity as identity_files
 from edge_agent.agent import Agent
+from edge_agent.flight import FlightRecorder, go_back_after_deaths
 from edge_agent.freed_memory import give_back
 from edge_agent.identity import Identity
 from edge_agent.kept_heads import FolderChunks
@@ -127,6 +128,8 @@ def open_agent(
     database = open_database(folder, max_bytes=settings.storage.database_bytes, clock=machine)
     clock = FlooredClock(machine, database, built=BUILT)
     slots = Slots(folder, quarantine=database.quarantine)
+    recorder = FlightRecorder(folder)
+    go_back_after_deaths(recorder, slots, database, clock.now)
     tls = broker_context(identity) if identity.mqtt_tls else None
 
     def graphs() -> str:
@@ -159,7 +162,7 @@ def open_agent(
         shutil.rmtree(trial, ignore_errors=True)
         shutil.rmtree(heads, ignore_errors=True)
 
-    return Agent(
+    agent = Agent(
         settings,
         identity,
         transport=transport,
@@ -182,3 +185,5 @@ def open_agent(
         status_file=folder / STATUS_NAME,
         on_close=lambda: os.close(lock),
     )
+    agent.parts.serving.note_in_flight = recorder.note
+    return agent

@@ -21,6 +21,7 @@ _FOLDERS: Final = ("at_rest", "slots", "slots/graphs", "tuf", "selftest")
 _FILES: Final = (
     "FORMAT",
     "EPOCH",
+    "ANSWERING",
     "agent.db",
     "agent.db-wal",
     "agent.db-shm",

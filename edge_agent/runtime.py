@@ -91,6 +91,8 @@ class OrtInference:
             raise ModelError(
                 "an inference graph takes one float32 input", inputs=[node.name for node in inputs]
             )
+        if not self._session.get_outputs():
+            raise ModelError("an inference graph gives an answer, and this one has no output")
         self._name: str = inputs[0].name
         self._window: tuple[Any, ...] = tuple(inputs[0].shape[1:])
         self._outputs: list[str] = [self._session.get_outputs()[0].name]

@@ -93,6 +93,9 @@ class Serving:
         clock: measures latencies. served_badly: called (once for a release) with its version and the
         reason when it failed on a request; from
             the requesting thread, so it may only enqueue.
+
+    Attributes:
+        note_in_flight: told how many answers are being worked out, whenever that changes (`flight.py`).
     """
 
     def __init__(self, clock: Clock, served_badly: Callable[[int, str], None]) -> None:
@@ -106,6 +109,7 @@ class Serving:
         self._latencies: deque[float] = deque(maxlen=LATENCIES_KEPT)
         self._confidence_sum = 0.0
         self._label_counts: dict[int, int] = {}
+        self.note_in_flight: Callable[[int], None] = lambda count: None
         self.total = Counts()
         self.bad_input_total = 0
         self.by_release: dict[int, Counts] = {}
@@ -160,12 +164,14 @@ class Serving:
         batch = self._as_batch(x, model)
         with self._lock:
             self._in_flight += 1
+            self.note_in_flight(self._in_flight)
         started = self._clock.monotonic()
         try:
             answer = self._answer(model, fallback, batch, sample_id)
         finally:
             with self._lock:
                 self._in_flight -= 1
+                self.note_in_flight(self._in_flight)
         self._count(answer, self._clock.monotonic() - started)
         watch = self.watch
         if watch is not None and answer.release_version == watch.version:
