@@ -43,6 +43,7 @@ class Refusal(StrEnum):
     MISSING_METRIC = "missing_metric"
     IMPLAUSIBLE = "implausible"
     QUARANTINED = "quarantined"
+    REVOKED = "revoked"
     ALREADY_ANSWERED = "already_answered"
     REPLAYED = "replayed"
     ROUND_CLOSED = "round_closed"

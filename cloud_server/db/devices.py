@@ -19,6 +19,7 @@ from cloud_server.db.schema import certificates, device_keys, devices, meta, pre
 VERSION_QUERY = "SELECT devices_version FROM meta"
 # Every reply needs it. Made once: composing one takes longer than SQLite takes to execute it.
 _LOAD_STATUS = sa.select(devices.c.status).where(devices.c.device == sa.bindparam("of_device"))
+_HOLD_STATUS = _LOAD_STATUS.with_for_update()
 APPROVED, QUARANTINED, REVOKED = "approved", "quarantined", "revoked"
 
 
@@ -92,6 +93,11 @@ def load_device(connection: Connection, device: str, *, for_update: bool = False
 def load_status(connection: Connection, device: str) -> str:
     """`approved`, `quarantined`, `revoked`, or empty for a name that was never enrolled."""
     return str(connection.execute(_LOAD_STATUS, {"of_device": device}).scalar_one_or_none() or "")
+
+
+def hold_status(connection: Connection, device: str) -> str:
+    """As `load_status`; nobody else changes it before the caller's transaction ends."""
+    return str(connection.execute(_HOLD_STATUS, {"of_device": device}).scalar_one_or_none() or "")
 
 
 def load_devices(connection: Connection) -> list[DeviceRow]:

@@ -2,7 +2,8 @@
 
 Laws of the file: one transaction holds the reply's row, the sender's replay window and its strike; a receipt is
 returned only after it committed; an id that has a row is answered from the row, whatever comes with it
-(once, and never counted twice, nor struck twice). A device in quarantine is heard and not counted. Source:
+(once, and never counted twice, nor struck twice). A device in quarantine is heard and not counted; nothing of one that
+is revoked is booked once that is committed. Source:
 DESIGN.md, laws 3 and 6; docs/protocol.md, clause 9.
 """
 
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 from cloud_server.db import rounds as books
 from cloud_server.db.carried import TOO_STALE, load_past_order
-from cloud_server.db.devices import QUARANTINED, load_status
+from cloud_server.db.devices import QUARANTINED, REVOKED, hold_status, load_status
 from cloud_server.db.durability import Promise, newest_promise, number_update
 from cloud_server.db.engine import Connection, Database
 from cloud_server.rounds.events import Event, ReplyRefused, ReplyStored
@@ -140,12 +141,7 @@ class Intake:
         looked_at = [self._look_at(arrival) for arrival in arrivals]
         answered: set[bytes] = set()
         with self._database.transaction(fence=self._fence) as connection:
-            conclusions = [
-                self._book_malformed(connection, each.arrival)
-                if each.reply is None
-                else self._book(connection, each.arrival, each.reply, each, answered)
-                for each in looked_at
-            ]
+            conclusions = [self._book_if_trusted(connection, each, answered) for each in looked_at]
         return [conclude() for conclude in conclusions]
 
     def _look_at(self, arrival: Arrival) -> _Looked:
@@ -158,6 +154,17 @@ class Intake:
         blob = "" if isinstance(screened, Refusal) else self._keep_large(arrival.body)
         return _Looked(arrival, reply, screened, blob)
 
+    def _book_if_trusted(self, connection: Connection, looked: _Looked, answered: set[bytes]) -> Conclusion:
+        """In the transaction, for between the message and it somebody may have ended the trust in its sender."""
+        arrival, reply = looked.arrival, looked.reply
+        status = hold_status(connection, arrival.device)
+        if status == REVOKED:
+            update_id = _NO_ID if reply is None else reply.update_id
+            return lambda: (self._unbooked(update_id, arrival, Refusal.REVOKED), None)
+        if reply is None:
+            return self._book_malformed(connection, arrival)
+        return self._book(connection, arrival, reply, looked, answered, status)
+
     def _book(
         self,
         connection: Connection,
@@ -165,10 +172,12 @@ class Intake:
         reply: Update | Evaluation,
         looked: _Looked,
         answered: set[bytes],
+        status: str,
     ) -> Conclusion:
         """In the transaction; what it returns is called after the commit.
 
         Args:
+            status: of the sender.
             answered: orders that were answered in this transaction, which is not over.
         """
         known = books.load_update(connection, reply.update_id)
@@ -179,7 +188,11 @@ class Intake:
             is_fresh = self._move_window(connection, arrival)
         except ReplayError:
             return lambda: (self._unbooked(reply.update_id, arrival, Refusal.REPLAYED), None)
-        outcome = self._outcome(connection, arrival, reply, looked, answered)
+        outcome = (
+            Refusal.QUARANTINED
+            if status == QUARANTINED
+            else self._outcome(connection, arrival, reply, looked, answered)
+        )
         is_booked = self._is_booked(connection, reply, arrival.device, outcome)
         promise = Promise() if isinstance(outcome, Refusal) else number_update(connection)
         if is_booked:
@@ -201,8 +214,6 @@ class Intake:
     ) -> int | Refusal:
         """What the books make of what screening said."""
         screened = looked.screened
-        if load_status(connection, arrival.device) == QUARANTINED:
-            return Refusal.QUARANTINED
         if screened is Refusal.UNKNOWN_ORDER:
             return self._past_order(connection, reply, arrival.device)
         if not isinstance(screened, Refusal) and reply.order_id in answered:
@@ -263,7 +274,7 @@ class Intake:
 
     def _screen(self, reply: Update | Evaluation, arrival: Arrival) -> Screened | int | Refusal:
         """A sound update, the weight of a sound evaluation, or why a reply is refused."""
-        if len(arrival.body) > INLINE_BYTES and self._is_quarantined(arrival.device):
+        if len(arrival.body) > INLINE_BYTES and self._is_shut_out(arrival.device):
             return Refusal.QUARANTINED  # before its bytes are put into the store
         expected = self._asked(reply.order_id)
         if expected is None:
@@ -298,9 +309,9 @@ class Intake:
             return not books.has_reply(connection, reply.order_id, device)
         return True
 
-    def _is_quarantined(self, device: str) -> bool:
+    def _is_shut_out(self, device: str) -> bool:
         with self._database.read() as connection:
-            return load_status(connection, device) == QUARANTINED
+            return load_status(connection, device) in (QUARANTINED, REVOKED)
 
     def _move_window(self, connection: Connection, arrival: Arrival) -> bool:
         """Lets (epoch, seq) in once; False for one behind the window, of which only an id can tell whether it is new.

@@ -23,11 +23,11 @@ from typing import Any
 
 from fleet.chaos.faults import POINTS, Fault
 from fleet.chaos.injector import Line
-from fleet.chaos.ledger import Violation
 from fleet.chaos.plays import schedule_of
 from fleet.chaos.record import CampaignFile, History, keep_regression
 from fleet.chaos.shrink import shrink
 from fleet.chaos.template import Template, make_template
+from fleet.chaos.violation import Violation
 from fleet.chaos.world import Outcome, World
 from models.bundle import Bundle
 from models.thirds import make_bundle

@@ -33,7 +33,7 @@ from fleet.simulated_device import FLEET, TENANT
 from fleet.virtual import VirtualTime
 from models.bundle import Bundle
 from wire.errors import StorageError, TransportError
-from wire.transport import Received, TransportEvent
+from wire.transport import Packet, Received, TransportEvent
 from wire.transport.memory import MemoryBroker, MemoryTransport
 
 DATABASE_NAME = "cloud.db"
@@ -85,6 +85,7 @@ class CloudNode(Node):
 
     Args:
         ring_signed: told in the moment in which a ring is signed, before anybody is told.
+        updates_heard: told whose updates were heard in a turn, before it commits them.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class CloudNode(Node):
         ledger: Ledger,
         ready: Callable[[str], None],
         ring_signed: Callable[[], None] = lambda: None,
+        updates_heard: Callable[[frozenset[str]], None] = lambda devices: None,
     ) -> None:
         super().__init__("cloud", time, injector, random.Random(f"cloud {setup.seed}"), DOWN_SECONDS)
         self.files = files
@@ -107,6 +109,7 @@ class CloudNode(Node):
         self._ledger = ledger
         self._ready = ready
         self._ring_signed = ring_signed
+        self._updates_heard = updates_heard
         self._life: _Life | None = None
         self._old: _Life | None = None
         self._old_until = 0.0
@@ -213,7 +216,7 @@ class CloudNode(Node):
             self._ready(self.name)
 
     def _pump(self) -> None:
-        life = self._life
+        life, heard = self._life, set[str]()
         while life is not None and life.queue:
             if kind_in(life.queue[0]) == "up" and self.disk.pass_by("cloud.rival") is not None:
                 self._start_second(life)
@@ -222,11 +225,15 @@ class CloudNode(Node):
             fault = None
             if isinstance(event, Received):
                 fault = self.disk.pass_by(f"cloud.receive.{sort_of(event.packet)}")
+                if kind_of(event.packet) == "up":
+                    heard.add(device_of(event.packet))
             if fault is not None and fault.kind == "crash_before":
                 self.disk.crash(fault)
             life.cloud.aggregator.handle(event)
             if fault is not None:
                 self.disk.crash(fault)
+        if heard:
+            self._updates_heard(frozenset(heard))
         self._tick()
 
     def _start_second(self, first: _Life) -> None:
@@ -268,6 +275,11 @@ class CloudNode(Node):
         life.wake = life.cloud.aggregator.tick()
         if fault is not None:
             self.disk.crash(fault)
+
+
+def device_of(packet: Packet) -> str:
+    """Whose update a packet is a chunk of, by its topic."""
+    return packet.topic.split("/")[6]
 
 
 def kind_in(event: TransportEvent) -> str:

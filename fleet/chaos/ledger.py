@@ -24,6 +24,7 @@ from fleet.chaos.model_ledger import ModelLedger
 from fleet.chaos.network import kind_of
 from fleet.chaos.privacy_ledger import PrivacyLedger
 from fleet.chaos.sqlite import Change
+from fleet.chaos.violation import Violation, ViolationError
 from wire import envelope
 from wire.chunks import parse
 from wire.cose import read_content, read_sign1
@@ -44,26 +45,6 @@ _OPEN_BYTES = (
     "SELECT total(length(body) + coalesce(length(sealed), 0)) FROM outbox LEFT JOIN sealings USING (row)"
     " WHERE state = 'open'"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Violation:
-    """Something that must never be: virtual seconds, who, what."""
-
-    at: float
-    who: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.at:.3f} s, {self.who}: {self.what}"
-
-
-class ViolationError(Exception):
-    """Ends a history."""
-
-    def __init__(self, violation: Violation) -> None:
-        super().__init__(str(violation))
-        self.violation = violation
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,6 @@ class Outside:
             "broker": self._wipe_broker,
             "device.clock": self._move_device_clock,
             "cloud.clock": self._move_cloud_clock,
-            "operator.revoke": self._revoke,
             "operator.rollback": self._roll_back,
         }
 
@@ -76,14 +75,18 @@ class Outside:
         """A ring is signed, and half of the devices are not there to hear of it."""
         self._visit("network.release", self._cut_half)
 
+    def updates_heard(self, devices: frozenset[str]) -> None:
+        """The aggregator has heard updates, and has not committed them yet: a command ends the trust in a device."""
+        heard = sorted(devices - self._ledger.revoked_devices)
+        if heard and len(self._ledger.revoked_devices) < MOST_REVOKED:
+            self._visit("operator.revoke", lambda _fault, rng: self._revoke(rng.choice(heard)))
+
     def _visit(self, point: str, strike: Callable[[Fault, random.Random], None]) -> None:
         fault = self._injector.visit(point, "fleet")
         if fault is not None:
             strike(fault, fault.rng())
 
     def _can(self, point: str) -> bool:
-        if point == "operator.revoke":
-            return self._cloud.is_up and bool(self._owing()) and self._may_revoke
         if point == "operator.rollback":
             stated = self._ledger.models.newest
             return self._cloud.is_up and stated is not None and stated.version > 1 and not stated.is_rollback
@@ -133,17 +136,7 @@ class Outside:
 
     # ---- people ------------------------------------------------------------------------------------------------
 
-    @property
-    def _may_revoke(self) -> bool:
-        return len(self._ledger.revoked_devices) < MOST_REVOKED
-
-    def _owing(self) -> list[str]:
-        revoked = self._ledger.revoked_devices
-        return [name for name in sorted(self._devices) if name not in revoked and self._ledger.owes(name)]
-
-    def _revoke(self, _fault: Fault, rng: random.Random) -> None:
-        """A device is trusted no more while it owes an update."""
-        device = rng.choice(self._owing())
+    def _revoke(self, device: str) -> None:
         self._injector.note("operator", f"revokes {device}")
         self._cloud.operate(lambda base: base.registry.revoke(device, "stolen"))
 

@@ -40,7 +40,7 @@ from fleet.chaos.faults import UPDATES_PER_FAULT, Fault
 from fleet.chaos.fold_check import FoldCheck
 from fleet.chaos.helper import FaultyHelper
 from fleet.chaos.injector import Injector, Line
-from fleet.chaos.ledger import Ledger, Violation, ViolationError
+from fleet.chaos.ledger import Ledger
 from fleet.chaos.model_ledger import TIMESTAMP, Statement
 from fleet.chaos.node import Node
 from fleet.chaos.outside import Outside
@@ -48,6 +48,7 @@ from fleet.chaos.plays import Play, play_of
 from fleet.chaos.privacy_ledger import PrivacyLedger
 from fleet.chaos.steps import step_of
 from fleet.chaos.template import Template, make_split
+from fleet.chaos.violation import Violation, ViolationError
 from fleet.local_helper import LocalHelper, open_local_helper
 from fleet.simulated_device import FLEET, TENANT
 from fleet.virtual import VirtualTime
@@ -287,6 +288,7 @@ class World:
             ledger=self.ledger,
             ready=self._ready.add,
             ring_signed=lambda: self.outside.ring_signed(),
+            updates_heard=lambda devices: self.outside.updates_heard(devices),
         )
 
     def _make_ledger(self, template: Template, files: dict[str, bytes]) -> Ledger:

@@ -117,6 +117,24 @@ def test_large_reply_of_a_quarantined_device_is_not_put_into_the_store(
     assert list(lab.blobs.keys("blobs")) == before
 
 
+@pytest.mark.parametrize("is_large", [False, True])
+def test_reply_that_was_heard_before_its_device_was_revoked_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, is_large: bool
+) -> None:
+    if is_large:
+        monkeypatch.setattr("cloud_server.rounds.intake.INLINE_BYTES", 10)
+    lab = StrictLab(rounds=1)
+    lab.runner.tick()
+    order = next(order for name, order in lab.inbox if name == BAD)
+    message = lab.devices[BAD].honest(order)
+    lab.registry().revoke(BAD, "stolen")
+    kept = list(lab.blobs.keys("blobs"))
+    receipt = lab.send_up(BAD, message)
+    assert (receipt.verdict, receipt.reason) == ("refused", Refusal.REVOKED)
+    assert (lab.rows(schema.updates), lab.rows(schema.windows)) == ([], [])
+    assert (list(lab.blobs.keys("blobs")), lab.row().strikes) == (kept, 0)
+
+
 # ---- the way back ------------------------------------------------------------------------------------------
 
 
@@ -342,6 +360,7 @@ def test_strikes_are_only_for_what_speaks_against_the_device() -> None:
         Refusal.WRONG_MODEL,
         Refusal.WRONG_CODEC,
         Refusal.QUARANTINED,
+        Refusal.REVOKED,
         Refusal.REPLAYED,
         Refusal.ROUND_CLOSED,
         Refusal.TOO_STALE,
