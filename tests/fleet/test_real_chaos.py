@@ -27,10 +27,12 @@ from fleet.real_chaos.outcome import Books, Outcome
 from fleet.real_chaos.real_fleet import RealFleet
 from fleet.real_chaos.report import CampaignPlan, render_real
 from fleet.real_chaos.scenario import Task
+from fleet.real_chaos.scenarios import SCENARIOS
 from fleet.real_chaos.waves import CALM_ROUNDS, Fault, play_waves
 from models.bundle import Bundle
 from tests.fleet.waiting import LIMIT_SECONDS, wait_for
 from wire.errors import ConfigurationError
+from wire.transport.broker import find_mosquitto
 
 FAULTS = 3
 
@@ -73,6 +75,26 @@ def test_killed_and_stopped_in_the_middle_of_work_nobody_loses_or_doubles_anythi
     books = outcome.books
     assert (books.lost, books.doubled, books.altered, books.owed) == (0, 0, 0, 0)
     assert books.updates >= books.places["folded"] >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not on this machine")
+def test_everything_at_once_under_mutual_tls_loses_and_doubles_nothing(
+    tmp_path: Path, thirds_bundle: Bundle
+) -> None:
+    task = Task(
+        folder=tmp_path / "fleet",
+        bundle=thirds_bundle,
+        seed=3,
+        faults=6,
+        broker="mosquitto",
+        until=float("inf"),
+        devices=2,
+    )
+    outcome = SCENARIOS["mixed"].play(task)
+    assert outcome.violations == ()
+    assert outcome.faults >= 1
+    assert outcome.rounds >= CALM_ROUNDS
 
 
 # ---- the ledger finds what is planted ------------------------------------------------------------------------------
