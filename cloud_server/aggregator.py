@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from cloud_server.clock_evidence import DeviceClocks
 from cloud_server.db.devices import APPROVED, REVOKED
 from cloud_server.downlink import Downlink
 from cloud_server.fleet_health import FleetHealth
@@ -119,6 +120,7 @@ class Aggregator:
         self._is_presence_news = False
         self.link = Link(clock.monotonic())
         self.fleet_health = FleetHealth()
+        self.device_clocks = DeviceClocks()
         self.telemetry: dict[str, Telemetry] = {}
         self.inference: dict[str, InferenceReport] = {}
         self.inbox = Inbox(
@@ -201,6 +203,9 @@ class Aggregator:
         self.telemetry[device] = telemetry
         self.fleet_health.note(device, telemetry, self._clock.monotonic())
         self._seen(device, telemetry.release_version)
+
+    def on_clock(self, device: str, told: float) -> None:
+        self.device_clocks.note(device, told, self._clock.monotonic())
 
     def on_inference_report(self, device: str, report: InferenceReport) -> None:
         self.inference[device] = report

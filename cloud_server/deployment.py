@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 from cloud_server.artefacts import Artefacts
 from cloud_server.audit.notary import Notary, NotaryPolicy, list_key
 from cloud_server.audit.witness import open_witness
+from cloud_server.clock_evidence import ClockGuard, Evidence
+from cloud_server.db.audit import newest_entry
 from cloud_server.db.engine import Database, open_database
 from cloud_server.enrolment.authorities import Authorities, AuthorityFolder
 from cloud_server.enrolment.ca import CertificateAuthority, ensure_server_files
@@ -46,6 +48,9 @@ ANY_ADDRESS = ("0.0.0.0", "::")
 class Deployment:
     """One aggregator. Every part is opened once, when it is first asked for; `close` closes what was opened.
 
+    Attributes:
+        devices_ahead: how far our clock is ahead of the fleet's (seconds); of a running service.
+
     Args:
         fence: what `Database.claim_writer` gave to the running service; None for commands.
         offline: where the offline keys are for this command, such as on a stick; `keys/offline` if None.
@@ -64,6 +69,7 @@ class Deployment:
         self.settings = settings
         self.clock: Clock = clock or SystemClock()
         self.fence = fence
+        self.devices_ahead: Callable[[], float | None] = lambda: None
         self.key_folder = KeyFolder(folder.keys, self.clock, offline=offline)
         self.authority_folder = AuthorityFolder(folder.authority, self.clock)
 
@@ -155,13 +161,64 @@ class Deployment:
         )
         lock = self.folder.lock("tuf")
         return TufRepository(
-            self.artefacts, self.key_folder, self.clock, expiry=expiry, lock=lock, may_sign=self._check_claim
+            self.artefacts, self.key_folder, self.clock, expiry=expiry, lock=lock, may_sign=self._may_sign
         )
 
-    def _check_claim(self) -> None:
-        """Of a service only: a command claims nothing, and need not open the database to sign."""
-        if "database" in self.__dict__:
+    def _may_sign(self) -> None:
+        if self._is_service:
             self.database.check_claim()
+        self.clock_guard.check()
+        self._signed_at = [self.clock.now()]
+
+    @property
+    def _is_service(self) -> bool:
+        """A command claims nothing, and need not open the database to sign."""
+        return "database" in self.__dict__ and self.database.claimed is not None
+
+    # ---- the clock ----
+
+    @cached_property
+    def clock_guard(self) -> ClockGuard:
+        """Asked before anything is signed."""
+        return ClockGuard(
+            self.clock,
+            self.settings.clock.limits(),
+            lambda: self.clock_evidence(with_database=self._is_service),
+        )
+
+    def clock_evidence(self, *, with_database: bool) -> Evidence:
+        """What is known about the time.
+
+        Args:
+            with_database: asks the database, too: outside of a transaction only.
+        """
+        seen, database = list(self._signed_at), None
+        if with_database:
+            with self.database.read() as connection:
+                entry = newest_entry(connection)
+            seen += [] if entry is None else [entry.at]
+            database = self.database.server_now()
+        return Evidence(
+            now=self.clock.now(),
+            newest=max(seen, default=None),
+            database=database,
+            devices_ahead=self.devices_ahead(),
+        )
+
+    @cached_property
+    def _signed_at(self) -> list[float]:
+        """When something was signed last; none or one. Read once: a store that is away later ends no service."""
+        found = self.repository.signed_at()
+        return [] if found is None else [found]
+
+    def check_clock(self) -> None:
+        """Looks once, with the database, before a service claims it.
+
+        Raises:
+            TrustError: (operator) the clock cannot be right.
+        """
+        limits = self.settings.clock.limits()
+        ClockGuard(self.clock, limits, lambda: self.clock_evidence(with_database=True)).check()
 
     @cached_property
     def registry(self) -> Registry:

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from cloud_server.checks import judge_all
 from cloud_server.checks.facts import Facts
+from cloud_server.clock_evidence import judge_clock
 from cloud_server.db.audit import append_audit, newest_entry
 from cloud_server.db.overview import count_stored, list_runs
 from cloud_server.db.releases import load_models, load_rollouts
@@ -55,11 +56,14 @@ def gather(deployment: Deployment, signatures: Signatures | None = None) -> Fact
         return replace(facts, database_trouble=str(error))
     try:
         ends = (signatures or deployment.repository.expiries)()
+        evidence = deployment.clock_evidence(with_database=True)
+        trouble = judge_clock(evidence, deployment.settings.clock.limits())
     except ShoalError as error:
         return replace(facts, certificate_trouble=str(error))
     judged = judge_expiries(ends, deployment.repository.expiry, now)
     return replace(
         facts,
+        clock_trouble=trouble,
         signatures={each.role: each.left_seconds for each in judged},
         signatures_due=tuple(each.role for each in judged if each.is_due),
     )

@@ -33,6 +33,7 @@ from wire.messages import (
 )
 from wire.primitives import KemPrivateKey
 from wire.replay import Window
+from wire.told_clock import told_clock
 from wire.topics import Topic, Topics, message_types
 from wire.transport import Packet
 
@@ -55,6 +56,9 @@ class Receiver(Protocol):
     def on_birth(self, device: str, birth: Birth) -> None: ...
 
     def on_telemetry(self, device: str, telemetry: Telemetry) -> None: ...
+
+    def on_clock(self, device: str, told: float) -> None:
+        """A heartbeat said what time it is there (unix seconds)."""
 
     def on_inference_report(self, device: str, report: InferenceReport) -> None: ...
 
@@ -176,6 +180,9 @@ class Inbox:
     def _on_telemetry(self, topic: Topic, payload: bytes) -> None:
         opened = self._open_small(topic, payload)
         self._receiver.on_telemetry(topic.device, decode_body(opened.body, Telemetry))
+        told = told_clock(opened.extensions)
+        if told is not None:
+            self._receiver.on_clock(topic.device, told)
 
     def _on_inference_report(self, topic: Topic, payload: bytes) -> None:
         opened = self._open_small(topic, payload)

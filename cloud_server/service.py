@@ -103,6 +103,7 @@ def run(
 
     Raises:
         ConfigurationError: (operator) a setting cannot be used.
+        TrustError: (operator) the machine's clock cannot be right.
         ModelError: the model, or the operator's data, cannot be loaded.
         TransportError: a port or the broker cannot be had.
         KeyboardInterrupt: SIGINT ended it; everything is closed.
@@ -122,6 +123,7 @@ def run(
                 return 0
             # From the first moment on: what is opened now may take longer than the lease.
             stack.enter_context(_lease(deployment, fence, pulse))
+        deployment.check_clock()
         # Before anything is started: what cannot be loaded is one error, and no device saw half a service.
         prepared = prepare_run(deployment, serverapp)
         check_ports(deployment.settings)
@@ -187,6 +189,7 @@ class _Loop:
         self._stop = stop
         self._events = Incoming(transport.pause)
         settings = deployment.settings
+        self._may_speak = _Claim(base, deployment.clock_guard.check).check
         self._cloud = assemble(
             base,
             transport,
@@ -196,8 +199,10 @@ class _Loop:
             slot_bytes=settings.broker.slot_bytes,
             silent_seconds=settings.broker.silent_seconds,
             pace=Pace(settings.pace.connections_per_second, settings.pace.downloads_per_second),
-            may_send=_Claim(base).check,
+            may_send=self._may_speak,
         )
+        clocks = self._cloud.aggregator.device_clocks
+        deployment.devices_ahead = lambda: clocks.ahead(base.clock.now(), base.clock.monotonic())
         self._cloud.aggregator.inbox.keep_partials(Partials(deployment.folder.partials, base.clock))
         self._key_watch = KeyWatch(
             deployment.key_folder,
@@ -268,6 +273,7 @@ class _Loop:
             wake = self._base.clock.now()
             while not self._stop.is_set():
                 self._beat()
+                self._may_speak()
                 self._poll()
                 wait = min(max(wake - self._base.clock.now(), 0.0), LONGEST_WAIT_SECONDS)
                 self._take(aggregator, wait)
@@ -387,14 +393,17 @@ def _lease(deployment: Deployment, fence: int, pulse: Pulse) -> AbstractContextM
 
 
 class _Claim:
-    """Asked before each packet leaves: a process that was stopped for a while must look before it speaks again."""
+    """Asked before each packet leaves, and in each turn before events are taken: a process that was stopped for a while
+    must look before it speaks again, and one whose clock was set must not sign by it."""
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base, check_clock: Callable[[], None]) -> None:
         self._database = base.database
         self._clock = base.clock
+        self._check_clock = check_clock
         self._looked_at = -CLAIM_SECONDS
 
     def check(self) -> None:
+        self._check_clock()
         now = self._clock.monotonic()
         if now - self._looked_at >= CLAIM_SECONDS:
             self._database.check_claim()

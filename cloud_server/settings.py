@@ -7,14 +7,17 @@ of torch or flwr is imported, so a list of devices does not wait for them. Sourc
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field, structs
 
+from cloud_server.clock_evidence import ClockLimits
 from cloud_server.privacy.plan import PrivacyPlan
 from process.health import Mode
 from process.settings import load_settings
+from wire.errors import ConfigurationError
 from wire.messages import CodecName, TrainConfig
 
 VARIABLE_PREFIX = "SHOAL_CLOUD_"
@@ -25,6 +28,7 @@ def _option(sentence: str, **bounds: Any) -> Meta:
 
 
 _ID = r"^[A-Za-z0-9_-]{1,64}\Z"
+_DATE = r"^([0-9]{4}-[0-9]{2}-[0-9]{2})?\Z"
 _DEVICE = r"^(auto|cpu|cuda(:[0-9]{1,3})?)\Z"
 _Port = Annotated[int, Meta(ge=0, le=65_535)]
 
@@ -456,6 +460,57 @@ class HealthSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = 300.0
 
 
+class ClockSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[clock]`: when the machine's clock cannot be right. Nothing is signed or sent by such a clock: devices would
+    believe it, and take what is signed by the right one for expired."""
+
+    max_jump_days: Annotated[
+        float,
+        _option(
+            "Longest time since something was last signed or written here, in days.", gt=0.0, le=36_600.0
+        ),
+    ] = 366.0
+    max_ahead_seconds: Annotated[
+        float,
+        _option(
+            "How far the clock may be ahead of the database's (PostgreSQL), and of the devices' where five of them or"
+            " more agree, in seconds.",
+            ge=10.0,
+            le=31_536_000.0,
+        ),
+    ] = 300.0
+    vouched_until: Annotated[
+        str,
+        _option(
+            "Date (UTC, such as 2027-01-31) up to the end of which an operator vouches for the clock, whatever speaks"
+            " against it; empty for nobody.",
+            pattern=_DATE,
+        ),
+    ] = ""
+
+    def limits(self) -> ClockLimits:
+        """As the judgement wants them.
+
+        Raises:
+            ConfigurationError: (operator) there is no such day.
+        """
+        vouched = 0.0
+        if self.vouched_until:
+            try:
+                day = datetime.strptime(self.vouched_until, "%Y-%m-%d").replace(tzinfo=UTC)
+            except ValueError as error:
+                raise ConfigurationError(
+                    f"clock.vouched_until: there is no day {self.vouched_until}",
+                    hint="write it as 2027-01-31",
+                ) from error
+            vouched = (day + timedelta(days=1)).timestamp()
+        return ClockLimits(
+            max_jump_seconds=self.max_jump_days * 86_400.0,
+            max_ahead_seconds=self.max_ahead_seconds,
+            vouched_until=vouched,
+        )
+
+
 class MetricsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[metrics]`: for Prometheus. Off until it is asked for: a port is one more thing to guard, and two aggregators
     on one machine would want the same."""
@@ -544,6 +599,7 @@ class CloudSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     refine: RefineSettings = field(default_factory=RefineSettings)
     compute: ComputeSettings = field(default_factory=ComputeSettings)
     health: HealthSettings = field(default_factory=HealthSettings)
+    clock: ClockSettings = field(default_factory=ClockSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     standby: StandbySettings = field(default_factory=StandbySettings)
     audit: AuditSettings = field(default_factory=AuditSettings)

@@ -143,9 +143,15 @@ def assemble(
     )
 
 
-def _speaker(identity: Identity, database: Database, clock: Clock) -> Speaker:
+def _speaker(identity: Identity, database: Database, clock: FlooredClock) -> Speaker:
     """With the keys of the last release check, where there was one."""
-    speaker = Speaker(identity, sequence=Sequence(database), windows=ReplayWindows(database), clock=clock)
+    speaker = Speaker(
+        identity,
+        sequence=Sequence(database),
+        windows=ReplayWindows(database),
+        clock=clock,
+        machine_now=clock.machine_now,
+    )
     kept = database.fact(ONLINE_KEYS_FACT)
     if isinstance(kept, bytes):
         try:

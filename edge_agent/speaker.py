@@ -8,7 +8,7 @@ used. Source: docs/protocol.md, clauses 2 to 5 and 9; laws 4 and 9.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -42,6 +42,7 @@ from wire.messages import (
     encode_body,
 )
 from wire.primitives import ContentAlgorithm, KemPublicKey, VerifyKey
+from wire.told_clock import clock_extension
 from wire.topics import Topics, message_types
 from wire.transport import Packet
 
@@ -111,6 +112,7 @@ class Speaker:
 
     Args:
         clock: decides whether a message has expired; give it the floored one.
+        machine_now: the machine's own clock (unix seconds), which heartbeats tell; None: they do not.
         content_algorithm: what sealed content is encrypted with (None: what this machine is faster with). The cloud
             opens both.
     """
@@ -122,12 +124,14 @@ class Speaker:
         sequence: Numbers,
         windows: Windows,
         clock: Clock,
+        machine_now: Callable[[], float] | None = None,
         content_algorithm: ContentAlgorithm | None = None,
     ) -> None:
         self._identity = identity
         self._sequence = sequence
         self._windows = windows
         self._clock = clock
+        self._machine_now = machine_now
         self._content_algorithm = content_algorithm or content_algorithm_here()
         self._topics = Topics(identity.tenant, identity.fleet)
         self._recipient: KemPublicKey | None = None
@@ -199,7 +203,10 @@ class Speaker:
     def quick(self, body: Telemetry | InferenceReport) -> Packet:
         """A report that may be lost."""
         expiry = TELEMETRY_EXPIRY_SECONDS if isinstance(body, Telemetry) else REPORT_EXPIRY_SECONDS
-        sealed = self._seal(body.TYPE, encode_body(body))
+        extensions = None
+        if isinstance(body, Telemetry) and self._machine_now is not None:
+            extensions = clock_extension(self._machine_now())
+        sealed = self._seal(body.TYPE, encode_body(body), extensions=extensions)
         topic = self._topics.by_device(body.TYPE, self._identity.device)
         return Packet(topic, sealed, qos=0, expiry_seconds=expiry)
 
@@ -259,7 +266,14 @@ class Speaker:
         return envelope.sign(self._header(body.TYPE), encode_body(body), signer=self._identity.update_key)
 
     def _seal(
-        self, kind: str, body: bytes, *, run: str = "", round_number: int = 0, base: bytes = b""
+        self,
+        kind: str,
+        body: bytes,
+        *,
+        run: str = "",
+        round_number: int = 0,
+        base: bytes = b"",
+        extensions: Mapping[int, bytes] | None = None,
     ) -> bytes:
         if self._recipient is None:
             raise TrustError("there is no key to seal to")
@@ -270,6 +284,7 @@ class Speaker:
             signer=self._identity.update_key,
             recipient=self._recipient,
             content_algorithm=self._content_algorithm,
+            extensions=extensions,
             pad=True,
         )
 

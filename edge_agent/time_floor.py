@@ -3,7 +3,9 @@
 Laws of the file: the floor moves only forward, and only by the build of this program and by what was verified: when a
 release was made, when the fleet's metadata was signed, when an update was acknowledged. An acknowledgement moves it at
 most to the end of the metadata that was verified last, so that a stolen key for orders cannot make a device refuse
-everything for years. Source: docs/architecture.md, "State folder of a device".
+everything for years, and at most an hour at once. Metadata move it at most a day ahead of a clock that is not behind:
+an aggregator whose clock is in another year takes along only devices whose clocks are wrong, too. Source:
+docs/architecture.md, "State folder of a device".
 """
 
 from __future__ import annotations
@@ -18,6 +20,10 @@ BUILT: Final = 1_767_225_600.0
 """2026-01-01: no copy of this version is older. A device that starts in 1970 counts from here."""
 RECEIPT_LIFE_SECONDS: Final = 3600.0
 """A receipt ends so long after it was signed (docs/protocol.md)."""
+RECEIPT_STEP_SECONDS: Final = 3600.0
+"""The farthest that one receipt moves the floor beyond what the device takes for now."""
+METADATA_STEP_SECONDS: Final = 86_400.0
+"""The farthest ahead of a machine's clock that newest metadata move the floor, where that clock is not behind it."""
 _FLOOR: Final = "time_floor"
 _CEILING: Final = "time_ceiling"
 
@@ -39,6 +45,10 @@ class FlooredClock:
     def floor(self) -> float:
         """Seconds since 1970."""
         return self._floor
+
+    def machine_now(self) -> float:
+        """What the machine's own clock says, floor or no floor."""
+        return self._clock.now()
 
     @property
     def behind_seconds(self) -> float:
@@ -66,6 +76,10 @@ class FlooredClock:
         if expires != self._ceiling and math.isfinite(expires):
             self._database.set_fact(_CEILING, float(expires))
             self._ceiling = float(expires)
+        machine = self._clock.now()
+        if machine >= max(self._floor, BUILT):
+            # This clock may be right, and the aggregator's wrong: one look does not take it far ahead.
+            signed_at = min(signed_at, machine + METADATA_STEP_SECONDS)
         self.raise_to(min(signed_at, expires))
 
     def note_acknowledgement(self, expiry: float) -> None:
@@ -75,7 +89,8 @@ class FlooredClock:
             expiry: of the receipt's header; 0 for none.
         """
         if expiry:
-            self.raise_to(min(expiry - RECEIPT_LIFE_SECONDS, self._ceiling))
+            farthest = max(self._floor, self._clock.now()) + RECEIPT_STEP_SECONDS
+            self.raise_to(min(expiry - RECEIPT_LIFE_SECONDS, self._ceiling, farthest))
 
 
 def _stored(database: Database, name: str) -> float:

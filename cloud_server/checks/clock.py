@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cloud_server.checks.facts import Facts
+from cloud_server.clock_evidence import HINT
 from cloud_server.settings import HealthSettings
 from process.health import Finding
 
@@ -11,7 +12,9 @@ BEHIND_SECONDS = 60.0
 
 
 def judge(facts: Facts, limits: HealthSettings) -> Finding:
-    """Fails when the newest entry of the books is from the future."""
+    """Fails when the clock cannot be right, or the newest entry of the books is from the future."""
+    if facts.clock_trouble:
+        return Finding(NAME, "fail", facts.clock_trouble, HINT)
     if facts.behind_seconds > BEHIND_SECONDS:
         return Finding(
             NAME,

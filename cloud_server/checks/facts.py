@@ -16,6 +16,7 @@ class Facts:
         free_bytes: on the disk of the state folder.
         disk_trouble: why nothing can be written there, or empty.
         behind_seconds: how far the clock is behind the newest entry of the books; 0 when it is not.
+        clock_trouble: why the clock cannot be right, so that nothing is signed; or empty.
         database_trouble: why the database does not answer, or empty.
         is_fenced_off: another service has claimed the database since.
         is_connected: to the broker, as the service sees it; None from outside.
@@ -40,6 +41,7 @@ class Facts:
     free_bytes: int | None = None
     disk_trouble: str = ""
     behind_seconds: float = 0.0
+    clock_trouble: str = ""
     database_trouble: str = ""
     is_fenced_off: bool = False
     is_connected: bool | None = None

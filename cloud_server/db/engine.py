@@ -123,6 +123,14 @@ class Database:
             finally:
                 borrowed.close()
 
+    def server_now(self) -> float | None:
+        """Unix seconds by the database server's own clock; None of a database that has none.
+
+        Raises:
+            StorageError: (disk, us) the database refused.
+        """
+        return float(self.peek("SELECT extract(epoch FROM clock_timestamp())")) if self.is_server else None
+
     def snapshot(self, path: Path) -> None:
         """Writes the database as it is now into a new file, while others go on writing to it.
 

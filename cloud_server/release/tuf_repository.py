@@ -27,7 +27,7 @@ from cloud_server.artefacts import Artefacts, is_key
 from cloud_server.keys import CloudKeys
 from cloud_server.release.signing_request import SigningRequest
 from cloud_server.release.tuf_set import SignedSet
-from cloud_server.release.tuf_signing import DELEGATED, TOP_LEVEL, RoleSigning, TufExpiry
+from cloud_server.release.tuf_signing import DELEGATED, SIGNED_AT, TOP_LEVEL, RoleSigning, TufExpiry
 from process.clock import Clock
 from wire.errors import ConfigurationError, ReleaseError
 from wire.helper import HELPER_JSON
@@ -104,6 +104,14 @@ class TufRepository:
             ReleaseError: (operator) the repository was not initialised.
         """
         return self._required("metadata/timestamp.json")
+
+    def signed_at(self) -> float | None:
+        """When the newest timestamp was signed (unix seconds); None where there is none, or it does not say."""
+        data = self._store.read(_PREFIX + "metadata/timestamp.json")
+        if data is None:
+            return None
+        signed = Metadata[Timestamp].from_bytes(data).signed.unrecognized_fields.get(SIGNED_AT)
+        return float(signed) if isinstance(signed, int) else None
 
     def expiries(self) -> dict[str, float]:
         """When each role's newest signature ends, unix seconds: an alarm is due long before."""

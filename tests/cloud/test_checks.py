@@ -55,6 +55,7 @@ def test_aggregator_that_is_well_has_no_finding_and_needs_nothing() -> None:
         ({"free_bytes": 63 * MIB}, {"disk": "fail"}, ["pause_training", "trim"]),
         ({"disk_trouble": "cannot be written"}, {"disk": "fail"}, ["pause_training"]),
         ({"behind_seconds": 61.0}, {"clock": "fail"}, []),
+        ({"clock_trouble": "the clock is 400 s ahead of the database's"}, {"clock": "fail"}, []),
         ({"database_trouble": "locked"}, {"database": "fail"}, []),
         ({"is_fenced_off": True}, {"database": "fail"}, []),
         ({"is_connected": False, "away_seconds": 3.0}, {"broker": "warn"}, []),

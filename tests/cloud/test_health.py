@@ -182,9 +182,10 @@ def test_service_says_that_it_is_ready_once_the_broker_answers_and_renews_what_i
     tmp_path: Path,
 ) -> None:
     """The server certificate is in its last tenth: the running service shows another one before a minute is over."""
-    clock = SteppedClock(time.time() - 800 * DAY)
+    clock = SteppedClock(time.time())
     settings = msgspec.structs.replace(SETTINGS, health=HealthSettings(check_seconds=1.0))
     with initialise(tmp_path / "state", settings, clock=clock) as made:
+        clock.seconds -= 800 * DAY
         old = made.server_files()[0].read_bytes()
     stop, running = threading.Event(), list[Running]()
     with ExitStack() as stack:

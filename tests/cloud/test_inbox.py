@@ -35,6 +35,9 @@ class Heard:
     def on_telemetry(self, device: str, telemetry: Telemetry) -> None:
         self.calls.append(("telemetry", device, telemetry.requests_total))
 
+    def on_clock(self, device: str, told: float) -> None:
+        self.calls.append(("clock", device, told))
+
     def on_inference_report(self, device: str, report: InferenceReport) -> None:
         self.calls.append(("report", device, report.requests))
 

@@ -11,7 +11,7 @@ import pytest
 from edge_agent.agent import Agent
 from edge_agent.fetcher import MemoryFetcher
 from edge_agent.storage import MEMORY, Database, open_database
-from edge_agent.time_floor import BUILT, RECEIPT_LIFE_SECONDS, FlooredClock
+from edge_agent.time_floor import BUILT, RECEIPT_LIFE_SECONDS, RECEIPT_STEP_SECONDS, FlooredClock
 from edge_agent.tuf_client import check
 from tests.edge.lab import START, Lab, feed
 from tests.edge.tiny_release import SteppedClock
@@ -52,13 +52,39 @@ def test_floor_follows_a_receipt_but_not_beyond_the_metadata_of_the_day(database
     clock = FlooredClock(SteppedClock(0.0), database, built=BUILT)
     clock.note_acknowledgement(BUILT + YEAR)
     assert clock.floor == BUILT  # no metadata was verified yet: nothing says how far a stolen key may reach
-    clock.note_metadata(BUILT + DAY, BUILT + 2 * DAY)
-    clock.note_acknowledgement(BUILT + 1.5 * DAY + RECEIPT_LIFE_SECONDS)
-    assert clock.floor == BUILT + 1.5 * DAY
-    clock.note_acknowledgement(BUILT + YEAR)
-    assert clock.floor == BUILT + 2 * DAY
+    clock.note_metadata(BUILT + DAY, BUILT + DAY + 5000.0)
+    clock.note_acknowledgement(BUILT + DAY + 600.0 + RECEIPT_LIFE_SECONDS)
+    assert clock.floor == BUILT + DAY + 600.0
+    for _ in range(3):
+        clock.note_acknowledgement(BUILT + YEAR)
+    assert clock.floor == BUILT + DAY + 5000.0
     clock.note_acknowledgement(0.0)
-    assert clock.floor == BUILT + 2 * DAY
+    assert clock.floor == BUILT + DAY + 5000.0
+
+
+def test_one_receipt_moves_the_floor_at_most_an_hour_beyond_what_the_device_takes_for_now(
+    database: Database,
+) -> None:
+    machine = SteppedClock(BUILT + 10 * DAY)
+    clock = FlooredClock(machine, database, built=BUILT)
+    clock.note_metadata(BUILT + 10 * DAY, BUILT + 11 * DAY)
+    clock.note_acknowledgement(BUILT + YEAR)
+    assert clock.floor == BUILT + 10 * DAY + RECEIPT_STEP_SECONDS
+    clock.note_acknowledgement(BUILT + YEAR)
+    assert clock.floor == BUILT + 10 * DAY + 2 * RECEIPT_STEP_SECONDS
+
+
+def test_aggregator_in_another_year_does_not_take_a_device_along_whose_clock_is_right(
+    database: Database,
+) -> None:
+    machine = SteppedClock(BUILT + 10 * DAY)
+    clock = FlooredClock(machine, database, built=BUILT)
+    clock.note_metadata(BUILT + 14 * YEAR, BUILT + 14 * YEAR + DAY)
+    assert clock.floor == BUILT + 11 * DAY
+    assert clock.behind_seconds == DAY
+    # A clock that is behind is not asked.
+    clock.note_metadata(BUILT + 20 * DAY, BUILT + 21 * DAY)
+    assert clock.floor == BUILT + 20 * DAY
 
 
 def test_floor_and_its_bound_survive_a_restart(tmp_path: Path) -> None:
@@ -68,7 +94,8 @@ def test_floor_and_its_bound_survive_a_restart(tmp_path: Path) -> None:
     first.close()
     again = FlooredClock(SteppedClock(0.0), open_database(tmp_path))
     again.note_acknowledgement(BUILT + YEAR)
-    assert (again.now(), again.behind_seconds) == (BUILT + DAY, BUILT + DAY)
+    reached = BUILT + RECEIPT_STEP_SECONDS
+    assert (again.now(), again.behind_seconds) == (reached, reached)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
