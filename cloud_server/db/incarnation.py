@@ -20,6 +20,7 @@ from cloud_server.db.schema import (
     meta,
     orders,
     presence,
+    privacy_ledger,
     releases,
     rounds,
     runs,
@@ -29,6 +30,8 @@ from cloud_server.db.schema import (
 _RELEASES = 1_000_000
 # By this step devices tell a restored cloud from one that only starts again (docs/protocol.md, clause 9.5).
 _FENCES = 1 << 20
+# What only a masked round has in its configuration (`secure/desk.py`, `secure/helped.py`).
+_MASKED = {"mask_groups", "book", "helped"}
 _OPEN_ROUNDS = ("training", "evaluating")
 
 
@@ -64,10 +67,29 @@ def reincarnate(connection: Connection, now: float) -> Incarnation:
     for name in connection.execute(sa.select(runs.c.run)).scalars().all():
         seed = secrets.randbelow(2**63 - 1) + 1
         connection.execute(sa.update(runs).where(runs.c.run == name).values(seed=seed))
-    # Rounds under way end by themselves at once: their devices were told other orders by the lost life.
-    connection.execute(sa.update(rounds).where(rounds.c.state.in_(_OPEN_ROUNDS)).values(deadline=now))
-    connection.execute(sa.update(orders).where(orders.c.deadline > now).values(deadline=now))
+    _end_rounds(connection, now)
     return found
+
+
+def _end_rounds(connection: Connection, now: float) -> None:
+    """Ends at once the rounds under way that cannot go on in another life: the lost one may have shown the noise of a
+    private round, and the sum of a masked one.
+
+    A plain one goes on to its own deadline: its orders are in the backup, with the ids that devices know, so what
+    they still hold for it (docs/protocol.md, 10.5) is taken, and counts once in the head of this life.
+    """
+    going = connection.execute(
+        sa.select(rounds.c.run, rounds.c.number, rounds.c.config).where(rounds.c.state.in_(_OPEN_ROUNDS))
+    ).all()
+    for run, number, config in going:
+        charged = (privacy_ledger.c.run == run) & (privacy_ledger.c.round == number)
+        is_private = connection.execute(sa.select(privacy_ledger.c.seq).where(charged)).first() is not None
+        if not is_private and not _MASKED & config.keys():
+            continue
+        here = (rounds.c.run == run) & (rounds.c.number == number)
+        connection.execute(sa.update(rounds).where(here).values(deadline=now))
+        asked = (orders.c.run == run) & (orders.c.round == number) & (orders.c.deadline > now)
+        connection.execute(sa.update(orders).where(asked).values(deadline=now))
 
 
 def load_incarnation(connection: Connection) -> int:

@@ -10,6 +10,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from cloud_server.audit.check import check_chain
 from cloud_server.audit.notary import listed_keys
@@ -171,7 +172,7 @@ def test_answer_to_an_order_of_the_lost_life_is_not_accepted(tmp_path: Path, tur
     for _ in range(turns):
         lab.step()
     lab.database.snapshot(tmp_path / "copy.db")
-    before = {row.update_id for row in lab.rows(schema.updates)}
+    known = {row.order_id for row in lab.rows(schema.orders)}
     lab.run()
     lost = [
         (name, answer)
@@ -179,20 +180,65 @@ def test_answer_to_an_order_of_the_lost_life_is_not_accepted(tmp_path: Path, tur
         for answer in device.answers.values()
         if isinstance(answer, Message)
     ]
-    gone = {row.update_id for row in lab.rows(schema.updates)} - before
+    gone = {row.update_id for row in lab.rows(schema.updates) if row.order_id not in known}
+    assert gone
     restored_lab(lab, tmp_path / "copy.db")
     for _ in range(500):
         if lab.runner.is_finished:
             break
         lab.runner.tick()
-        verdicts = {lab.send_up(name, message).verdict for name, message in lost}
-        assert verdicts <= {"duplicate", "refused"}
+        receipts = [lab.send_up(name, message) for name, message in lost]
+        stored = {each.update_id.hex() for each in receipts if each.verdict == "stored"}
+        assert not stored & gone
         lab.step()
     assert lab.runner.is_finished, "nor does it freeze the run"
     rows = lab.rows(schema.updates)
     assert not {row.update_id for row in rows if row.state == "folded"} & gone
     folded = [row.order_id for row in rows if row.state == "folded"]
     assert len(folded) == len(set(folded)), "one answer to one order"
+
+
+def test_what_devices_still_hold_for_a_round_of_the_backup_is_folded(tmp_path: Path) -> None:
+    lab = Lab(3, rounds=1, evaluate_every=0, strategy="FedAvgM", database=f"sqlite:///{tmp_path}/cloud.db")
+    lab.runner.tick()
+    # One update is in the backup, two are not.
+    lab.deliver_one()
+    lab.database.snapshot(tmp_path / "copy.db")
+    expected = lab.run().sha256
+    held = [
+        (name, answer)
+        for name, device in lab.devices.items()
+        for answer in device.answers.values()
+        if isinstance(answer, Message)
+    ]
+    restored_lab(lab, tmp_path / "copy.db")
+    lab.runner.tick()
+    # As a device does, sealed anew under its next number.
+    for name, message in held:
+        lab.devices[name].seq += 1
+        message.header = structs.replace(message.header, seq=lab.devices[name].seq)
+    assert sorted(lab.send_up(name, message).verdict for name, message in held) == [
+        "duplicate",
+        "stored",
+        "stored",
+    ]
+    while not lab.runner.is_finished:
+        lab.step()
+    assert lab.runner.head.sha256 == expected
+    assert [row.state for row in lab.rows(schema.updates)] == ["folded"] * 3
+
+
+@pytest.mark.parametrize("config", [{"mask_groups": []}, {"book": "00"}, {"helped": {}}])
+def test_masked_round_under_way_ends_with_the_life_that_asked_for_it(
+    tmp_path: Path, config: dict[str, object]
+) -> None:
+    lab = Lab(3, rounds=1, database=f"sqlite:///{tmp_path}/cloud.db")
+    lab.runner.tick()
+    now = lab.clock.now()
+    with lab.database.transaction() as connection:
+        connection.execute(schema.rounds.update().values(config=config))
+        reincarnate(connection, now)
+    assert {row.deadline for row in (*lab.rows(schema.rounds), *lab.rows(schema.orders))} == {now}
 
 
 # ---- the file ----------------------------------------------------------------------------------------------
