@@ -123,8 +123,8 @@ def _play(rate: float, bundle: Bundle, federation: Federation) -> Return:
                 broker_url=f"mqtts://127.0.0.1:{settings.broker.port}",
                 each=lambda: None,
             )
-            cloud.start()
-            _until(lambda: cloud.has_run, cloud)
+            cloud.launch()
+            _until(lambda: cloud.answers() and cloud.has_run, cloud)
             crowd = CrowdPlan(
                 roll=str(roll.folder),
                 first=0,

@@ -142,7 +142,7 @@ class EdgeMetrics:
         )
         self.link_spent: Gauge = registry.gauge(
             "shoal_edge_link_spent_bytes",
-            "What the link has cost in this day and month of the budget, TLS, TCP and IP included.",
+            "What a link with limits has cost in this day and month of the budget, TLS, TCP and IP included.",
             "Compare with link.bytes_per_day and link.bytes_per_month, and with the bill.",
             {"period": ("day", "month")},
         )

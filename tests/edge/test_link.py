@@ -7,8 +7,8 @@ from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 
-import msgspec
 import pytest
+from msgspec import structs
 
 from edge_agent import actions as do
 from edge_agent import events as on
@@ -17,7 +17,13 @@ from edge_agent.check import judge_link
 from edge_agent.link.allowance import NOTE_NAME, Allowance, read_note
 from edge_agent.link.budget import IDLE_SHARE, idle_bytes_a_day, keepalive_for
 from edge_agent.link.door import AHEAD_BYTES, Link, plan_of
-from edge_agent.settings import EdgeSettings, LinkSettings, NetworkSettings, load_edge_settings
+from edge_agent.settings import (
+    EdgeSettings,
+    LinkSettings,
+    NetworkSettings,
+    ReportSettings,
+    load_edge_settings,
+)
 from edge_agent.storage import MEMORY, Database, open_database
 from models.bundle import Bundle
 from process.options import render_toml
@@ -35,6 +41,12 @@ HOUR = 3600.0
 def settings(**link: object) -> EdgeSettings:
     chosen = LinkSettings(timezone="UTC", **link)  # type: ignore[arg-type]
     return EdgeSettings(link=chosen, network=NetworkSettings(late_seconds=30 * 86_400.0))
+
+
+def quiet(**link: object) -> EdgeSettings:
+    """Of a device that says little: virtual days are short."""
+    report = ReportSettings(telemetry_seconds=900.0, inference_seconds=3600.0)
+    return structs.replace(settings(**link), report=report)
 
 
 class CountedLine:
@@ -237,7 +249,7 @@ def test_keepalive_of_the_settings_goes_before_the_budget_and_thirty_is_that_of_
     assert plan_of(EdgeSettings()).keepalive_seconds == 30
     metered = settings(metered=True, bytes_per_day=1_000_000)
     assert plan_of(metered).keepalive_seconds == 270
-    wanted = msgspec.structs.replace(metered, network=NetworkSettings(keepalive_seconds=45))
+    wanted = structs.replace(metered, network=NetworkSettings(keepalive_seconds=45))
     assert plan_of(wanted).keepalive_seconds == 45
 
 
@@ -331,7 +343,7 @@ def test_windowed_device_trains_and_sends_inside_of_its_window_only(bundle: Bund
     cloud, database = lab.cloud, open_database(MEMORY, clock=lab.time)
     lab.settle()
     cloud.release(cloud.candidate(), 1)
-    wanted = settings(windows=["09:00-10:00"])
+    wanted = quiet(windows=["09:00-10:00"])
     agent = taught(lab, bundle, database, wanted)
     assert agent.parts.serving.current is None, "a release waits, too"
     assert not agent.parts.link.view.is_open
@@ -356,7 +368,7 @@ def test_windowed_device_trains_and_sends_inside_of_its_window_only(bundle: Bund
     lab.run(12 * HOUR)  # restarted, the next day, 00:00
     assert len(cloud.of(Update)) == sent
     assert len(cloud.of(InferenceReport)) == reports
-    assert len(cloud.of(Telemetry)) > beats + 500, "heartbeats pass at all hours"
+    assert len(cloud.of(Telemetry)) > beats + 40, "heartbeats pass at all hours"
     lab.run(10 * HOUR)
     assert len(cloud.of(Update)) > sent
     assert {each.transfer for each in cloud.of(Update)} == {heard.transfer}
@@ -370,7 +382,7 @@ def test_metered_device_without_a_socket_counts_at_its_door(bundle: Bundle, tmp_
     cloud, database = lab.cloud, open_database(MEMORY, clock=lab.time)
     lab.settle()
     cloud.release(cloud.candidate(), 1)
-    agent = taught(lab, bundle, database, settings(metered=True, bytes_per_day=5_000_000))
+    agent = taught(lab, bundle, database, quiet(metered=True, bytes_per_day=2_000_000))
     head = cloud.head_of(bundle.checkpoint().params)
     cloud.invite(head, seconds=20 * 86_400.0)
     for _ in range(200):
@@ -380,14 +392,14 @@ def test_metered_device_without_a_socket_counts_at_its_door(bundle: Bundle, tmp_
             cloud.broadcast()
         lab.run(20.0)
     assert agent.parts.link.view.reason == "its budget of the day is spent"
-    assert 2_500_000 <= agent.parts.link.view.spent_day <= 5_000_000
+    assert 1_000_000 <= agent.parts.link.view.spent_day <= 2_000_000
     cloud.order("dev-1")
     lab.settle()
     assert "its budget of the day is spent" in lab.joins()[-1].reason
     spent = agent.parts.link.view.spent_day
     lab.agents.clear()
     lab.broker.cut("dev-1", for_seconds=1e9)
-    agent = lab.agent(settings=settings(metered=True, bytes_per_day=5_000_000), database=database)
+    agent = lab.agent(settings=quiet(metered=True, bytes_per_day=2_000_000), database=database)
     assert agent.parts.link.view.spent_day >= spent
     assert not agent.parts.link.view.is_open
     lab.run(16 * HOUR)
