@@ -12,7 +12,7 @@ export ORT_DISABLE_TELEMETRY := 1
 export FLWR_TELEMETRY_ENABLED := 0
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install demo test test-all fuzz chaos chaos-sim chaos-long load bench images lint clean help
+.PHONY: install demo test test-all fuzz fuzz-models chaos chaos-sim chaos-long load bench images lint clean help
 
 help:           ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -48,6 +48,9 @@ test-all: install  ## all tests, the slow ones too
 fuzz: install   ## a million hostile envelopes, every decoder, planted bugs, then a guided search
 	$(BIN)/python -m tests.fuzz --count $(FUZZ_COUNT) --workers $(WORKERS) --planted
 	$(BIN)/python -m tests.fuzz.guided --seconds $(FUZZ_SECONDS)
+
+fuzz-models: install  ## ten thousand mutated models, signed rightly, on their way through a device; goes on where it ended
+	$(BIN)/python -m tests.fuzz.models --count 10000 --workers $(WORKERS)
 
 chaos: install  ## real processes under real faults: kill -9, SIGSTOP, broken links; some ten minutes
 	rm -rf build/chaos
