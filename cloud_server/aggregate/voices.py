@@ -30,7 +30,7 @@ CHORUS = 2.0
 NO_KIN = 0.02
 KIN = 0.12
 """Of the cohort's usual sum of squared cosines: between the two a voice goes from nothing to all. A vector of noise
-has a hundredth part, the device with the oddest data of our fleets a quarter."""
+has a hundredth part, the device with the oddest data of our fleets a sixth."""
 FEWEST = 3
 """Of fewer replies nobody can tell who is wrong."""
 _NORMAL = 1.4826
