@@ -137,6 +137,8 @@ class Agent:
         self.pulse = Pulse(clock, stale_seconds=_STALE_SECONDS, manager=service_manager)
         self._shell = Shell(self.parts, self._post, self.health)
         self._answers = Answers(self.parts)
+        self._has_joined = True
+        self._next_join = 0.0
         self._board = self._make_board()
 
     @classmethod
@@ -296,7 +298,18 @@ class Agent:
             release=contents.version if contents else 0,
             owed=len(pending),
         )
-        will = self.parts.speaker.birth(self._shell.birth("lost"))
+        self._join_broker()
+
+    def _join_broker(self) -> None:
+        """Connects, once there are numbers for what is said there: a full disk has none, and inference goes on."""
+        self._has_joined = False
+        self._next_join = self.parts.clock.monotonic() + _IDLE_SECONDS
+        try:
+            will = self.parts.speaker.birth(self._shell.birth("lost"))
+        except StorageError as error:
+            _log.error("broker_not_joined", reason=str(error))
+            return
+        self._has_joined = True
         self._transport.start(self._post, filters=self.parts.speaker.filters, will=will)
 
     def stop(self) -> None:
@@ -305,7 +318,9 @@ class Agent:
             return
         self.parts.stopping = True
         self.pulse.stop()
-        last_words = self.parts.speaker.birth(self._shell.birth("offline"))
+        last_words = None
+        with contextlib.suppress(StorageError):
+            last_words = self.parts.speaker.birth(self._shell.birth("offline"))
         self._transport.stop(last_words)
         self.parts.link.look()
         self.parts.link.keep()
@@ -349,13 +364,16 @@ class Agent:
 
     def tick(self) -> None:
         """Does what is due by now; cheap when nothing is."""
-        if wake_at(self.state) <= self.parts.clock.monotonic():
+        now = self.parts.clock.monotonic()
+        if not self._has_joined and self._next_join <= now and not self.parts.stopping:
+            self._join_broker()
+        if wake_at(self.state) <= now:
             self.handle(on.Tick())
 
     @property
     def wake_at(self) -> float:
         """When `tick` has something to do, on the clock's `monotonic`."""
-        return wake_at(self.state)
+        return wake_at(self.state) if self._has_joined else min(wake_at(self.state), self._next_join)
 
     def run_forever(self, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Runs the loop on this thread until `should_stop`; errors are logged, and it goes on."""

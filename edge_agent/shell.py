@@ -376,10 +376,17 @@ class Shell:
         parts = self._parts
         if parts.slots.on_probation:
             starts = int(parts.database.fact(PROBATION_STARTS_FACT) or 0) + 1
-            parts.database.set_fact(PROBATION_STARTS_FACT, starts)
+            try:
+                parts.database.set_fact(PROBATION_STARTS_FACT, starts)
+            except StorageError as error:
+                _log.warning("start_not_noted", reason=str(error))
             if starts > 1:
                 _log.warning("release_rolled_back", reason="it did not survive its watch window")
-                parts.slots.roll_back()
+                try:
+                    parts.slots.roll_back()
+                except StorageError as error:
+                    # The disk is full: what there is serves, and the next start tries again.
+                    _log.error("not_rolled_back", reason=str(error))
         for _ in range(_SLOTS):
             contents = parts.slots.current()
             if contents is None:

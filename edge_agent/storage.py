@@ -48,6 +48,7 @@ _CACHE_KIB: Final = 256
 _WAL_LIMIT_BYTES: Final = 4 * 1024 * 1024
 _SQLITE_SUFFIXES: Final = ("", LOG_SUFFIX, "-shm")
 _DAMAGED_SUFFIX: Final = ".damaged"
+_NO_ROOM: Final = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 _DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -103,6 +104,12 @@ class Database:
     def epoch(self) -> int:
         """Names this incarnation of the database; grows whenever a fresh one had to be made."""
         return self._epoch
+
+    @property
+    def is_in_transaction(self) -> bool:
+        """Whether the calling thread is inside of a transaction, which may still fail."""
+        with self._lock:
+            return self._depth > 0
 
     @contextlib.contextmanager
     def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
@@ -266,6 +273,21 @@ class Database:
                 self.quarantine.take(part, f"damaged database; salvaged: {self.salvaged}")
 
     def _open(self) -> sqlite3.Connection:
+        try:
+            return self._connected(alone=False)
+        except sqlite3.Error as error:
+            if self.path is None or _code(error) not in _NO_ROOM:
+                raise
+            _log.warning("database_opened_alone", reason=str(error))
+        # On a full disk there is no room for what several processes share; what is there can be read without it.
+        return self._connected(alone=True)
+
+    def _connected(self, *, alone: bool) -> sqlite3.Connection:
+        """A connection whose file is ours.
+
+        Args:
+            alone: no other process can look at the database while it is open.
+        """
         if self.path is not None:
             _keep_private(self.path)
         connection = self._connect(
@@ -277,6 +299,8 @@ class Database:
         )
         connection.text_factory = lenient_text
         try:
+            if alone:  # first: the next statement looks into the file
+                connection.execute("PRAGMA locking_mode = EXCLUSIVE")
             page_bytes = _MEMORY_PAGE_BYTES if self.path is None else PAGE_BYTES
             connection.execute(f"PRAGMA page_size = {page_bytes}")
             connection.execute(f"PRAGMA max_page_count = {max(64, self._max_bytes // page_bytes)}")

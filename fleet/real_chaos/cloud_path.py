@@ -39,6 +39,7 @@ from wire.messages import Evaluation, Update, encode_body
 from wire.transport.memory import MemoryBroker
 
 ROUNDS: Final = 2
+FULL_SECONDS: Final = (1.5, 60.0)
 SOUND: Final = ("stored", "folded", "discarded")
 REFUSED: Final = ("refused", "late")
 
@@ -148,18 +149,29 @@ class CloudPath:
         self.head = ""
         self._prepare()
 
-    def play(self, **options: Any) -> Findings:
+    def play(
+        self,
+        *,
+        folder: Path | None = None,
+        full: tuple[Callable[[], None], Callable[[], None]] | None = None,
+        **options: Any,
+    ) -> Findings:
         """One play from the prepared folder to the end of the run.
 
         Args:
+            folder: where it lies.
+            full: fills its disk a moment after the start, and makes room some time later.
             options: of `Victim`: what befalls it.
         """
-        folder = self._bench.root / "cloud"
+        folder = folder or self._bench.root / "cloud"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self.prepared, folder)
         with self.stage(folder, **options) as (time, broker, devices, victim, books):
+            books.may_end = full is not None or options.get("strike") is not None
             victim.start()
             devices.start()
+            for seconds, call in zip(FULL_SECONDS, full or (), strict=False):
+                time.later(seconds, call)
 
             def is_over() -> bool:
                 return bool(victim.lives.facts.get("is_finished")) and not devices.owe
@@ -231,6 +243,7 @@ class CloudBooks:
     findings: Findings = field(default_factory=Findings)
     rows: dict[str, tuple[str, str, str, str]] = field(default_factory=dict)
     failed_rounds: int = 0
+    may_end: bool = False
 
     def read(self) -> None:
         """Whatever a device was told to be stored is there."""
@@ -271,5 +284,6 @@ class CloudBooks:
             if count > 1:
                 found.doubled += count - 1
                 found.wrong(f"order {order} has {count} answers")
-        for reason in self.victim.lives.reasons if self.victim is not None else ():
+        # A service that cannot write ends, and is started again until it can.
+        for reason in self.victim.lives.reasons if self.victim is not None and not self.may_end else ():
             found.wrong(f"it ended by itself: {reason}")

@@ -25,6 +25,7 @@ from edge_agent.settings import EdgeSettings
 from fleet.chaos.template import Template, make_split, make_template
 from fleet.chaos.world import agent_settings, memory_folder
 from fleet.real_chaos.device_life import DeviceFacts
+from fleet.real_chaos.outcome import Books
 from fleet.real_chaos.victim import Victim
 from fleet.simulated_device import FLEET, TENANT
 from fleet.virtual import START, VirtualTime
@@ -56,6 +57,25 @@ class Findings:
 
     def wrong(self, what: str) -> None:
         self.complaints.append(what)
+
+    def add(self, other: Findings, what: str) -> None:
+        """Another play's, with a name before its complaints."""
+        self.made += other.made
+        self.lost += other.lost
+        self.doubled += other.doubled
+        self.altered += other.altered
+        self.complaints += [f"{what}: {complaint}" for complaint in other.complaints]
+
+    def books(self, **places: int) -> Books:
+        """As a row of the table has it."""
+        return Books(
+            updates=self.made,
+            lost=self.lost,
+            doubled=self.doubled,
+            altered=self.altered,
+            places=places,
+            complaints=tuple(self.complaints),
+        )
 
 
 class Path_(Protocol):

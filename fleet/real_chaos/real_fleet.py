@@ -118,6 +118,11 @@ class RealAgent:
         return 0 if self._life is None else self._life.process_id
 
     @property
+    def launch(self) -> Launch:
+        """How its agent is started."""
+        return self._launch
+
+    @property
     def log_file(self) -> Path:
         """Of all its lives."""
         return self.state.with_suffix(".log")

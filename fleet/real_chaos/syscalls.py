@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 
 from fleet.real_chaos.cloud_path import CloudPath
 from fleet.real_chaos.device_path import DevicePath
-from fleet.real_chaos.outcome import Books, Outcome
+from fleet.real_chaos.outcome import Outcome
 from fleet.real_chaos.paths import Findings, workshop
 from fleet.real_chaos.scenario import Scenario, Task
 from fleet.real_chaos.victim import Nursery, Strike
@@ -48,20 +48,9 @@ CHANGING: Final = (
     "sendto",
 )
 """What a kill can fall between."""
-FULL: Final = (
-    "openat",
-    "write",
-    "pwrite64",
-    "writev",
-    "fsync",
-    "fdatasync",
-    "ftruncate",
-    "mkdir",
-    "rename",
-    "linkat",
-)
+FULL: Final = ("write", "pwrite64", "writev", "fsync", "fdatasync", "ftruncate", "mkdir", "rename", "linkat")
 """What a full disk refuses."""
-BROKEN: Final = (*FULL, "read", "pread64", "unlink")
+BROKEN: Final = (*FULL, "openat", "read", "pread64", "unlink")
 """What a broken disk refuses."""
 _CALL = re.compile(r"^\d+ +(?P<call>\w+)\((?P<arguments>.*)")
 _INJECTED: Final = "(INJECTED)"
@@ -94,12 +83,7 @@ class Result:
             self.struck[f"{path} {strike.act} {strike.call}"] += 1
         else:
             self.idle += 1
-        sums = self.findings
-        sums.made += found.made
-        sums.lost += found.lost
-        sums.doubled += found.doubled
-        sums.altered += found.altered
-        sums.complaints += [f"{path}, {strike}: {complaint}" for complaint in found.complaints]
+        self.findings.add(found, f"{path}, {strike}")
 
 
 def points(path: CriticalPath, folder: Path, acts: Iterable[str] = tuple(_ACTS)) -> list[Strike]:
@@ -145,13 +129,15 @@ def _counted(lines: Iterable[str], folder: str) -> Iterator[tuple[str, int, bool
 
 
 def strike_all(
-    path: CriticalPath, strikes: Sequence[Strike], folder: Path, *, until: float = float("inf")
+    path: CriticalPath, strikes: Sequence[Strike], folder: Path, result: Result | None = None
 ) -> Result:
-    """Plays the path once for each strike."""
-    result, trace = Result(), folder / f"{path.role}.trace"
+    """Plays the path once for each strike.
+
+    Args:
+        result: where to add what came of them.
+    """
+    result, trace = result or Result(), folder / f"{path.role}.trace"
     for strike in strikes:
-        if time.monotonic() >= until:
-            break
         found = path.play(trace=trace, calls=strike.call, strike=strike)
         text = trace.read_text(errors="replace")
         is_struck = "+++ killed by SIGKILL +++" in text if strike.act == "KILL" else _INJECTED in text
@@ -184,38 +170,17 @@ def _play(task: Task) -> Outcome:
         for number, (path, strike) in enumerate(chosen, start=1):
             if task.is_over:
                 break
-            part = strike_all(path, [strike], folder)
-            result.struck.update(part.struck)
-            result.idle += part.idle
-            result.findings = _sum(result.findings, part.findings)
+            strike_all(path, [strike], folder, result)
             task.tell(number)
-    found = result.findings
-    books = Books(
-        updates=found.made,
-        lost=found.lost,
-        doubled=found.doubled,
-        altered=found.altered,
-        complaints=tuple(found.complaints),
-    )
     return Outcome(
         kind="syscalls",
         seed=task.seed,
         broker=task.broker,
-        books=books,
+        books=result.findings.books(),
         faults=sum(result.struck.values()),
         idle=result.idle,
         struck=result.struck,
         seconds=time.monotonic() - started,
-    )
-
-
-def _sum(one: Findings, other: Findings) -> Findings:
-    return Findings(
-        one.made + other.made,
-        one.lost + other.lost,
-        one.doubled + other.doubled,
-        one.altered + other.altered,
-        one.complaints + other.complaints,
     )
 
 

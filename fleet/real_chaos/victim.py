@@ -43,7 +43,7 @@ from wire.transport.memory import MemoryBroker, MemoryTransport
 RESTART_SECONDS: Final = 1.0
 RELIEF_SECONDS: Final = 60.0
 """How long a disk stays full."""
-MOST_LIVES: Final = 8
+MOST_LIVES: Final = 200
 _STATUS_BYTES: Final = 8
 
 
