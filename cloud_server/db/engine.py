@@ -34,8 +34,9 @@ _READ_ONLY = "shoal_read_only"
 # Made once: composing it takes longer than SQLite takes to execute it, and every reply's transaction asks.
 _FENCE = sa.select(schema.fencing.c.token).with_for_update()
 # Of a process that stopped inside a transaction (it hangs, its machine is gone): the server ends that, and lets go of
-# what it locked, so that another one can take over. None of ours computes for so long between two statements.
-_IDLE_IN_TRANSACTION = "SET SESSION idle_in_transaction_session_timeout = '15s'"
+# what it locked, so that another one can take over. No transaction that writes computes for so long between two
+# statements; one that reads may, and locks nothing.
+_IDLE_IN_TRANSACTION = "SET LOCAL idle_in_transaction_session_timeout = '15s'"
 _HINTS = {
     sqlite3.SQLITE_NOTADB: "it is no database: restore it from its backup",
     sqlite3.SQLITE_CORRUPT: "it is damaged: restore it from its backup",
@@ -86,6 +87,8 @@ class Database:
         with self._enter(self._writer):
             connection: Connection
             with self._translated(), self._engine.begin() as connection:
+                if self.is_server:
+                    connection.exec_driver_sql(_IDLE_IN_TRANSACTION)
                 if fence is not None:
                     _check_fence(connection, fence)
                 yield connection
@@ -285,8 +288,6 @@ def open_database(url: str, *, factory: Callable[..., sqlite3.Connection] | None
     if parsed.get_backend_name() == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
-    elif parsed.get_backend_name() == "postgresql":
-        event.listen(engine, "connect", _prepare_postgresql)
     try:
         with _translated(_place(parsed)), engine.connect():
             pass
@@ -313,12 +314,6 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
         f"busy_timeout={_BUSY_TIMEOUT_MS}",
     ):
         connection.execute(f"PRAGMA {pragma}")
-
-
-def _prepare_postgresql(connection: Any, _record: Any) -> None:
-    with connection.cursor() as cursor:
-        cursor.execute(_IDLE_IN_TRANSACTION)
-    connection.commit()
 
 
 def _begin_sqlite(connection: Connection) -> None:

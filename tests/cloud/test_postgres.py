@@ -155,6 +155,28 @@ def test_second_aggregator_takes_over_and_the_first_can_write_no_more(url: str) 
     second.close()
 
 
+@pytest.mark.slow
+def test_process_that_stopped_inside_of_a_transaction_keeps_nobody_from_taking_over(url: str) -> None:
+    """As a machine that is gone, or a process that is stopped: nothing ends its connection."""
+    first, second = open_database(url), open_database(url)
+    first.migrate()
+    old = first.claim_writer()
+
+    def stop_inside() -> None:
+        with first.transaction(fence=old) as connection:
+            append_audit(connection, "test", 1.5, {})
+            # Waits for the row that the first one has locked, until the server ends that one's transaction.
+            assert second.claim_writer() == old + 1
+            append_audit(connection, "test", 1.5, {})
+
+    with pytest.raises(StorageError):
+        stop_inside()
+    with second.read() as connection:
+        assert connection.execute(sa.select(schema.audit)).all() == []
+    first.close()
+    second.close()
+
+
 def test_server_that_is_away_is_one_clear_error(url: str) -> None:
     nowhere = url.replace(url.rpartition(":")[2], "9/postgres")
     with pytest.raises(StorageError) as caught:
