@@ -1,4 +1,4 @@
-"""What the processes of a load cost while it runs: CPU, memory and the aggregator's queues, read every two seconds.
+"""What the processes of a load cost while it runs: CPU, memory and the aggregator's queues, read every five seconds.
 
 Laws of the file: costs are the system's word (`/proc`), not a process's own; the queues are what an operator sees at
 the metrics port.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fleet.processes import children, own_cpu_seconds, peak_mib
 
-_SECONDS = 2.0
+_SECONDS = 5.0
 _SAMPLE = re.compile(r"^(\w+(?:\{[^}]*\})?) (\S+)$", re.MULTILINE)
 UP, DOWN = 'shoal_messages_waiting{direction="up"}', 'shoal_messages_waiting{direction="down"}'
 _PEAKS = {"events": UP, "packets": DOWN, "transfers": "shoal_transfers_open"}
@@ -44,7 +44,7 @@ def scrape(port: int) -> Mapping[str, float]:
 
 
 class Watch:
-    """Reads every two seconds, on a thread of its own, until `stop`.
+    """Reads every five seconds, on a thread of its own, until `stop`.
 
     Args:
         roles: processes by what they are in the report.
