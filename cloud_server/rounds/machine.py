@@ -120,7 +120,7 @@ def _opened(state: RoundState, event: RoundOpened, now: float, policy: RoundPoli
         round_number=state.round_number + 1,
         cohort=_cohort_of(event, state.present),
         deadline=min(event.deadline, now + policy.mask_seconds) if is_pairwise else event.deadline,
-        resend_at=now + policy.resend_seconds,
+        resend_at=now + policy.resend_after(len(event.devices)),
     )
     if not event.answered:
         return state, (SendOrders(event.devices),)
@@ -147,7 +147,9 @@ def _joined(state: RoundState, event: JoinArrived, now: float, policy: RoundPoli
 
 def _mask_phase_opened(state: RoundState, event: MaskPhaseOpened, now: float, policy: RoundPolicy) -> Step:
     cohort = Collection.of(dict.fromkeys(event.devices, Standing.WAITING))
-    state = replace(state, cohort=cohort, deadline=event.deadline, resend_at=now + policy.resend_seconds)
+    state = replace(
+        state, cohort=cohort, deadline=event.deadline, resend_at=now + policy.resend_after(len(event.devices))
+    )
     if len(event.devices) < policy.quorum:
         return _fail(state, f"{len(event.devices)} of {policy.quorum} devices can mask", now, policy)
     return state, (SendOrders(event.devices),)
@@ -212,7 +214,7 @@ def _collection_tick(state: RoundState, _event: Tick, now: float, policy: RoundP
     # In a masked round who accepted owes more than that: its keys.
     awaited = OUTSTANDING if state.phase in MASK_STEPS else {Standing.WAITING}
     silent = [device for device, standing in state.cohort.members.items() if standing in awaited]
-    state = replace(state, resend_at=now + policy.resend_seconds)
+    state = replace(state, resend_at=now + policy.resend_after(len(state.cohort.members)))
     return state, tuple(ResendOrder(device) for device in silent)
 
 
@@ -234,7 +236,7 @@ def _evaluation_opened(state: RoundState, event: EvaluationOpened, now: float, p
         state,
         cohort=Collection.of(dict.fromkeys(event.devices, Standing.WAITING)),
         deadline=event.deadline,
-        resend_at=now + policy.resend_seconds,
+        resend_at=now + policy.resend_after(len(event.devices)),
     )
     state, actions = _close_if_over(state, now, policy)
     return state, (SendOrders(event.devices), *actions) if event.devices else actions
@@ -257,7 +259,9 @@ def _decided(state: RoundState, _event: DecisionMade, now: float, policy: RoundP
 
 def _resume_training(state: RoundState, _event: Resumed, now: float, policy: RoundPolicy) -> Step:
     open_devices = tuple(d for d, standing in state.cohort.members.items() if standing in OUTSTANDING)
-    state, actions = _close_if_over(replace(state, resend_at=now + policy.resend_seconds), now, policy)
+    state, actions = _close_if_over(
+        replace(state, resend_at=now + policy.resend_after(len(state.cohort.members))), now, policy
+    )
     return state, actions or (SendOrders(open_devices),)
 
 
@@ -420,7 +424,9 @@ def _bounded(state: RoundState, now: float, policy: RoundPolicy) -> RoundState:
     rest = now + max(policy.backoff_max_seconds, policy.pause_seconds)
     deadline = state.deadline if state.deadline == NEVER else min(state.deadline, now + longest)
     resend_at = (
-        state.resend_at if state.resend_at == NEVER else min(state.resend_at, now + policy.resend_seconds)
+        state.resend_at
+        if state.resend_at == NEVER
+        else min(state.resend_at, now + policy.resend_after(len(state.cohort.members)))
     )
     not_before = min(state.not_before, rest)
     if (deadline, resend_at, not_before) == (state.deadline, state.resend_at, state.not_before):

@@ -37,6 +37,8 @@ class Phase(StrEnum):
     FINISHED = "finished"
 
 
+ANSWERS_PER_SECOND = 100.0
+"""What a slow aggregator takes in a round."""
 MASK_STEPS = frozenset({Phase.KEYS, Phase.SHARES, Phase.UNMASKING})
 """Phases in which a masked round gathers what is no update."""
 COLLECTING = MASK_STEPS | {Phase.TRAINING, Phase.EVALUATING}
@@ -66,7 +68,8 @@ class RoundPolicy:
         quorum: least number of present devices to open a round, and of stored updates to fold it.
         goal: stored updates that close a collection at once; 0 for all of the cohort.
         round_seconds, evaluate_seconds: longest wait for updates, and for evaluations.
-        resend_seconds: an order that nobody accepted or answered is sent again after this long.
+        resend_seconds: an order that nobody accepted or answered is sent again after this long; in a large cohort after
+            `resend_after`.
         grace_seconds: how long a collection short of its quorum waits for members that vanished to come back.
         pause_seconds: rest between a round and the next.
         backoff_seconds, backoff_max_seconds: rest after a failed round; doubles with each failure in a row.
@@ -150,6 +153,11 @@ class RoundPolicy:
     def is_masked(self) -> bool:
         """Whether the cloud learns sums only."""
         return self.secure != "plain"
+
+    def resend_after(self, cohort: int) -> float:
+        """Seconds after which orders of so many devices are sent again: many answers take us a while, and whoever is
+        asked again meanwhile answers again."""
+        return max(self.resend_seconds, cohort / ANSWERS_PER_SECOND)
 
     def backoff(self, failures: int) -> float:
         """Seconds of rest after a round failed, when so many had failed in a row before it."""

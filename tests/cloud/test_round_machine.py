@@ -293,3 +293,15 @@ def test_policy_out_of_bounds_is_an_error_that_names_it(changes: dict[str, float
         replace(POLICY, **changes)  # type: ignore[arg-type]
     assert caught.value.facts["name"] in changes
     assert caught.value.hint
+
+
+def test_orders_of_a_large_cohort_are_sent_again_later_than_those_of_a_small_one() -> None:
+    """An aggregator that is still busy with the first answers must not ask for more of them."""
+    devices = tuple(f"d{number:05}" for number in range(5_000))
+    script = Script(replace(POLICY, round_seconds=1000.0))
+    script.feed(ev.NodesChanged(frozenset(devices)))
+    script.feed(ev.RoundOpened(devices, script.now + 1000.0))
+    assert script.feed(ev.Tick(), after=POLICY.resend_seconds + 1.0) == []
+    again = script.feed(ev.Tick(), after=20.0)
+    assert again == [ev.ResendOrder(device) for device in devices]
+    assert script.feed(ev.Tick(), after=POLICY.resend_seconds + 1.0) == []
