@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from edge_agent.sequence import BLOCK, Sequence
-from edge_agent.storage import MEMORY, open_database
+from edge_agent.sequence import BLOCK, LOW, Sequence
+from edge_agent.storage import MEMORY, Database, open_database
 from tests.edge.tiny_release import SteppedClock
 from wire.errors import StorageError
 
@@ -133,9 +134,41 @@ def test_damaged_epoch_file_changes_nothing(tmp_path: Path, content: bytes) -> N
 def test_nothing_is_handed_out_when_the_block_cannot_be_reserved(tmp_path: Path) -> None:
     database = open_database(tmp_path)
     sequence = Sequence(database)
-    for _ in range(BLOCK):
-        sequence.next()
+    sequence.next()
     database.close()
+    assert [sequence.next()[1] for _ in range(BLOCK - 1)] == list(range(2, BLOCK + 1))
     with pytest.raises(StorageError):
         sequence.next()
     assert os.path.exists(tmp_path / "agent.db")
+
+
+@pytest.mark.parametrize("before", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1])
+def test_number_that_left_before_its_transaction_failed_never_comes_again(
+    tmp_path: Path, before: int
+) -> None:
+    database = open_database(tmp_path)
+    sequence = Sequence(database)
+    seen = [sequence.next() for _ in range(1 + before)]
+    with pytest.raises(StorageError):
+        fail_after(database, lambda: seen.extend(sequence.next() for _ in range(LOW)))
+    seen += [sequence.next() for _ in range(3)]
+    database.close()
+    again = Sequence(open_database(tmp_path))
+    seen += [again.next() for _ in range(3)]
+    assert len(set(seen)) == len(seen)
+
+
+def test_transaction_that_needs_more_numbers_than_are_reserved_gets_none(tmp_path: Path) -> None:
+    database = open_database(tmp_path)
+    sequence = Sequence(database)
+    sequence.next()
+    with pytest.raises(StorageError, match="inside of a transaction"):
+        fail_after(database, lambda: [sequence.next() for _ in range(2 * BLOCK)])
+    assert sequence.next()[1] > BLOCK
+
+
+def fail_after(database: Database, call: Callable[[], object]) -> None:
+    """A transaction that does what is asked and cannot be committed then."""
+    with database.transaction():
+        call()
+        raise StorageError("the disk is full")
