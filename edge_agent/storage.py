@@ -278,9 +278,11 @@ class Database:
         except sqlite3.Error as error:
             if self.path is None or _code(error) not in _NO_ROOM:
                 raise
-            _log.warning("database_opened_alone", reason=str(error))
+            reason = str(error)
         # On a full disk there is no room for what several processes share; what is there can be read without it.
-        return self._connected(alone=True)
+        connection = self._connected(alone=True)
+        _log.warning("database_opened_alone", reason=reason)
+        return connection
 
     def _connected(self, *, alone: bool) -> sqlite3.Connection:
         """A connection whose file is ours.
