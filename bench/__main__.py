@@ -11,7 +11,7 @@ from pathlib import Path
 from bench.table import Row, render
 
 ALL = ("sealing", "enrolment", "folding", "train_step", "gpu", "memory", "flower", "learning")
-BY_NAME = ("learning_fashion", "robustness", "masking", "cards", "inference", "reconnect")
+BY_NAME = ("learning_fashion", "robustness", "masking", "cards", "inference", "reconnect", "reconnect_broker")
 
 
 def main() -> int:
