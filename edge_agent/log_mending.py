@@ -91,10 +91,13 @@ def mend_log(path: Path) -> Outcome:
         return "whole"
     log = _Log(raw[: _HEAD.size], frames)
     outcome = log.mend()
+    database = path.with_name(path.name.removesuffix(LOG_SUFFIX))
+    if log.pages() and (not database.exists() or not database.stat().st_size):
+        outcome = "damaged"  # SQLite would delete the log of an empty database
     if outcome == "mended":
         write_durably(path, log.to_bytes())
     elif outcome == "damaged":
-        _pour(log.pages(), path.with_name(path.name.removesuffix(LOG_SUFFIX)))
+        _pour(log.pages(), database)
         path.unlink()
     return outcome
 

@@ -166,3 +166,19 @@ def test_log_that_is_none_goes_to_the_quarantine(tmp_path: Path) -> None:
         f"{DATABASE_NAME}-wal"
     ]
     database.close()
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_log_of_a_database_that_is_empty_or_gone_keeps_what_is_owed(tmp_path: Path, is_gone: bool) -> None:
+    database = open_database(tmp_path / "made")
+    for number in range(3):
+        put(database, number)
+    shutil.copytree(tmp_path / "made", tmp_path / "crashed")
+    database.close()
+    place = tmp_path / "crashed" / DATABASE_NAME
+    place.unlink()
+    if not is_gone:
+        place.touch()
+    found = open_database(tmp_path / "crashed")
+    assert [row.round_number for row in Outbox(found).pending()] == [0, 1, 2]
+    found.close()
