@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 
 from cloud_server.db.carried import load_moved, staleness
 from cloud_server.db.releases import HELD, RELEASED, ROLLED_BACK
-from cloud_server.db.schema import meta, orders, releases, rollouts, rounds, runs, updates
+from cloud_server.db.schema import meta, orders, presence, releases, rollouts, rounds, runs, updates
 
 
 def list_runs(connection: Connection) -> list[dict[str, Any]]:
@@ -139,6 +139,20 @@ def count_stored(connection: Connection) -> int:
     """Replies that wait to be folded."""
     query = sa.select(sa.func.count()).select_from(updates).where(updates.c.state == "stored")
     return int(connection.execute(query).scalar_one())
+
+
+def count_present(connection: Connection, *, version: int | None = None) -> int:
+    """Devices that are online or, where a release is named, that said last that they run it."""
+    query = sa.select(sa.func.count()).select_from(presence)
+    is_meant = presence.c.status == "online" if version is None else presence.c.release_version == version
+    return int(connection.execute(query.where(is_meant)).scalar_one())
+
+
+def count_received(connection: Connection, run: str) -> tuple[int, float]:
+    """Replies of a run in the books, whatever became of them, and when the last one came (unix seconds, or 0)."""
+    query = sa.select(sa.func.count(), sa.func.max(updates.c.received_at)).where(updates.c.run == run)
+    number, last = connection.execute(query).one()
+    return int(number), float(last or 0.0)
 
 
 def load_incarnation(connection: Connection) -> int:

@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import sqlalchemy as sa
 
 from cloud_server.db import releases as release_table
 from cloud_server.db import rounds as books
-from cloud_server.db.schema import presence, updates
+from cloud_server.db.overview import count_present, count_received
 from cloud_server.settings import (
     BrokerSettings,
     CloudSettings,
@@ -174,7 +173,7 @@ class _Campaign:
             enrolments_per_second=self._plan.devices / by_name["enrolment"].seconds,
             connects_per_second=self._plan.devices / by_name["connecting"].seconds,
             heartbeats=heartbeats,
-            collection_seconds=self._last_update(row) - row.started,
+            collection_seconds=self._stored()[1] - row.started,
             round_seconds=row.ended - row.started,
             uploads_again=tally.uploads_again,
             books=self._books(),
@@ -243,7 +242,7 @@ class _Campaign:
         with Progress("updates stored", self._plan.devices) as progress:
 
             def is_over() -> bool:
-                progress.advance(self._stored() - progress.done)
+                progress.advance(self._stored()[0] - progress.done)
                 return self._cloud.is_finished
 
             self._until(is_over, self._limit, "the round did not end", crew)
@@ -289,22 +288,16 @@ class _Campaign:
     # ---- what the database says --------------------------------------------------------------------------------
 
     def _online(self) -> int:
-        return self._count(sa.select(sa.func.count()).where(presence.c.status == "online"))
+        with self._cloud.deployment.database.read() as connection:
+            return count_present(connection)
 
     def _running(self, version: int) -> int:
-        return self._count(sa.select(sa.func.count()).where(presence.c.release_version == version))
-
-    def _stored(self) -> int:
-        return self._count(sa.select(sa.func.count()).where(updates.c.run == RUN))
-
-    def _count(self, query: sa.Select[int]) -> int:
         with self._cloud.deployment.database.read() as connection:
-            return int(connection.execute(query).scalar_one())
+            return count_present(connection, version=version)
 
-    def _last_update(self, row: books.RoundRow) -> float:
+    def _stored(self) -> tuple[int, float]:
         with self._cloud.deployment.database.read() as connection:
-            query = sa.select(sa.func.max(updates.c.received_at)).where(updates.c.round == row.number)
-            return float(connection.execute(query).scalar_one() or 0.0)
+            return count_received(connection, RUN)
 
     def _heard(self) -> float:
         return scrape(self._metrics_port).get(_HEARD, 0.0)
