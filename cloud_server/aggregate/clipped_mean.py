@@ -27,7 +27,7 @@ from cloud_server.aggregate.coordinate import heard_trimmed_mean
 from cloud_server.aggregate.gram import weighted_mean
 from cloud_server.aggregate.rows import bucket_count
 from cloud_server.aggregate.sketch import unit_rows
-from cloud_server.aggregate.standings import accord, fleets_voices, moved, standing_voices
+from cloud_server.aggregate.standings import accord, contradiction, fleets_voices, moved, standing_voices
 from cloud_server.aggregate.voices import FEWEST, kindred_voices, shared_voices, with_the_others
 from wire.errors import RoundError
 
@@ -93,7 +93,9 @@ def shares_of(
     gram = cosines * short[:, None] * short[None, :]
     ahead = None if way is None else units @ unit_rows([way])[0]
     if reference is not None:
-        standing = _trusted_standings(stood, gram, voices, ahead, units @ unit_rows([reference])[0])
+        trusted = unit_rows([reference])[0]
+        against = 0.0 if way is None else contradiction(unit_rows([way])[0], trusted)
+        standing = _trusted_standings(stood, gram, voices, ahead, units @ trusted, against)
         heard = voices * standing_voices(standing)
         if not float(heard @ short) > 0.0:
             raise RoundError("no update goes where the operator's samples do")
@@ -124,17 +126,20 @@ def _trusted_standings(
     voices: torch.Tensor,
     ahead: torch.Tensor | None,
     trusted: torch.Tensor,
+    against: float,
 ) -> torch.Tensor:
-    """By the way of the head and by the operator's samples.
+    """By the way of the head and by the operator's samples, which decide where the two contradict each other: whoever
+    took the head along once would otherwise be heard for having done so.
 
     Args:
         ahead: cosines with the way; None in the first round.
         trusted: cosines with the reference.
+        against: how far the way contradicts the reference, from 0 to 1.
     """
     heard = voices * standing_voices(stood)
-    weight = accord(trusted, heard)
+    weight = max(accord(trusted, heard), against)
     if ahead is not None:
-        return moved(stood, [(ahead, accord(ahead, heard)), (trusted, weight)])
+        return moved(stood, [(ahead, (1.0 - against) * accord(ahead, heard)), (trusted, weight)])
     # Where most of the fleet turns against the samples from the start, the samples are right.
     weight = max(weight, accord(-trusted, heard))
     heard = voices * standing_voices(moved(stood, [(trusted, weight)]))

@@ -51,6 +51,16 @@ def accord(cosines: torch.Tensor, voices: torch.Tensor) -> float:
     return min(max(float(median) / ACCORD, 0.0), 1.0)
 
 
+def contradiction(way: torch.Tensor, reference: torch.Tensor) -> float:
+    """How far the way of the head leads against the operator's samples, from 0 to 1.
+
+    Args:
+        way: of the head, float64 [D], of length 1.
+        reference: where the samples lead, likewise.
+    """
+    return min(max(-float(way @ reference) / ACCORD, 0.0), 1.0)
+
+
 def moved(standings: torch.Tensor, evidence: list[tuple[torch.Tensor, float]]) -> torch.Tensor:
     """Standings float64 [K] after a round.
 

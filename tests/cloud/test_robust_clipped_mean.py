@@ -231,6 +231,18 @@ def test_most_of_the_fleet_may_lie_where_samples_are_trusted() -> None:
     assert min(shares.voices[:3]) > 0.0
 
 
+def test_head_that_liars_took_along_comes_back_where_samples_are_trusted() -> None:
+    """They were heard once and the way is theirs: who goes along with it must not be heard for that."""
+    rows = honest(10, spread=0.5)
+    rows[6:] *= -1.0
+    standings = [-0.5] * 6 + [0.5] * 4
+    for _ in range(3):
+        standings = weigh(rows, way=-np.ones(SIZE), standings=standings, reference=np.ones(SIZE)).standings
+    shares = weigh(rows, way=-np.ones(SIZE), standings=standings, reference=np.ones(SIZE))
+    assert shares.voices[6:] == [0.0] * 4
+    assert min(shares.voices[:6]) > 0.0
+
+
 @pytest.mark.parametrize("rows", [-honest(3, spread=0.1), np.zeros((3, SIZE))], ids=["against", "no update"])
 def test_nobody_to_trust_is_a_failed_round(rows: Rows) -> None:
     with pytest.raises(RoundError, match="operator's samples"):
