@@ -185,10 +185,14 @@ class _Log:
         return _sums(frame.summed(), before.sums, self._order) == frame.sums
 
     def _is_followed(self, index: int) -> bool:
-        """Whether a commit lies behind a frame, in frames that hang together."""
+        """Whether a commit lies behind the transaction of a frame, in frames that hang together: a transaction begins
+        when the one before it is on the disk. Of the last one any frame may be torn, and the commit behind it there."""
+        own = next(
+            (at for at in range(index, self._length) if self._frames[at].pages and self._is_ours(at)), index
+        )
         return any(
             self._frames[at].pages and self._is_ours(at) and self._hangs(at)
-            for at in range(index + 1, self._length)
+            for at in range(own + 1, self._length)
         )
 
     def _correct(self, index: int, computed: Sums) -> Literal["right", "one_bit", "torn"]:
