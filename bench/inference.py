@@ -17,8 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from bench.one_device import initial_bundle, one_device
 from bench.open_loop import AskedAgent
 from bench.table import Row
 from cloud_server.settings import BrokerSettings, CloudSettings, ListenSettings, RunSettings, TrainSettings
@@ -26,12 +26,10 @@ from edge_agent.settings import EdgeSettings, InferenceSettings, ReleaseSettings
 from fleet.launch import CLOUD
 from fleet.local_cloud import LocalCloud, free_port
 from fleet.processes import children
-from models.build import build_bundle
 from models.bundle import Bundle
 from models.candidate import CandidateMaker
 from models.data import smartwatch
 from models.data.federation import Federation
-from models.zoo import load
 from process.options import render_toml
 from wire.errors import RoundError
 
@@ -54,7 +52,7 @@ def measure(requests: int = 10_000) -> list[Row]:
     Args:
         requests: in each kind of phase.
     """
-    federation = _one_device(smartwatch.federation())
+    federation = one_device(smartwatch.federation())
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as name, ExitStack() as stack:
         trial = _Trial(Path(name), federation, stack)
         for cycle in range(CYCLES):
@@ -68,7 +66,7 @@ class _Trial:
 
     def __init__(self, folder: Path, federation: Federation, stack: ExitStack) -> None:
         device, split = next(iter(federation.devices.items()))
-        bundle = _bundle(federation, folder / "bundle")
+        bundle = initial_bundle(federation, MODEL, folder / "bundle")
         self._cloud = stack.enter_context(
             LocalCloud(folder / "cloud", _settings(), federation, launch=_ELSEWHERE)
         )
@@ -208,27 +206,4 @@ def _settings() -> CloudSettings:
             paused=True,
         ),
         train=_TRAIN,
-    )
-
-
-def _one_device(federation: Federation) -> Federation:
-    device, split = next(iter(federation.devices.items()))
-    return Federation(
-        federation.name, federation.labels, federation.input_shape, federation.operator, {device: split}
-    )
-
-
-def _bundle(federation: Federation, folder: Path) -> Bundle:
-    """The zoo's model as it is initialised: what is learnt changes no latency."""
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    entry, x = load(MODEL), federation.operator.train_x
-    return build_bundle(
-        entry.make_model(),
-        entry.task,
-        entry.input_shape,
-        x,
-        name=MODEL,
-        out_dir=folder,
-        labels=federation.labels,
     )

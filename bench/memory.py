@@ -18,21 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from bench import bare_training
 from bench.flower_deployment import FlowerDeployment
+from bench.one_device import initial_bundle, one_device
 from bench.shoal_fleet import ShoalFleet
 from bench.table import Row
 from cloud_server.settings import RunSettings, TrainSettings
 from edge_agent.learning import plan_batches
 from fleet.processes import family, forget_peak, peak_mib, proportional_mib, resident_mib
-from models.build import build_bundle
 from models.bundle import Bundle
 from models.data import smartwatch
 from models.data.federation import Federation
-from models.zoo import load
 from wire.checkpoint import Checkpoint
 from wire.manifest import TRAIN_SGD
 from wire.messages import TrainConfig
@@ -51,10 +49,10 @@ _TRAIN = TrainSettings(epochs=2, batch_size=16, learning_rate=0.02, momentum=0.9
 
 def measure() -> list[Row]:
     """Rows for one device of the smartwatch data."""
-    federation = _one_device(smartwatch.federation())
+    federation = one_device(smartwatch.federation())
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as name:
         folder = Path(name)
-        bundle = _bundle(federation, folder / "bundle")
+        bundle = initial_bundle(federation, MODEL, folder / "bundle")
         bare = _bare_peak_mib(federation, bundle, folder)
         agent = _measure_agent(federation, bundle, folder)
         node = _measure_supernode(folder / "flower")
@@ -90,30 +88,6 @@ def measure() -> list[Row]:
             f"PSS {node.proportional:.0f} / {agent.proportional:.0f} MiB",
         ),
     ]
-
-
-def _one_device(federation: Federation) -> Federation:
-    device, split = next(iter(federation.devices.items()))
-    return Federation(
-        federation.name, federation.labels, federation.input_shape, federation.operator, {device: split}
-    )
-
-
-def _bundle(federation: Federation, folder: Path) -> Bundle:
-    """The zoo's model as it is initialised: what is learnt changes no size."""
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    entry = load(MODEL)
-    x = federation.operator.train_x
-    return build_bundle(
-        entry.make_model(),
-        entry.task,
-        entry.input_shape,
-        x,
-        name=MODEL,
-        out_dir=folder,
-        labels=federation.labels,
-    )
 
 
 # ---- the agent -------------------------------------------------------------------------------------------------

@@ -149,15 +149,16 @@ def _simulate(options: argparse.Namespace) -> int:
 
 
 def _load(options: argparse.Namespace) -> int:
-    from fleet.load.campaign import LoadPlan, make_empty, run_load
+    from fleet.load.campaign import MARKER, LoadPlan, run_load
     from fleet.load.open_files import allow_open_files
     from fleet.load.report import render
+    from fleet.out_folder import make_empty
     from models.data import digits
     from models.first_bundle import make_first_bundle
 
     # Said now, and not after a model was trained for it.
     allow_open_files(options.devices)
-    make_empty(options.out)
+    make_empty(options.out, MARKER, "load")
     federation = digits.federation(devices=2)
     bundle = make_first_bundle(federation, "digits_mlp", options.out / "bundle", seed=1)
     plan = LoadPlan(

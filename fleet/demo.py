@@ -7,7 +7,6 @@ released already; nothing is tuned on them; every agent is a `shoal-edge run` as
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -34,6 +33,7 @@ from edge_agent.settings import (
 from fleet.demo_report import make_report
 from fleet.local_agent import LocalAgent
 from fleet.local_cloud import HOLDOUT, LocalCloud, free_port
+from fleet.out_folder import make_empty
 from fleet.report import FleetReport
 from fleet.workloads import workload
 from models.data import fashion_mnist, smartwatch
@@ -41,7 +41,7 @@ from models.data.federation import Federation
 from models.first_bundle import make_first_bundle
 from process.options import render_toml
 from process.progress import Progress
-from wire.errors import ConfigurationError, RoundError, StorageError
+from wire.errors import ConfigurationError, RoundError
 
 MIN_GAIN = 0.01
 """A point on the devices' own windows is worth a release."""
@@ -110,7 +110,7 @@ def run_demo(plan: DemoPlan, out: Path) -> FleetReport:
             f"no data set is called {plan.dataset!r}", hint=f"there are {', '.join(DATASETS)}"
         )
     federation = dataset.load(plan.seed)
-    _make_empty(out)
+    make_empty(out, MARKER, "demo")
     with Progress("first model", 1) as progress:
         bundle = make_first_bundle(federation, dataset.model, out / "bundle", seed=plan.seed)
         progress.advance()
@@ -131,18 +131,6 @@ def run_demo(plan: DemoPlan, out: Path) -> FleetReport:
         for agent in agents:
             agent.stop()
         return make_report(plan.dataset, plan.seed, federation, bundle, cloud, agents)
-
-
-def _make_empty(out: Path) -> None:
-    """Empties a folder that a demo made, by its marker; refuses any other that is not empty."""
-    if out.exists() and any(out.iterdir()) and not (out / MARKER).is_file():
-        raise ConfigurationError(f"{out} is not empty and not a demo's", hint="name a new folder with --out")
-    shutil.rmtree(out, ignore_errors=True)
-    try:
-        out.mkdir(parents=True)
-        (out / MARKER).touch()
-    except OSError as error:
-        raise StorageError(f"{out} cannot be made: {error.strerror}") from error
 
 
 def _cloud_settings(plan: DemoPlan, dataset: Dataset, devices: int) -> CloudSettings:

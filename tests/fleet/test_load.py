@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from cloud_server.db.rounds import UpdateRow
-from fleet.load.campaign import MARKER, LoadPlan, make_empty, run_load
+from fleet.load.campaign import MARKER, LoadPlan, run_load
 from fleet.load.ledger import LedgerFile, Line, Verdict, compare, read_lines
 from fleet.load.light_agent import Habits
 from fleet.load.open_files import allow_open_files
 from fleet.load.report import LoadReport, render
+from fleet.out_folder import make_empty
 from models.bundle import Bundle
 from tests.fleet.thirds import make_federation
 from tests.transport.conftest import needs_mosquitto
@@ -86,15 +87,15 @@ def test_too_few_open_files_are_an_error_that_says_how_to_get_more() -> None:
 def test_folder_of_somebody_else_is_not_emptied(tmp_path: Path) -> None:
     (tmp_path / "precious").touch()
     with pytest.raises(ConfigurationError):
-        make_empty(tmp_path)
+        make_empty(tmp_path, MARKER, "load")
     assert (tmp_path / "precious").exists()
     (tmp_path / MARKER).touch()
-    make_empty(tmp_path)
+    make_empty(tmp_path, MARKER, "load")
     assert [path.name for path in tmp_path.iterdir()] == [MARKER]
 
 
 def play(out: Path, bundle: Bundle, *, devices: int, cut_every: int, is_tls: bool = True) -> LoadReport:
-    make_empty(out)
+    make_empty(out, MARKER, "load")
     plan = LoadPlan(
         devices=devices,
         seconds=0.0,
