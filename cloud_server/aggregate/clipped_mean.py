@@ -28,7 +28,7 @@ from cloud_server.aggregate.gram import weighted_mean
 from cloud_server.aggregate.rows import bucket_count
 from cloud_server.aggregate.sketch import unit_rows
 from cloud_server.aggregate.standings import accord, contradiction, fleets_voices, moved, standing_voices
-from cloud_server.aggregate.voices import FEWEST, kindred_voices, shared_voices, with_the_others
+from cloud_server.aggregate.voices import FEWEST, drawn_peers, kindred_voices, shared_voices, with_the_others
 from wire.errors import RoundError
 
 LENGTH_ROOM = 2.0
@@ -60,6 +60,7 @@ def shares_of(
     *,
     way: torch.Tensor | None,
     standings: Sequence[float],
+    seed: int,
     reference: torch.Tensor | None = None,
 ) -> Shares:
     """Weighs a cohort.
@@ -70,6 +71,7 @@ def shares_of(
         weights: from 1 up, capped.
         way: sketch of where the head has been going; None in the first round.
         standings: of the devices before this round; 0 for a new one.
+        seed: of the round; draws whom updates are compared with in a large cohort.
         reference: sketch of where the operator's own samples go, which then decides; None without such samples.
 
     Raises:
@@ -86,21 +88,21 @@ def shares_of(
             clip_factors(lengths, LENGTH_ROOM * median_length(lengths)),
         )
     )
-    cosines = units @ units.T
-    kindred = kindred_voices(cosines)
-    voices = voices * kindred * shared_voices(cosines, kindred)
+    peers = drawn_peers(len(units), seed).to(units.device)
+    cosines = units @ units[peers].T
+    kindred = kindred_voices(cosines, peers)
+    voices = voices * kindred * shared_voices(cosines, peers, kindred)
     short = real * cuts
-    gram = cosines * short[:, None] * short[None, :]
     ahead = None if way is None else units @ unit_rows([way])[0]
     if reference is not None:
         trusted = unit_rows([reference])[0]
         against = 0.0 if way is None else contradiction(unit_rows([way])[0], trusted)
-        standing = _trusted_standings(stood, gram, voices, ahead, units @ trusted, against)
+        standing = _trusted_standings(stood, units, short, voices, ahead, units @ trusted, against)
         heard = voices * standing_voices(standing)
         if not float(heard @ short) > 0.0:
             raise RoundError("no update goes where the operator's samples do")
     else:
-        standing = _standings(stood, gram, voices, ahead)
+        standing = _standings(stood, units, short, voices, ahead)
         heard = voices * fleets_voices(standing)
     stretch = float(heard @ (real * roomy)) / max(float(heard @ short), torch.finfo(torch.float64).tiny)
     voices = heard / heard.sum()
@@ -108,21 +110,26 @@ def shares_of(
 
 
 def _standings(
-    stood: torch.Tensor, gram: torch.Tensor, voices: torch.Tensor, ahead: torch.Tensor | None
+    stood: torch.Tensor,
+    units: torch.Tensor,
+    short: torch.Tensor,
+    voices: torch.Tensor,
+    ahead: torch.Tensor | None,
 ) -> torch.Tensor:
     """By the way of the head; where it has none yet, by the others."""
     # One or two replies are a mean already, or nobody's: they say nothing of anybody.
     if len(stood) < FEWEST:
         return stood
     if ahead is None:
-        ahead = with_the_others(gram, voices)
+        ahead = with_the_others(units, short, voices)
         return moved(stood, [(ahead, accord(ahead, voices))])
     return moved(stood, [(ahead, accord(ahead, voices * standing_voices(stood)))])
 
 
 def _trusted_standings(
     stood: torch.Tensor,
-    gram: torch.Tensor,
+    units: torch.Tensor,
+    short: torch.Tensor,
     voices: torch.Tensor,
     ahead: torch.Tensor | None,
     trusted: torch.Tensor,
@@ -143,7 +150,7 @@ def _trusted_standings(
     # Where most of the fleet turns against the samples from the start, the samples are right.
     weight = max(weight, accord(-trusted, heard))
     heard = voices * standing_voices(moved(stood, [(trusted, weight)]))
-    others = with_the_others(gram, heard)
+    others = with_the_others(units, short, heard)
     return moved(stood, [(others, accord(others, heard)), (trusted, weight)])
 
 

@@ -58,4 +58,4 @@ def unit_rows(sketches: Sequence[torch.Tensor]) -> torch.Tensor:
     """Sketches as rows of length 1, float64 [K, D]; what is zero stays zero."""
     rows = torch.stack(list(sketches))
     lengths: torch.Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return rows / lengths.clamp(min=torch.finfo(torch.float64).tiny)
+    return rows.div_(lengths.clamp(min=torch.finfo(torch.float64).tiny))

@@ -15,6 +15,7 @@ Laws of the file: pure; float64; the order of the rows does not matter; a cohort
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 ALIKE_FROM = 2.0
@@ -31,6 +32,8 @@ NO_KIN = 0.02
 KIN = 0.12
 """Of the cohort's usual sum of squared cosines: between the two a voice goes from nothing to all. A vector of noise
 has a hundredth part, the device with the oddest data of our fleets a sixth."""
+MOST_PEERS = 1024
+"""An update is compared with so many others: time and memory grow with the cohort and not with its square."""
 FEWEST = 3
 """Of fewer replies nobody can tell who is wrong."""
 _NORMAL = 1.4826
@@ -38,19 +41,34 @@ _NORMAL = 1.4826
 _TINY = torch.finfo(torch.float64).tiny
 
 
-def shared_voices(cosines: torch.Tensor, kindred: torch.Tensor | None = None) -> torch.Tensor:
+def drawn_peers(rows: int, seed: int) -> torch.Tensor:
+    """Whom every update of a cohort is compared with: all, or `MOST_PEERS` of them drawn by chance; int64 [M], rising.
+
+    Args:
+        seed: of the round: nobody knows before who will be drawn.
+    """
+    if rows <= MOST_PEERS:
+        return torch.arange(rows)
+    drawn = np.random.default_rng([seed, rows]).choice(rows, MOST_PEERS, replace=False)
+    return torch.from_numpy(np.sort(drawn))
+
+
+def shared_voices(
+    cosines: torch.Tensor, peers: torch.Tensor, kindred: torch.Tensor | None = None
+) -> torch.Tensor:
     """1 for who is like no other, n to the power of −`CHORUS` for each of n that are alike: float64 [K].
 
     Args:
-        cosines: between all rows, float64 [K, K].
+        cosines: of all rows with those of the peers, float64 [K, M].
+        peers: from `drawn_peers`.
         kindred: from `kindred_voices`: what is usual is found among those that have kin; all of them if not given.
     """
     rows = len(cosines)
     everybody = torch.ones(rows, dtype=torch.float64, device=cosines.device)
-    asked = everybody.bool() if kindred is None else kindred > 0.5
+    asked = (everybody if kindred is None else kindred)[peers] > 0.5
     if int(asked.sum()) < FEWEST:
         return everybody
-    others = cosines[asked][:, asked].clone().fill_diagonal_(torch.nan)
+    others = cosines[peers[asked]][:, asked].fill_diagonal_(torch.nan)
     # The median of each row's median: neither a minority's rows nor its columns decide what is usual.
     usual = float(others.nanmedian(dim=1).values.median().clamp(min=0.0))
     if usual >= 1.0 - 1e-9:
@@ -60,31 +78,43 @@ def shared_voices(cosines: torch.Tensor, kindred: torch.Tensor | None = None) ->
     begin = min(ALIKE_FROM * spread, NEVER_ALIKE)
     end = max(min(ALIKE * spread, SURELY_ALIKE), begin + SURELY_ALIKE - NEVER_ALIKE)
     excess = (((cosines - usual) / (1.0 - usual) - begin) / (end - begin)).clamp(min=0.0, max=1.0)
-    return excess.fill_diagonal_(1.0).sum(dim=1) ** -CHORUS
+    return (1.0 + _sum_over_others(excess, peers)) ** -CHORUS
 
 
-def kindred_voices(cosines: torch.Tensor) -> torch.Tensor:
+def kindred_voices(cosines: torch.Tensor, peers: torch.Tensor) -> torch.Tensor:
     """0 for who has nothing in common with anybody, neither along nor against, 1 for who has: float64 [K].
 
     Args:
-        cosines: between all rows, float64 [K, K].
+        cosines: of all rows with those of the peers, float64 [K, M].
+        peers: from `drawn_peers`.
     """
-    squares = cosines.square().fill_diagonal_(0.0).sum(dim=1)
+    squares = _sum_over_others(cosines.square(), peers)
     usual = float(squares.median()) if len(cosines) else 0.0
     if len(cosines) < FEWEST or usual <= _TINY:
         return torch.ones_like(squares)
     return ((squares / usual - NO_KIN) / (KIN - NO_KIN)).clamp(min=0.0, max=1.0)
 
 
-def with_the_others(gram: torch.Tensor, voices: torch.Tensor) -> torch.Tensor:
+def with_the_others(units: torch.Tensor, lengths: torch.Tensor, voices: torch.Tensor) -> torch.Tensor:
     """The cosine of each row with the weighted sum of all others, float64 [K]; 0 where one of the two is nothing.
 
     Args:
-        gram: inner products of the rows, float64 [K, K].
+        units: rows of length 1, float64 [K, D].
+        lengths: what each row is multiplied with, float64 [K].
         voices: float64 [K].
     """
-    own = voices * gram.diagonal()
-    with_sum = gram @ voices
+    with_sum = lengths * (units @ ((voices * lengths) @ units))
+    squares = lengths.square()
+    own = voices * squares
     along = with_sum - own
     length = (voices @ with_sum - 2.0 * voices * with_sum + voices * own).clamp(min=0.0).sqrt()
-    return along / (length * gram.diagonal().sqrt()).clamp(min=_TINY)
+    return along / (length * lengths).clamp(min=_TINY)
+
+
+def _sum_over_others(values: torch.Tensor, peers: torch.Tensor) -> torch.Tensor:
+    """Over all others, judged by those that are peers: float64 [K] of [K, M], which is used up."""
+    rows, many = values.shape
+    values[peers, torch.arange(many)] = 0.0
+    asked = torch.full((rows,), float(many), dtype=torch.float64, device=values.device)
+    asked[peers] -= 1.0
+    return values.sum(dim=1) * ((rows - 1.0) / asked.clamp(min=1.0))

@@ -220,6 +220,7 @@ class ClippedMean(RobustStrategy):
             weights,
             way=None if self.way is None else sketcher.sketch(self.way),
             standings=[self.standings.get(node, 0.0) for node in nodes],
+            seed=seed,
             reference=None if reference is None else sketcher.sketch(reference),
         )
         self._note(nodes, shares.standings)

@@ -18,7 +18,7 @@ from cloud_server.aggregate.clipped_mean import Rows as Sides
 from cloud_server.aggregate.coordinate import heard_trimmed_mean, trimmed_mean
 from cloud_server.aggregate.sketch import SKETCH_SIZE, Sketcher, unit_rows
 from cloud_server.aggregate.standings import ACCORD, KEPT, accord
-from cloud_server.aggregate.voices import kindred_voices, shared_voices
+from cloud_server.aggregate.voices import MOST_PEERS, drawn_peers, kindred_voices, shared_voices
 from cloud_server.flower import robust
 from cloud_server.flower.robust import ClippedMean
 from cloud_server.flower.state import export_state, import_state
@@ -48,6 +48,7 @@ def weigh(
         list(weights or [10] * len(rows)),
         way=None if way is None else torch.from_numpy(way),
         standings=list(standings or [0.0] * len(rows)),
+        seed=1,
         reference=None if reference is None else torch.from_numpy(reference),
     )
 
@@ -136,7 +137,7 @@ def test_attackers_that_say_the_same_share_one_voice() -> None:
 
 def test_honest_devices_that_agree_keep_their_voices_beside_one_that_does_not() -> None:
     rows = np.concatenate([honest(10, spread=0.1), honest(1, spread=3.0, seed=5)])
-    voices = shared_voices(torch.from_numpy(np.corrcoef(rows)))
+    voices = shared_voices(torch.from_numpy(np.corrcoef(rows)), torch.arange(11))
     assert float(voices[:10].sum()) > 5.0
 
 
@@ -190,7 +191,7 @@ def test_likeness_is_measured_by_the_spread_of_all_pairs() -> None:
     cosines = unlike(16)
     cosines[:3, :3] = np.where(np.eye(3) == 1.0, 1.0, 0.6)
     cosines[4, 5] = cosines[5, 4] = 0.25
-    voices = shared_voices(torch.from_numpy(cosines))
+    voices = shared_voices(torch.from_numpy(cosines), torch.arange(16))
     assert float(voices[:3].sum()) < 0.5
     assert float(voices[4:6].min()) > 0.8
     assert float(voices[6:].min()) > 0.5
@@ -200,9 +201,30 @@ def test_noise_has_no_kin_and_no_voice() -> None:
     cosines = unlike(16)
     cosines[:4, :] = cosines[:, :4] = 0.005
     np.fill_diagonal(cosines, 1.0)
-    kindred = kindred_voices(torch.from_numpy(cosines))
+    kindred = kindred_voices(torch.from_numpy(cosines), torch.arange(16))
     assert kindred[:4].tolist() == [0.0] * 4
     assert kindred[4:].tolist() == [1.0] * 12
+
+
+def test_large_cohort_is_judged_by_peers_as_by_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty of two hundred say the same, ten are noise; each is compared with a hundred."""
+    rng = np.random.default_rng(3)
+    rows = honest(170, spread=1.0)
+    rows = np.concatenate([rows, np.repeat(honest(1, seed=9), 20, axis=0), 0.3 * rng.normal(size=(10, SIZE))])
+    whole = np.array(weigh(rows).voices)
+    monkeypatch.setattr("cloud_server.aggregate.voices.MOST_PEERS", 100)
+    drawn = np.array(weigh(rows).voices)
+    for voices in (whole, drawn):
+        assert voices[170:190].sum() < 2.0 * voices[:170].max()
+    assert np.corrcoef(whole, drawn)[0, 1] > 0.95
+
+
+def test_peers_are_all_of_a_small_cohort_and_drawn_by_seed_of_a_large_one() -> None:
+    assert drawn_peers(MOST_PEERS, 1).tolist() == list(range(MOST_PEERS))
+    first, again, other = (drawn_peers(3 * MOST_PEERS, seed).tolist() for seed in (1, 1, 2))
+    assert first == again == sorted(set(first))
+    assert len(first) == MOST_PEERS
+    assert first != other
 
 
 def test_accord_is_that_of_the_median_voice() -> None:

@@ -178,6 +178,7 @@ def _clipped(
         [10] * len(updates),
         way=None,
         standings=[0.0] * len(updates),
+        seed=1,
         reference=None if reference is None else torch.from_numpy(reference).double(),
     )
     rows = Rows(shares, P, 0)
