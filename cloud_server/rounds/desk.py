@@ -5,6 +5,7 @@ Laws of the file: nothing leaves before what it says is committed; no number tha
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,6 +38,11 @@ NORM_MEDIAN = "update_norm_median"
 """Metric of a round: how long its updates were, before any was clipped."""
 
 
+ORDERS_A_TURN = 128
+"""Orders of a large cohort leave in turns, between which answers are taken: sent all at once, the answers to the first
+waited behind the last, and thousands of devices sent theirs again."""
+
+
 class Desk(ABC):
     """Performs the actions of one run. Holds its head, and the round and orders under way."""
 
@@ -50,6 +56,7 @@ class Desk(ABC):
         self._moved_by = 0  # the round that the head came out of; 0: the run began with it
         self._round: books.RoundRow | None = None
         self._orders: dict[str, books.OrderRow] = {}
+        self._unsent: dict[str, books.OrderRow] = {}
         self._published: tuple[BlobRef, HeadPatch | None] | None = None
         self._last_number = 0
         self.metrics: Mapping[str, float] = {}
@@ -98,6 +105,12 @@ class Desk(ABC):
         """What came from elsewhere than the fleet since the last turn."""
         return None
 
+    def send_waiting(self) -> bool:
+        """Sends the next orders of a large cohort; returns whether some are left."""
+        for device in list(itertools.islice(self._unsent, ORDERS_A_TURN)):
+            self._send(self._unsent.pop(device))
+        return bool(self._unsent)
+
     def note_accepted(self, order: books.OrderRow) -> None:
         """A device is at work on its order."""
         return
@@ -114,17 +127,19 @@ class Desk(ABC):
 
     def _send_orders(self, action: ev.SendOrders) -> None:
         # Who is at work on the order of an earlier round is not sent it again.
-        orders = [self._orders[device] for device in action.devices if device in self._orders]
+        orders = {device: self._orders[device] for device in action.devices if device in self._orders}
         if not orders:
             return
-        self._invite(is_open=True, deadline=orders[0].deadline)
-        for order in orders:
-            self._send(order)
+        self._invite(is_open=True, deadline=next(iter(orders.values())).deadline)
+        self._unsent = orders
+        self.send_waiting()
 
     def _resend_order(self, action: ev.ResendOrder) -> None:
-        self._send(self._orders[action.device])
+        if action.device not in self._unsent:
+            self._send(self._orders[action.device])
 
     def _close_collection(self, _action: ev.CloseCollection) -> None:
+        self._unsent = {}
         row, now = self._open_row(), self._ports.clock.now()
         kind, state = ("train", "folding") if row.state == "training" else ("evaluate", "deciding")
         with self._database.transaction(fence=self._ports.fence) as connection:
@@ -159,7 +174,7 @@ class Desk(ABC):
 
     def _listen(self, orders: Sequence[books.OrderRow], answered: set[bytes]) -> None:
         """From now on replies to these orders are taken."""
-        self._orders = {order.device: order for order in orders}
+        self._orders, self._unsent = {order.device: order for order in orders}, {}
         self._intake.open({order.order_id: self._expected(order) for order in orders}, answered)
 
     def _expected(self, order: books.OrderRow) -> Expected:

@@ -195,7 +195,7 @@ class RoundRunner:
             self._queue.append(ev.Tick())
         while self._queue or self._poll():
             self._take(self._queue.popleft())
-        return self._next_tick
+        return self._ports.clock.now() if self._desk.send_waiting() else self._next_tick
 
     def _book_declined(self) -> None:
         """All that were declined since the last turn, in one commit: a fleet without samples declines as one."""
