@@ -172,15 +172,19 @@ class LocalAgent:
             return
         try:
             due = time.monotonic()
-            for line in self._live_lines():
+            for number, line in enumerate(self._live_lines()):
                 due += self._interval
                 if self._stopping.wait(max(0.0, due - time.monotonic())):
                     break
+                self._is_due(number, due)
                 stream.write(line)
                 stream.flush()
                 self.sent += 1
         except (BrokenPipeError, ValueError):
             return  # the agent ended; `check` says so
+
+    def _is_due(self, number: int, due: float) -> None:
+        """A window is about to be sent whose time was `due`, in monotonic seconds."""
 
     def _write_labelled(self, folder: Path) -> list[Path]:
         """The labelled windows as files, as a user would have them; returns the doors for them."""
@@ -205,10 +209,13 @@ class LocalAgent:
         if self._process.stdout is None:
             return
         for line in self._process.stdout:
-            answer = json.loads(line)
-            if "error" in answer:
-                self.errors += 1
-            else:
-                self.answers[int(answer["release"])] += 1
-            if not str(answer["id"]).startswith("live-"):
-                self._labelled_answers += 1
+            self._answered(json.loads(line))
+
+    def _answered(self, answer: Mapping[str, Any]) -> None:
+        """An answer came."""
+        if "error" in answer:
+            self.errors += 1
+        else:
+            self.answers[int(answer["release"])] += 1
+        if not str(answer["id"]).startswith("live-"):
+            self._labelled_answers += 1
