@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import inf
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct, field
 
@@ -17,7 +17,8 @@ from edge_agent.device_state import Timing
 from edge_agent.learning import TrainPolicy
 from edge_agent.link.door import LOOK_SECONDS, plan_of
 from process.health import Mode
-from process.settings import load_settings
+from process.options import option
+from process.settings import LogSettings, load_settings
 from wire.backoff import Backoff
 
 TOKEN_VARIABLE = "SHOAL_ENROLL_TOKEN"
@@ -27,59 +28,55 @@ WATCH_SECONDS = 5.0
 """Between two looks at a new release, if something would be done about it."""
 
 
-def _option(sentence: str, **bounds: Any) -> Meta:
-    return Meta(description=sentence, **bounds)
-
-
 class InferenceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[inference]`"""
 
     variant: Annotated[
         Literal["auto", "int8", "float32"],
-        _option(
+        option(
             "Which model file serves; auto measures both when a release is installed and keeps the faster."
         ),
     ] = "auto"
     recent_windows: Annotated[
-        int, _option("Answered windows kept in memory until a label for them arrives.", ge=0, le=1_000_000)
+        int, option("Answered windows kept in memory until a label for them arrives.", ge=0, le=1_000_000)
     ] = 256
-    recent_bytes: Annotated[int, _option("Most bytes of those windows.", ge=0, le=2**32)] = 4 * 2**20
+    recent_bytes: Annotated[int, option("Most bytes of those windows.", ge=0, le=2**32)] = 4 * 2**20
 
 
 class TrainingSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[training]`: what the device is willing to do, whatever the cloud asks for."""
 
-    enabled: Annotated[bool, _option("Whether this device trains at all.")] = True
+    enabled: Annotated[bool, option("Whether this device trains at all.")] = True
     min_samples: Annotated[
-        int, _option("Labelled samples below which the device declines to train.", ge=1, le=10**9)
+        int, option("Labelled samples below which the device declines to train.", ge=1, le=10**9)
     ] = 1
     validation_share: Annotated[
-        float, _option("Share of labelled samples that is held out to evaluate on.", ge=0.0, le=0.9)
+        float, option("Share of labelled samples that is held out to evaluate on.", ge=0.0, le=0.9)
     ] = 0.2
-    max_epochs: Annotated[int, _option("Most passes over the samples in one round.", ge=1, le=100)] = 20
-    max_steps: Annotated[int, _option("Most optimizer steps in one round.", ge=1, le=100_000)] = 2000
-    max_batch_size: Annotated[int, _option("Largest batch, in samples.", ge=1, le=4096)] = 256
-    max_learning_rate: Annotated[float, _option("Largest learning rate.", gt=0.0, le=10.0)] = 1.0
+    max_epochs: Annotated[int, option("Most passes over the samples in one round.", ge=1, le=100)] = 20
+    max_steps: Annotated[int, option("Most optimizer steps in one round.", ge=1, le=100_000)] = 2000
+    max_batch_size: Annotated[int, option("Largest batch, in samples.", ge=1, le=4096)] = 256
+    max_learning_rate: Annotated[float, option("Largest learning rate.", gt=0.0, le=10.0)] = 1.0
     max_clipping_norm: Annotated[
-        float, _option("Largest L2 norm that an update may have.", gt=0.0, le=1e9)
+        float, option("Largest L2 norm that an update may have.", gt=0.0, le=1e9)
     ] = 1000.0
     masked_only: Annotated[
-        bool, _option("Whether this device declines to send an update that is not under masks.")
+        bool, option("Whether this device declines to send an update that is not under masks.")
     ] = False
     min_masked: Annotated[
-        int, _option("Fewest devices of a sum under masks that this one takes part in.", ge=3, le=16_384)
+        int, option("Fewest devices of a sum under masks that this one takes part in.", ge=3, le=16_384)
     ] = 3
     helper_key: Annotated[
         str,
-        _option(
+        option(
             "Public key (hex) of the helper that unmasks sums, from who runs it; with masked_only, rounds without this"
             " helper are declined. Empty: the helper that the fleet's offline key names.",
             pattern=r"^([0-9a-f]{64}|[0-9a-f]{2432})?\Z",
         ),
     ] = ""
-    max_examples: Annotated[int, _option("Newest samples that one round trains on.", ge=1, le=10**7)] = 4096
+    max_examples: Annotated[int, option("Newest samples that one round trains on.", ge=1, le=10**7)] = 4096
     max_head_bytes: Annotated[
-        int, _option("Largest checkpoint that the device gathers for a round.", ge=1024, le=256 * 2**20)
+        int, option("Largest checkpoint that the device gathers for a round.", ge=1024, le=256 * 2**20)
     ] = 64 * 2**20
 
     def policy(self, fleet_cap: int) -> TrainPolicy:
@@ -97,28 +94,28 @@ class TrainingSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class StorageSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[storage]`"""
 
-    database_bytes: Annotated[int, _option("Cap of agent.db.", ge=2**20, le=2**40)] = 256 * 2**20
+    database_bytes: Annotated[int, option("Cap of agent.db.", ge=2**20, le=2**40)] = 256 * 2**20
     sample_bytes: Annotated[
-        int, _option("Cap of stored windows; the oldest go first.", ge=2**16, le=2**40)
+        int, option("Cap of stored windows; the oldest go first.", ge=2**16, le=2**40)
     ] = 64 * 2**20
-    outbox_bytes: Annotated[int, _option("Cap of updates that wait for a receipt.", ge=2**16, le=2**40)] = (
+    outbox_bytes: Annotated[int, option("Cap of updates that wait for a receipt.", ge=2**16, le=2**40)] = (
         64 * 2**20
     )
     retention_days: Annotated[
-        float, _option("Age in days at which a stored window is deleted.", gt=0.0, le=36_500.0)
+        float, option("Age in days at which a stored window is deleted.", gt=0.0, le=36_500.0)
     ] = 30.0
-    precision: Annotated[Literal["float32", "float16"], _option("How windows are kept on disk.")] = "float32"
+    precision: Annotated[Literal["float32", "float16"], option("How windows are kept on disk.")] = "float32"
 
 
 class ReleaseSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[release]`"""
 
     check_seconds: Annotated[
-        float, _option("Seconds between release checks without an announcement.", ge=1.0, le=2_592_000.0)
+        float, option("Seconds between release checks without an announcement.", ge=1.0, le=2_592_000.0)
     ] = 21_600.0
     retry_cap_seconds: Annotated[
         float,
-        _option(
+        option(
             "A wait before a failed check is made again is drawn from nothing to 15 seconds, doubled each time up to"
             " this.",
             ge=1.0,
@@ -127,25 +124,25 @@ class ReleaseSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = 3600.0
     spread_seconds: Annotated[
         float,
-        _option("Seconds over which a fleet spreads its downloads of a new release.", ge=0.0, le=86_400.0),
+        option("Seconds over which a fleet spreads its downloads of a new release.", ge=0.0, le=86_400.0),
     ] = 1.0
     probation_seconds: Annotated[
-        float, _option("Seconds that a new release is watched before it is trusted.", ge=0.0, le=2_592_000.0)
+        float, option("Seconds that a new release is watched before it is trusted.", ge=0.0, le=2_592_000.0)
     ] = 60.0
     watch_windows: Annotated[
         int,
-        _option(
+        option(
             "Windows that a new release and the one before must both have answered before the watch judges.",
             ge=1,
             le=512,
         ),
     ] = 16
     watch_slowdown: Annotated[
-        float, _option("Times slower than the one before at which a new release goes back.", gt=1.0, le=1e6)
+        float, option("Times slower than the one before at which a new release goes back.", gt=1.0, le=1e6)
     ] = 4.0
     watch_disagreement: Annotated[
         float,
-        _option(
+        option(
             "Share of the windows that the release before was sure of (0.8) on which a new one may differ.",
             ge=0.0,
             le=1.0,
@@ -153,20 +150,20 @@ class ReleaseSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = 0.5
     watch_shift: Annotated[
         float,
-        _option(
+        option(
             "How far the distribution of its answers may move on those windows (total variation).",
             ge=0.0,
             le=1.0,
         ),
     ] = 0.4
     watch_confidence_drop: Annotated[
-        float, _option("How much its mean confidence may fall on those windows.", ge=0.0, le=1.0)
+        float, option("How much its mean confidence may fall on those windows.", ge=0.0, le=1.0)
     ] = 0.4
     selftest_memory_bytes: Annotated[
-        int, _option("Private memory that a model's self-test may use.", ge=2**26, le=2**40)
+        int, option("Private memory that a model's self-test may use.", ge=2**26, le=2**40)
     ] = 2**30
     selftest_seconds: Annotated[
-        float, _option("Wall time that a model's self-test may take.", ge=1.0, le=3600.0)
+        float, option("Wall time that a model's self-test may take.", ge=1.0, le=3600.0)
     ] = 120.0
 
 
@@ -175,14 +172,14 @@ class ReportSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     telemetry_seconds: Annotated[
         float,
-        _option(
+        option(
             "Seconds between heartbeats; the aggregator's broker.silent_seconds should be six times this.",
             ge=1.0,
             le=86_400.0,
         ),
     ] = 60.0
     inference_seconds: Annotated[
-        float, _option("Seconds between inference statistics.", ge=1.0, le=86_400.0)
+        float, option("Seconds between inference statistics.", ge=1.0, le=86_400.0)
     ] = 300.0
 
 
@@ -191,7 +188,7 @@ class NetworkSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     keepalive_seconds: Annotated[
         int,
-        _option(
+        option(
             "Longest silence towards the broker, in seconds; 0: 30, and on a metered link the shortest that leaves half"
             " of the budget: 86,400 × 260 bytes / (budget of a day / 2 − heartbeats, reports and checks), at most nine"
             " tenths of link.nat_seconds.",
@@ -201,7 +198,7 @@ class NetworkSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = 0
     retry_first_seconds: Annotated[
         float,
-        _option(
+        option(
             "A wait before coming back to the broker is drawn from nothing to this, and to twice as much each time.",
             ge=0.01,
             le=3600.0,
@@ -209,7 +206,7 @@ class NetworkSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = 0.5
     retry_cap_seconds: Annotated[
         float,
-        _option(
+        option(
             "What that is drawn from at most, in seconds; between repetitions of an update and of a request for chunks,"
             " too.",
             ge=0.01,
@@ -218,7 +215,7 @@ class NetworkSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = 120.0
     hint_cap_seconds: Annotated[
         float,
-        _option(
+        option(
             "Longest wait that a broker or server may ask for, and longest time that the aggregator may spread its"
             " fleet over.",
             ge=0.0,
@@ -226,14 +223,14 @@ class NetworkSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         ),
     ] = 900.0
     receipt_seconds: Annotated[
-        float, _option("Seconds without a receipt after which an update is sent again.", ge=0.1, le=86_400.0)
+        float, option("Seconds without a receipt after which an update is sent again.", ge=0.1, le=86_400.0)
     ] = 10.0
     ask_seconds: Annotated[
-        float, _option("Seconds of silence after which missing chunks are asked for.", ge=0.1, le=3600.0)
+        float, option("Seconds of silence after which missing chunks are asked for.", ge=0.1, le=3600.0)
     ] = 2.0
     late_seconds: Annotated[
         float,
-        _option(
+        option(
             "Seconds after a round's deadline in which its update is still offered.", ge=0.0, le=2_592_000.0
         ),
     ] = 600.0
@@ -244,26 +241,26 @@ class LinkSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     metered: Annotated[
         bool,
-        _option(
+        option(
             "Whether the link is paid by bytes. When its budget is spent, updates, downloads and reports wait;"
             " heartbeats, receipts, keys that come or go and rollbacks pass."
         ),
     ] = False
     bytes_per_day: Annotated[
         int,
-        _option(
+        option(
             "Budget of a day, both directions, headers of TLS, TCP and IP included; 0 for none.",
             ge=0,
             le=2**50,
         ),
     ] = 0
-    bytes_per_month: Annotated[int, _option("Budget of a month, alike; 0 for none.", ge=0, le=2**50)] = 0
+    bytes_per_month: Annotated[int, option("Budget of a month, alike; 0 for none.", ge=0, le=2**50)] = 0
     month_begins: Annotated[
-        int, _option("Day of the month on which a month of the budget begins.", ge=1, le=28)
+        int, option("Day of the month on which a month of the budget begins.", ge=1, le=28)
     ] = 1
     windows: Annotated[
         list[Annotated[str, Meta(max_length=16)]],
-        _option(
+        option(
             'Hours of the day in which the link may be used for more than what always passes, such as ["02:00-05:00",'
             ' "22:30-00:15"]; none: at any time.',
             max_length=16,
@@ -271,7 +268,7 @@ class LinkSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = []
     timezone: Annotated[
         str,
-        _option(
+        option(
             'Whose days and hours those are: "local" (the machine\'s), "UTC", or a name such as "Europe/Berlin".',
             min_length=1,
             max_length=64,
@@ -279,7 +276,7 @@ class LinkSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = "local"
     nat_seconds: Annotated[
         int,
-        _option(
+        option(
             "Silence after which the network forgets a connection, in seconds; the keepalive stays a tenth below.",
             ge=34,
             le=7200,
@@ -290,30 +287,30 @@ class LinkSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class HealthSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[health]`: when something is wrong, and what the agent does about it by itself."""
 
-    check_seconds: Annotated[float, _option("Seconds between two looks.", ge=1.0, le=86_400.0)] = 60.0
+    check_seconds: Annotated[float, option("Seconds between two looks.", ge=1.0, le=86_400.0)] = 60.0
     remedies: Annotated[
         Mode,
-        _option(
+        option(
             "What is done about a finding: on (reconnect, trim, roll back, pause training, renew), dry_run (a line in"
             " the log says what would be done), off."
         ),
     ] = "on"
     remedy_seconds: Annotated[
         float,
-        _option(
+        option(
             "Least seconds between two of a remedy; it doubles while it does not help.", ge=1.0, le=86_400.0
         ),
     ] = 600.0
     min_free_bytes: Annotated[
-        int, _option("Free disk space below which it warns; below an eighth it fails.", ge=0, le=2**50)
+        int, option("Free disk space below which it warns; below an eighth it fails.", ge=0, le=2**50)
     ] = 64 * 2**20
     max_celsius: Annotated[
-        float, _option("Temperature, in degrees Celsius, at which training is paused.", ge=0.0, le=500.0)
+        float, option("Temperature, in degrees Celsius, at which training is paused.", ge=0.0, le=500.0)
     ] = 85.0
     away_seconds: Annotated[
-        float, _option("Seconds without the broker that are a failure.", ge=1.0, le=31_622_400.0)
+        float, option("Seconds without the broker that are a failure.", ge=1.0, le=31_622_400.0)
     ] = 3600.0
-    max_owed: Annotated[int, _option("Updates without a receipt above which it warns.", ge=1, le=10**6)] = 64
+    max_owed: Annotated[int, option("Updates without a receipt above which it warns.", ge=1, le=10**6)] = 64
 
 
 class MetricsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -321,7 +318,7 @@ class MetricsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     file: Annotated[
         str,
-        _option(
+        option(
             "Text file for node_exporter's textfile collector, its name ending in .prom, relative to the state folder;"
             " empty for none.",
             max_length=1024,
@@ -329,21 +326,12 @@ class MetricsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = ""
     listen: Annotated[
         str,
-        _option(
+        option(
             'Where GET /metrics, /healthz and /readyz answer, such as "127.0.0.1:9465": plain HTTP without a password;'
             " empty for nowhere.",
             max_length=260,
         ),
     ] = ""
-
-
-class LogSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`[log]`"""
-
-    level: Annotated[
-        Literal["debug", "info", "warning", "error"], _option("The least severe line that is written.")
-    ] = "info"
-    json: Annotated[bool, _option("Write one JSON object a line instead of text.")] = False
 
 
 class EdgeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

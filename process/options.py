@@ -39,10 +39,15 @@ class Option:
     type: inspect.Type
 
 
+def option(sentence: str, **bounds: Any) -> msgspec.Meta:
+    """How a settings class declares an option: a sentence for the manual and msgspec's bounds."""
+    return msgspec.Meta(description=sentence, **bounds)
+
+
 def options(cls: type[msgspec.Struct], prefix: str = "SHOAL_") -> list[Option]:
     """All leaves of a settings class, in the order of their declaration."""
     found = list(_leaves(cls, (), prefix))
-    variables = [option.variable for option in found]
+    variables = [each.variable for each in found]
     twice = sorted({variable for variable in variables if variables.count(variable) > 1})
     if twice:
         raise ConfigurationError(f"two options of {cls.__name__} share the variable {twice[0]}")

@@ -18,12 +18,12 @@ import re
 import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import inspect
 
-from process.options import Option, bare_type, fields_of, options
+from process.options import Option, bare_type, fields_of, option, options
 from wire.errors import ConfigurationError
 
 Settings = TypeVar("Settings", bound=msgspec.Struct)
@@ -39,6 +39,15 @@ _SERVICE_LINK = re.compile(
 
 MAX_FILE_BYTES = 1_048_576
 MAX_SECRET_BYTES = 65_536
+
+
+class LogSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[log]`, of every program."""
+
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"], option("The least severe line that is written.")
+    ] = "info"
+    json: Annotated[bool, option("Write one JSON object a line instead of text.")] = False
 
 
 def load_settings(
