@@ -23,7 +23,7 @@ from typing import Any
 
 from fleet.chaos.faults import POINTS, Fault
 from fleet.chaos.injector import Line
-from fleet.chaos.plays import schedule_of
+from fleet.chaos.plays import Play, play_of, schedule_of
 from fleet.chaos.record import CampaignFile, History, keep_regression
 from fleet.chaos.shrink import shrink
 from fleet.chaos.template import Template, make_template
@@ -137,9 +137,10 @@ def play(
     seed: int,
     schedule: Sequence[Fault],
     tell: Callable[[Line], None] | None = None,
+    play: Play | None = None,
 ) -> Outcome:
-    """One history."""
-    return World(template, seed, schedule, tell=tell).run()
+    """One history; of the seed's own play unless another is named."""
+    return World(template, seed, schedule, play=play, tell=tell).run()
 
 
 def run_campaign(
@@ -199,7 +200,8 @@ def _explain(
     found = play(template, seed, report.shrunk, tell).violations
     if regressions is not None and found:
         what = found[0].what
-        keep_regression(regressions, f"seed {seed}: {_gist(found[0])}", what, seed, report.shrunk)
+        name = f"seed {seed}: {_gist(found[0])}"
+        keep_regression(regressions, name, what, play_of(seed).name, seed, report.shrunk)
 
 
 def replay(

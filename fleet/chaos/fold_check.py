@@ -77,11 +77,13 @@ class Made:
     Attributes:
         update: as it was sent.
         draft: the numbers behind it, before their masks, and the order that asked for them; None without masks.
+        staleness: how many heads came after the one that it was trained on.
     """
 
     update: Update
     node_id: int
     draft: Draft | None = None
+    staleness: int = 0
 
 
 class Step(Protocol):
@@ -131,12 +133,17 @@ class FoldCheck:
         return "" if error <= TOLERANCE * scale else f"off by {error:.3g}"
 
 
-def mean(replies: Sequence[Update], bound: float) -> Vector:
-    """The mean of updates that are cut to the bound, by their examples; float64 [P]."""
-    total, examples = np.zeros(replies[0].params_size, np.float64), 0
-    for each in replies:
+def mean(replies: Sequence[Made], bound: float, exponent: float = 0.0) -> Vector:
+    """The mean of updates that are cut to the bound, by their examples; float64 [P].
+
+    Args:
+        exponent: of the step of an update that is s heads old, (1 + s) to minus this counts.
+    """
+    total, examples = np.zeros(replies[0].update.params_size, np.float64), 0
+    for made in replies:
+        each = made.update
         update = decode(each.payload, each.codec, each.params_size).astype(np.float64)
-        total += each.num_examples * cut(update, bound)
+        total += each.num_examples * cut(update, bound) * (1.0 + made.staleness) ** -exponent
         examples += each.num_examples
     return total / examples
 

@@ -12,7 +12,6 @@ import hashlib
 import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,44 +19,27 @@ from edge_agent.masked_rounds import Draft
 from edge_agent.outbox import ENDED_ROWS_KEPT
 from edge_agent.settings import StorageSettings
 from fleet.chaos.fold_check import FoldCheck, Folded, Made
+from fleet.chaos.heads import Heads
 from fleet.chaos.model_ledger import ModelLedger
 from fleet.chaos.network import kind_of
 from fleet.chaos.privacy_ledger import PrivacyLedger
+from fleet.chaos.rows import (
+    ENDED,
+    NEAR_ROUNDS,
+    OPEN_BYTES,
+    REPLIES,
+    SOUND,
+    CloudRow,
+    receipt_in,
+)
 from fleet.chaos.sqlite import Change
 from fleet.chaos.violation import Violation, ViolationError
 from wire import envelope
 from wire.chunks import parse
-from wire.cose import read_content, read_sign1
-from wire.messages import Evaluation, Receipt, Update, decode_body, encode_body
+from wire.messages import Evaluation, Update, decode_body, encode_body
 from wire.transport import Packet
 
-SOUND = ("stored", "folded", "discarded")
-ENDED = ("stored", "refused", "expired", "evicted", "destroyed")
-NEAR_ROUNDS = 2
-"""Rounds whose replies may still change; older ones are read again when the aggregator starts."""
 _PRIVATE_TABLES = {"rounds", "privacy_ledger", "privacy_secrets"}
-_LENGTH_BYTES = 4
-_REPLIES = (
-    "SELECT rowid, update_id, order_id, round, device, kind, state, reason, body_sha256 FROM updates"
-    " WHERE rowid > ? OR round >= ? ORDER BY rowid"
-)
-_OPEN_BYTES = (
-    "SELECT total(length(body) + coalesce(length(sealed), 0)) FROM outbox LEFT JOIN sealings USING (row)"
-    " WHERE state = 'open'"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class CloudRow:
-    """A reply as the aggregator has it."""
-
-    order_id: str
-    round_number: int
-    device: str
-    kind: str
-    state: str
-    reason: str
-    body_sha256: str
 
 
 class Ledger:
@@ -69,6 +51,7 @@ class Ledger:
         fold_check: refolds every aggregate.
         caps: what a device may use of its disk.
         privacy: of a run with noise.
+        heads: of the run.
     """
 
     def __init__(
@@ -78,7 +61,9 @@ class Ledger:
         fold_check: FoldCheck,
         caps: StorageSettings,
         privacy: PrivacyLedger | None = None,
+        heads: Heads | None = None,
     ) -> None:
+        self._heads = heads or Heads()
         self._caps = caps
         self._now = now
         self._device_now = device_now
@@ -201,7 +186,7 @@ class Ledger:
                     self.violated(device, f"the end of update {update} ({end}) is gone: lost")
 
     def _check_room(self, device: str, path: Path) -> None:
-        (held,) = self._reader(device, path).execute(_OPEN_BYTES).fetchone()
+        (held,) = self._reader(device, path).execute(OPEN_BYTES).fetchone()
         if held > self._caps.outbox_bytes:
             self.violated(device, f"the outbox holds {held:.0f} bytes of {self._caps.outbox_bytes}")
         size = path.stat().st_size
@@ -301,7 +286,7 @@ class Ledger:
         last = reader.execute("SELECT number, state FROM rounds ORDER BY number DESC LIMIT 1").fetchone()
         self.is_round_open = last is not None and last[1] not in ("done", "failed")
         oldest = last[0] - rounds if last is not None and rounds and not is_whole else 2**62
-        rows = reader.execute(_REPLIES, (self._last_update, oldest)).fetchall()
+        rows = reader.execute(REPLIES, (self._last_update, oldest)).fetchall()
         for row_id, update, *values in rows:
             self._last_update = max(self._last_update, row_id)
             seen.add(update)
@@ -339,6 +324,12 @@ class Ledger:
             self.violated("cloud", f"update {update} came in from {row.device}, which is revoked")
         if self.made.get(update) != row.device:
             self.violated("cloud", f"update {update} came before it was in the outbox of {row.device}")
+        if row.state == "late" and not row.reason:
+            self.violated("cloud", f"update {update} came late, and nobody says why")
+        if row.reason == "too_stale":
+            body = decode_body(self._bodies[update][row.body_sha256], Update)
+            if not self._heads.too_stale(body.base_sha256.hex()):
+                self.violated("cloud", f"update {update} was refused as too stale, and is not: lost")
         twins = [self.in_cloud[other] for other in self._answers[row.order_id]]
         if row.state == "stored" and any(twin.state in SOUND for twin in twins):
             self.violated("cloud", f"two updates answer order {row.order_id}: doubled")
@@ -349,16 +340,29 @@ class Ledger:
         if folded is None or folded.round_number <= self._last_fold:
             return
         self._last_fold = folded.round_number
-        replies = []
-        for update, node_id in zip(folded.updates, folded.node_ids, strict=True):
-            row = self.in_cloud[update]
-            body = decode_body(self._bodies[update][row.body_sha256], Update)
-            if (row.round_number, body.base_sha256.hex()) != (folded.round_number, folded.base_sha256):
-                self.violated("cloud", f"update {update} was folded on another base or in another round")
-            replies.append(Made(body, node_id, self._drafts.get(row.body_sha256)))
+        if complaint := self._heads.moved(folded.base_sha256, folded.head_sha256):
+            self.violated("cloud", f"the head of round {folded.round_number} {complaint}")
+        if len(set(folded.node_ids)) < len(folded.node_ids):
+            self.violated("cloud", f"a device has two voices in round {folded.round_number}: doubled")
+        replies = [
+            self._counted(folded, update, node_id)
+            for update, node_id in zip(folded.updates, folded.node_ids, strict=True)
+        ]
         self.moved += 1
         if complaint := self._fold_check.compare(folded, replies):
             self.violated("cloud", f"round {folded.round_number} is not the fold of its updates: {complaint}")
+
+    def _counted(self, folded: Folded, update: str, node_id: int) -> Made:
+        """An update in an aggregate, if it may be there."""
+        row = self.in_cloud[update]
+        body = decode_body(self._bodies[update][row.body_sha256], Update)
+        number, base = folded.round_number, folded.base_sha256
+        age, complaint = self._heads.counted(update, body.base_sha256.hex(), base, number)
+        if row.round_number != number:
+            complaint = f"update {update} is of round {row.round_number} and counts in {number}"
+        if complaint:
+            self.violated("cloud", complaint)
+        return Made(body, node_id, self._drafts.get(row.body_sha256), age)
 
     def _check_fence(self, fence: int, what: str) -> None:
         if 0 < fence < self._fence:
@@ -371,7 +375,7 @@ class Ledger:
         self._check_fence(fence, f"published {packet.topic}")
         if kind_of(packet) != "ak":
             return
-        receipt = _receipt_in(packet.payload)
+        receipt = receipt_in(packet.payload)
         update = receipt.update_id.hex()
         row = self.in_cloud.get(update)
         if receipt.verdict in ("stored", "duplicate") and (row is None or row.state not in SOUND):
@@ -394,11 +398,3 @@ class Ledger:
         """Ends every reader."""
         for who in list(self._readers):
             self._close_reader(who)
-
-
-def _receipt_in(message: bytes) -> Receipt:
-    """The body of a receipt; who signed it is the devices' business."""
-    end = _LENGTH_BYTES + int.from_bytes(message[:_LENGTH_BYTES], "big")
-    head = message[_LENGTH_BYTES:end]
-    content = read_content(read_sign1(head, limit_bytes=len(head)).payload)
-    return decode_body(content[1], Receipt)

@@ -13,13 +13,17 @@ from cloud_server.assembly import RunConfig
 from cloud_server.privacy.budget import PrivateRun
 from cloud_server.privacy.plan import PrivacyMode, PrivacyPlan
 from cloud_server.release.gate import GatePolicy
-from cloud_server.rounds.state import RoundPolicy, SecurePolicy
+from cloud_server.rounds.state import RoundMode, RoundPolicy, SecurePolicy
 from cloud_server.secure.opening import MaskingRules
 from fleet.chaos.faults import POINTS, Fault, make_schedule
 from wire.messages import TrainConfig
 
 ROUND_SECONDS = 30.0
 MASK_SECONDS = 20.0
+GOAL = 3
+MAX_STALENESS = 3
+STALENESS_EXPONENT = 0.5
+"""Of buffered rounds: so few heads that a slow device's update is refused now and then."""
 _MASKED_ONLY = tuple(point for point in POINTS if point.endswith(".mask"))
 _HELPED_ONLY = ("helper.ask",)
 _PRIVATE_ONLY = ("cloud.commit.charge",)
@@ -33,6 +37,7 @@ class Play:
         momentum: of the server.
         masks: what updates come under.
         noise: who adds it; None for nobody.
+        mode: whether a round folds what was trained on its own base, or what comes first.
     """
 
     name: str
@@ -40,6 +45,7 @@ class Play:
     momentum: float = 0.0
     masks: SecurePolicy = "plain"
     noise: PrivacyMode | None = None
+    mode: RoundMode = "sync"
 
     @property
     def rare(self) -> tuple[str, ...]:
@@ -55,6 +61,11 @@ class Play:
             # Nobody is asked how good a model is, and the commit that opens a round is the one that charges it.
             left_out |= {"device.job.evaluate", "cloud.commit.open"}
         return (*self.rare, *(point for point in POINTS if point not in left_out))
+
+    @property
+    def is_buffered(self) -> bool:
+        """Whether an update outlives its round."""
+        return self.mode == "buffered"
 
     @property
     def privacy(self) -> PrivacyPlan | None:
@@ -76,6 +87,10 @@ class Play:
             strategy_parameters={"server_momentum": self.momentum} if self.momentum else {},
             policy=RoundPolicy(
                 quorum=2,
+                goal=GOAL if self.is_buffered else 0,
+                mode=self.mode,
+                max_staleness=MAX_STALENESS,
+                staleness_exponent=STALENESS_EXPONENT,
                 round_seconds=ROUND_SECONDS,
                 evaluate_seconds=20.0,
                 resend_seconds=5.0,
@@ -103,6 +118,7 @@ PLAYS = (
     Play("private", noise="central"),
     Play("noised", masks="pairwise", noise="distributed"),
     Play("helped", masks="two_server"),
+    Play("buffered", mode="buffered"),
 )
 
 
@@ -115,3 +131,12 @@ def schedule_of(seed: int, faults: int) -> tuple[Fault, ...]:
 def play_of(seed: int) -> Play:
     """What the history of a seed plays."""
     return PLAYS[seed % len(PLAYS)]
+
+
+def play_named(name: str) -> Play:
+    """A play by its name: what a kept history played, however many plays there are by now.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return {play.name: play for play in PLAYS}[name]

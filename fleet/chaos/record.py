@@ -98,7 +98,7 @@ class CampaignFile:
         _replace(self._path, {"format": _FORMAT, "faults": self._faults, "histories": found})
 
 
-def keep_regression(path: Path, name: str, what: str, seed: int, faults: Sequence[Fault]) -> None:
+def keep_regression(path: Path, name: str, what: str, play: str, seed: int, faults: Sequence[Fault]) -> None:
     """Adds a failing history to a file of those that must not fail again; the same one once.
 
     Raises:
@@ -108,7 +108,7 @@ def keep_regression(path: Path, name: str, what: str, seed: int, faults: Sequenc
     plain = [fault.to_plain() for fault in faults]
     if any(each["seed"] == seed and each["faults"] == plain for each in kept):
         return
-    _replace(path, [*kept, {"name": name, "what": what, "seed": seed, "faults": plain}])
+    _replace(path, [*kept, {"name": name, "what": what, "play": play, "seed": seed, "faults": plain}])
 
 
 def _read(path: Path, faults: int) -> list[History]:

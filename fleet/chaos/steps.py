@@ -2,7 +2,8 @@
 
 Laws of the file: in float64 and apart from the product's folds, but for the robust rule, whose own aggregation runs a
 second time with a state that no crash touches. Sources: Hsu et al., arXiv:1909.06335 (FedAvgM); docs/protocol.md,
-clause 13 (sums under masks); cloud_server/privacy/central.py (noise on a sum).
+clause 13 (sums under masks); cloud_server/privacy/central.py (noise on a sum); Nguyen et al., arXiv:2106.06639, and
+Xie et al., arXiv:1903.03934 (stale steps).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from cloud_server.privacy.plan import PrivacyPlan
 from cloud_server.rounds.draws import draw_seed
 from cloud_server.rounds.ports import Reply
 from fleet.chaos.fold_check import Folded, Made, NotAFoldError, Step, Vector, cut, mean
-from fleet.chaos.plays import Play
+from fleet.chaos.plays import STALENESS_EXPONENT, Play
 from fleet.chaos.privacy_ledger import PrivacyLedger
 from wire.checkpoint import Checkpoint
 from wire.codec import decode
@@ -35,16 +36,18 @@ class Averaging:
 
     Args:
         momentum: 0 for plain averaging.
+        exponent: by which stale updates count for less.
     """
 
-    def __init__(self, momentum: float = 0.0) -> None:
+    def __init__(self, momentum: float = 0.0, exponent: float = 0.0) -> None:
         self._momentum = momentum
+        self._exponent = exponent
         self._moving: Vector | None = None
 
     def of(self, folded: Folded, base: Checkpoint, replies: Sequence[Made]) -> Vector:
         if not replies:
             raise NotAFoldError("nothing was folded")
-        step = mean([each.update for each in replies], min(folded.norm_bound, folded.clipping_norm))
+        step = mean(replies, min(folded.norm_bound, folded.clipping_norm), self._exponent)
         if self._moving is not None:
             step = step + self._momentum * self._moving
         self._moving = step
@@ -155,8 +158,6 @@ def step_of(play: Play, manifest: Manifest, privacy: PrivacyLedger | None) -> St
         return Summing()
     if play.privacy is not None and privacy is not None:
         return Noising(play.privacy, privacy.secret_of, privacy.population_of)
-    return (
-        Averaging(play.momentum)
-        if play.strategy in ("FedAvg", "FedAvgM")
-        else Robust(manifest, play.strategy)
-    )
+    if play.strategy in ("FedAvg", "FedAvgM"):
+        return Averaging(play.momentum, STALENESS_EXPONENT if play.is_buffered else 0.0)
+    return Robust(manifest, play.strategy)

@@ -38,13 +38,14 @@ from fleet.chaos.disk import mounted
 from fleet.chaos.engine import RememberingEngine
 from fleet.chaos.faults import UPDATES_PER_FAULT, Fault
 from fleet.chaos.fold_check import FoldCheck
+from fleet.chaos.heads import Heads
 from fleet.chaos.helper import FaultyHelper
 from fleet.chaos.injector import Injector, Line
 from fleet.chaos.ledger import Ledger
 from fleet.chaos.model_ledger import TIMESTAMP, Statement
 from fleet.chaos.node import Node
 from fleet.chaos.outside import Outside
-from fleet.chaos.plays import Play, play_of
+from fleet.chaos.plays import MAX_STALENESS, Play, play_of
 from fleet.chaos.privacy_ledger import PrivacyLedger
 from fleet.chaos.steps import step_of
 from fleet.chaos.template import Template, make_split
@@ -112,6 +113,7 @@ class World:
 
     Args:
         schedule: of the faults; fewer than the seed's own when a failure is shrunk.
+        play: another one than the seed's.
         tell: takes every line of the trace.
     """
 
@@ -121,6 +123,7 @@ class World:
         seed: int,
         schedule: Sequence[Fault],
         *,
+        play: Play | None = None,
         tell: Callable[[Line], None] | None = None,
     ) -> None:
         self.seed = seed
@@ -130,7 +133,7 @@ class World:
         self._target = max((fault.after for fault in schedule), default=0) + UPDATES_PER_FAULT
         self._folder = tempfile.TemporaryDirectory(prefix="shoal-chaos-", dir=memory_folder())
         self._ready = _Ready()
-        self.play = play_of(seed)
+        self.play = play or play_of(seed)
         root = Path(self._folder.name)
         files = dict(template.files)
         self.helper = open_helper(self.play, seed, template, self.time)
@@ -308,6 +311,7 @@ class World:
             FoldCheck(lambda sha256: files[f"blobs/{sha256[:2]}/{sha256}"], step),
             agent_settings().storage,
             privacy,
+            Heads(MAX_STALENESS if self.play.is_buffered else 0),
         )
         return ledger
 

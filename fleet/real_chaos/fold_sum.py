@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from fleet.chaos.fold_check import mean, owed
+from fleet.chaos.fold_check import Made, mean, owed
 from wire.checkpoint import Checkpoint
 from wire.messages import Update
 
@@ -44,7 +44,7 @@ def check_sum(
         if replies:
             plain = json.loads(config)
             bound = min(plain.get("norm_bound", float("inf")), plain["train"]["clipping_norm"])
-            wanted += mean(replies, bound)
+            wanted += mean([Made(each, 0) for each in replies], bound)
     params = Checkpoint.from_bytes(blob(head[1])).params.astype(np.float64)
     if head[2]:
         params += owed(blob(head[2]), params.size)

@@ -1,5 +1,5 @@
 """The simulation finds what is broken on purpose, within 50 seeds: a bug in each of outbox, receipt, fold, swap, masks,
-noise and rollback; and one that takes several faults is shrunk to these."""
+noise, staleness and rollback; and one that takes several faults is shrunk to these."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import pytest
 from cloud_server.aggregator import Aggregator
 from cloud_server.privacy.budget import Budget, Charged
 from cloud_server.release.tuf_repository import TufRepository
+from cloud_server.rounds.buffered import BufferedPerformer
+from cloud_server.rounds.chronicle import Origin
 from cloud_server.rounds.desk import Desk
 from cloud_server.secure.book import MaskBook
 from edge_agent.release_files import StagedRelease
@@ -179,6 +181,26 @@ def test_noise_that_is_drawn_anew_after_a_restart_is_found(
 
 
 @pytest.mark.slow
+def test_stale_update_that_counts_in_full_is_found(
+    template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Origin, "factor", lambda self, exponent: 1.0)
+    seed, what = first_found(template, "buffered")
+    assert seed < SEEDS
+    assert "is not the fold of its updates" in what
+
+
+@pytest.mark.slow
+def test_update_that_is_too_stale_and_counts_is_found(
+    template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BufferedPerformer, "_expire_old", lambda self, connection, number, now: None)
+    seed, what = first_found(template, "buffered")
+    assert seed < SEEDS
+    assert "heads old and counts" in what
+
+
+@pytest.mark.slow
 def test_rollback_that_is_not_newer_is_found(template: Template, monkeypatch: pytest.MonkeyPatch) -> None:
     state_ring = TufRepository._state_ring
 
@@ -212,7 +234,7 @@ def test_bug_that_takes_two_faults_is_shrunk_to_them_and_kept(
         assert {fault.point.partition(".")[0] for fault in shrunk} == {"cloud"}, "each of them ends a life"
         for fault in shrunk:
             assert not play(template, seed, (fault,)).violations
-        keep_regression(path, "a head that forgets", what, seed, shrunk)
+        keep_regression(path, "a head that forgets", what, "averaged", seed, shrunk)
         (kept,) = json.loads(path.read_text())
         again = play(template, seed, tuple(Fault(**fault) for fault in kept["faults"]))
         assert ["is not the fold" in violation.what for violation in again.violations] == [True]

@@ -62,8 +62,9 @@ def test_failure_is_kept_once(tmp_path: Path) -> None:
     path = tmp_path / "regressions.json"
     faults = schedule_of(3, 2)
     for _ in range(2):
-        keep_regression(path, "a name", "what it was", 3, faults)
-    keep_regression(path, "another", "what it was", 4, faults)
+        keep_regression(path, "a name", "what it was", "averaged", 3, faults)
+    keep_regression(path, "another", "what it was", "masked", 4, faults)
     kept = json.loads(path.read_text())
-    assert [(each["name"], each["seed"]) for each in kept] == [("a name", 3), ("another", 4)]
+    told = [(each["name"], each["play"], each["seed"]) for each in kept]
+    assert told == [("a name", "averaged", 3), ("another", "masked", 4)]
     assert kept[0]["faults"] == [fault.to_plain() for fault in faults]

@@ -15,7 +15,7 @@ import pytest
 from fleet.chaos.campaign import laboratory, play
 from fleet.chaos.faults import POINTS, UPDATES_PER_FAULT, Fault, make_schedule
 from fleet.chaos.injector import Line
-from fleet.chaos.plays import PLAYS, play_of, schedule_of
+from fleet.chaos.plays import PLAYS, play_named, play_of, schedule_of
 from fleet.chaos.shrink import shrink
 from fleet.chaos.template import Template
 
@@ -29,7 +29,7 @@ def template() -> Iterator[Template]:
         yield made
 
 
-@pytest.mark.parametrize("play_name", ["clipped", "masked", "private"])
+@pytest.mark.parametrize("play_name", ["clipped", "masked", "private", "buffered"])
 def test_history_under_faults_loses_and_doubles_nothing(template: Template, play_name: str) -> None:
     seed = next(seed for seed in range(len(PLAYS)) if play_of(seed).name == play_name)
     outcome = play(template, seed, schedule_of(seed, 4))
@@ -51,13 +51,13 @@ def test_history_is_the_same_each_time_it_is_played(template: Template) -> None:
 @pytest.mark.parametrize("kept", KEPT, ids=[kept["name"] for kept in KEPT])
 def test_history_that_once_failed_does_not_fail_again(template: Template, kept: dict[str, Any]) -> None:
     schedule = tuple(Fault(**fault) for fault in kept["faults"])
-    outcome = play(template, kept["seed"], schedule)
+    outcome = play(template, kept["seed"], schedule, play=play_named(kept["play"]))
     assert [str(violation) for violation in outcome.violations] == []
     assert outcome.struck == schedule, "its faults still find their points"
 
 
 def test_schedules_of_seeds_after_one_another_reach_every_point() -> None:
-    reached = {fault.point for seed in range(40) for fault in schedule_of(seed, 10)}
+    reached = {fault.point for seed in range(8 * len(PLAYS)) for fault in schedule_of(seed, 10)}
     assert reached == set(POINTS)
 
 
