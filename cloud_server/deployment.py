@@ -17,7 +17,7 @@ from cloud_server.artefacts import Artefacts
 from cloud_server.audit.notary import Notary, NotaryPolicy, list_key
 from cloud_server.audit.witness import open_witness
 from cloud_server.clock_evidence import ClockGuard, Evidence
-from cloud_server.db.audit import newest_entry
+from cloud_server.clock_witnesses import hear_witnesses
 from cloud_server.db.engine import Database, open_database
 from cloud_server.enrolment.authorities import Authorities, AuthorityFolder
 from cloud_server.enrolment.ca import CertificateAuthority, ensure_server_files
@@ -192,16 +192,10 @@ class Deployment:
         Args:
             with_database: asks the database, too: outside of a transaction only.
         """
-        seen, database = list(self._signed_at), None
-        if with_database:
-            with self.database.read() as connection:
-                entry = newest_entry(connection)
-            seen += [] if entry is None else [entry.at]
-            database = self.database.server_now()
-        return Evidence(
-            now=self.clock.now(),
-            newest=max(seen, default=None),
-            database=database,
+        return hear_witnesses(
+            self.clock.now(),
+            signed_at=max(self._signed_at, default=None),
+            database=self.database if with_database else None,
             devices_ahead=self.devices_ahead(),
         )
 

@@ -10,14 +10,17 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from cloud_server.assembly import Assembled, Base, RunConfig, assemble, make_run_parts, open_base
+from cloud_server.clock_evidence import ClockGuard, ClockLimits, DeviceClocks, Evidence
+from cloud_server.clock_witnesses import hear_witnesses
 from cloud_server.db.engine import open_database
 from cloud_server.keys import CloudKeys
 from cloud_server.release.releaser import Holdout
+from cloud_server.release.tuf_repository import TufRepository
 from cloud_server.rounds.runner import RoundRunner
 from cloud_server.secure.helper_client import AskedHelper
 from cloud_server.secure.opening import make_runner
@@ -32,7 +35,7 @@ from fleet.chaos.store import ChaosArtefacts
 from fleet.simulated_device import FLEET, TENANT
 from fleet.virtual import VirtualTime
 from models.bundle import Bundle
-from wire.errors import StorageError, TransportError
+from wire.errors import StorageError, TransportError, TrustError
 from wire.transport import Packet, Received, TransportEvent
 from wire.transport.memory import MemoryBroker, MemoryTransport
 
@@ -41,6 +44,8 @@ CLIENT = "aggregator"
 DOWN_SECONDS = 10.0
 OLD_SECONDS = 60.0
 """How long an aggregator that lost its database to another goes on trying."""
+FARTHEST_SECONDS = 366 * 86_400.0
+"""A clock that is further off is seen to be wrong: nothing was signed here for longer than that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,7 @@ class _Life:
     cloud: Assembled
     runner: RoundRunner
     transport: ChaosTransport
+    guard: ClockGuard
     queue: deque[TransportEvent] = field(default_factory=deque)
     wake: float = 0.0
 
@@ -87,6 +93,8 @@ class CloudNode(Node):
         ring_signed: told in the moment in which a ring is signed, before anybody is told.
         updates_heard: told whose updates were heard in a turn, before it commits them.
     """
+
+    deadly = (StorageError, TrustError)
 
     def __init__(
         self,
@@ -126,6 +134,11 @@ class CloudNode(Node):
     @property
     def is_up(self) -> bool:
         return self._life is not None and not self.disk.is_dead
+
+    @property
+    def is_clock_credible(self) -> bool:
+        """Whether the clock may be right, for all that can be known: it is in the years in which anything was done."""
+        return abs(self.clock.jump_seconds) < FARTHEST_SECONDS
 
     @property
     def moved(self) -> int:
@@ -169,7 +182,21 @@ class CloudNode(Node):
             self.disk.crash,
             lambda key, data: self._written(key, data, owner.fence),
         )
-        base = open_base(database, artefacts, setup.keys, self.clock, tenant=TENANT, fleet=FLEET)
+        clocks: list[DeviceClocks] = []
+
+        def look() -> Evidence:
+            now, monotonic = self.clock.now(), self.clock.monotonic()
+            ahead = clocks[0].ahead(now, monotonic) if clocks else None
+            signed_at = repository.signed_at()
+            return hear_witnesses(now, signed_at=signed_at, database=database, devices_ahead=ahead)
+
+        guard = ClockGuard(self.clock, ClockLimits(), look)
+        repository = TufRepository(artefacts, setup.keys, self.clock, may_sign=guard.check)
+        guard.check()
+        base = replace(
+            open_base(database, artefacts, setup.keys, self.clock, tenant=TENANT, fleet=FLEET),
+            repository=repository,
+        )
         owner.fence = base.fence
         ledger.claimed(base.fence)
         transport = ChaosTransport(
@@ -177,9 +204,10 @@ class CloudNode(Node):
             self.disk,
             self._time.later,
             CLOUD,
-            lambda packet: ledger.cloud_sent(packet, owner.fence),
+            lambda packet: self._sent(packet, owner.fence),
         )
-        cloud = assemble(base, transport, tenant=TENANT, fleet=FLEET)
+        cloud = assemble(base, transport, tenant=TENANT, fleet=FLEET, may_send=guard.check)
+        clocks.append(cloud.aggregator.device_clocks)
         plan, ports = make_run_parts(base, cloud, setup.bundle, setup.config, setup.holdout)
         runner = make_runner(
             plan,
@@ -191,7 +219,7 @@ class CloudNode(Node):
         )
         runner.resume(setup.bundle.checkpoint(), setup.seed)
         cloud.aggregator.begin(runner)
-        self._life, self.transport = _Life(life, owner, base, cloud, runner, transport), transport
+        self._life, self.transport = _Life(life, owner, base, cloud, runner, transport, guard), transport
         cloud.aggregator.start(self._enqueue)
         ledger.read_cloud(self.disk.database)
         ledger.check_fold(self.disk.database)
@@ -203,7 +231,17 @@ class CloudNode(Node):
     def _abandon(self) -> None:
         self._old, self._life = None, None
 
+    def _sent(self, packet: Packet, fence: int) -> None:
+        self._check_year(f"sent {packet.topic}")
+        self._ledger.cloud_sent(packet, fence)
+
+    def _check_year(self, what: str) -> None:
+        if not self.is_clock_credible:
+            self._ledger.violated("cloud", f"{what} by a clock that is in another year")
+
     def _written(self, key: str, data: bytes, fence: int) -> None:
+        if key.startswith("tuf/"):
+            self._check_year(f"signed {key}")
         self._ledger.written(key, data, fence)
         if key.endswith(RINGS_METADATA):
             self._ring_signed()
@@ -217,6 +255,8 @@ class CloudNode(Node):
 
     def _pump(self) -> None:
         life, heard = self._life, set[str]()
+        if life is not None:
+            life.guard.check()
         while life is not None and life.queue:
             if kind_in(life.queue[0]) == "up" and self.disk.pass_by("cloud.rival") is not None:
                 self._start_second(life)
@@ -252,7 +292,7 @@ class CloudNode(Node):
             while old.queue:
                 old.cloud.aggregator.handle(old.queue.popleft())
             old.cloud.aggregator.tick()
-        except StorageError as error:
+        except self.deadly as error:
             self._injector.note(self.name, f"the first one ended: {error}")
             self._old = None
         finally:
@@ -269,6 +309,7 @@ class CloudNode(Node):
         life = self._life
         if life is None:
             return
+        life.guard.check()
         fault = self.disk.pass_by("cloud.tick")
         if fault is not None and fault.kind == "crash_before":
             self.disk.crash(fault)

@@ -40,7 +40,7 @@ POINTS: Final[Mapping[str, tuple[str, ...]]] = {
     "cloud.tick": STEP,
     **_points("cloud.receive", ("st", "jn", "up", "mask"), STEP),
     **_points("cloud.publish", ("rd", "cm", "ak", "bl", "md", "mask"), STEP),
-    "cloud.clock": ("clock_ahead", "clock_behind", "clock_1970"),
+    "cloud.clock": CLOCK,
     "cloud.rival": ("second",),
     # The way between a device and the broker, and between the broker and the aggregator.
     **_points("up", ("st", "jn", "up", "mask"), PACKET),

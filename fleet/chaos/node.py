@@ -9,12 +9,13 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 from fleet.chaos.disk import Disk
 from fleet.chaos.injector import Crash, Injector
 from fleet.chaos.network import ChaosTransport
 from fleet.virtual import VirtualTime
-from wire.errors import StorageError
+from wire.errors import ShoalError, StorageError
 
 NEVER = float("inf")
 
@@ -45,6 +46,8 @@ class Node(ABC):
     """
 
     disk: Disk
+    deadly: ClassVar[tuple[type[ShoalError], ...]] = (StorageError,)
+    """What ends the process where it comes up to its outermost loop."""
 
     def __init__(
         self, name: str, time: VirtualTime, injector: Injector, rng: random.Random, down_seconds: float
@@ -108,7 +111,7 @@ class Node(ABC):
             call()
         except Crash:
             self._fell()
-        except StorageError as error:
+        except self.deadly as error:
             # The process ends with it.
             self._injector.note(self.name, f"ended: {error}")
             self.disk.die(self._rng)

@@ -18,7 +18,7 @@ from fleet.chaos.injector import Injector
 from fleet.chaos.ledger import Ledger
 from fleet.chaos.node import NodeClock
 from fleet.virtual import VirtualTime
-from wire.errors import ConfigurationError
+from wire.errors import ConfigurationError, TrustError
 from wire.transport.memory import MemoryBroker
 
 PARTITION_SECONDS = 60.0
@@ -118,9 +118,10 @@ class Outside:
         self._move(node.clock, fault, rng)
 
     def _move_cloud_clock(self, fault: Fault, rng: random.Random) -> None:
-        """What an aggregator signs with its clock ahead moves its devices' floor, and they wait until that is past."""
+        """What an aggregator signs with its clock ahead moves its devices' floor, and they wait until that is past; by
+        a clock that cannot be right it signs nothing, and nobody waits longer than it does."""
         self._move(self._cloud.clock, fault, rng)
-        ahead = max(0.0, self._cloud.clock.jump_seconds)
+        ahead = max(0.0, self._cloud.clock.jump_seconds) if self._cloud.is_clock_credible else 0.0
         self.hindered_until = max(self.hindered_until, self._time.monotonic() + ahead + JUMP_SECONDS)
 
     def _move(self, clock: NodeClock, fault: Fault, rng: random.Random) -> None:
@@ -144,7 +145,7 @@ class Outside:
         """The ring goes back to the release before the present one."""
 
         def roll_back(base: Base) -> None:
-            with suppress(ConfigurationError):  # there is none before it
+            with suppress(ConfigurationError, TrustError):  # there is none before it, or the clock is wrong
                 base.publisher.rollback(reason="a worse one")
 
         self._injector.note("operator", "rolls the ring back")

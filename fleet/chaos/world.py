@@ -48,7 +48,7 @@ from fleet.chaos.outside import Outside
 from fleet.chaos.plays import MAX_STALENESS, Play, play_of
 from fleet.chaos.privacy_ledger import PrivacyLedger
 from fleet.chaos.steps import step_of
-from fleet.chaos.template import Template, make_split
+from fleet.chaos.template import BEGIN, Template, make_split
 from fleet.chaos.violation import Violation, ViolationError
 from fleet.local_helper import LocalHelper, open_local_helper
 from fleet.simulated_device import FLEET, TENANT
@@ -127,7 +127,7 @@ class World:
         tell: Callable[[Line], None] | None = None,
     ) -> None:
         self.seed = seed
-        self.time = VirtualTime()
+        self.time = VirtualTime(BEGIN)
         self.broker = MemoryBroker(self.time, session_queue_packets=10_000)
         self._schedule = tuple(schedule)
         self._target = max((fault.after for fault in schedule), default=0) + UPDATES_PER_FAULT

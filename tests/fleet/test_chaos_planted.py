@@ -1,5 +1,5 @@
 """The simulation finds what is broken on purpose, within 50 seeds: a bug in each of outbox, receipt, fold, swap, masks,
-noise, staleness and rollback; and one that takes several faults is shrunk to these."""
+noise, staleness, clock and rollback; and one that takes several faults is shrunk to these."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from cloud_server.aggregator import Aggregator
+from cloud_server.clock_evidence import ClockGuard
 from cloud_server.privacy.budget import Budget, Charged
 from cloud_server.release.tuf_repository import TufRepository
 from cloud_server.rounds.buffered import BufferedPerformer
@@ -32,6 +33,8 @@ from wire.messages import Evaluation, Receipt, Update, decode_body
 SEEDS = 50
 FAULTS = 15
 FEW_FAULTS = 8
+MANY_FAULTS = 50
+"""So many that every point is struck about once."""
 THIRD_LIFE = 4
 """The fencing token of the aggregator's third life; the template was made under the first token."""
 
@@ -198,6 +201,16 @@ def test_update_that_is_too_stale_and_counts_is_found(
     seed, what = first_found(template, "buffered")
     assert seed < SEEDS
     assert "heads old and counts" in what
+
+
+@pytest.mark.slow
+def test_clock_in_another_year_that_is_believed_is_found(
+    template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ClockGuard, "check", lambda self: None)
+    seed, what = first_found(template, faults=MANY_FAULTS)
+    assert seed < SEEDS
+    assert "by a clock that is in another year" in what
 
 
 @pytest.mark.slow
