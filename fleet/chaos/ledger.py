@@ -23,15 +23,7 @@ from fleet.chaos.heads import Heads
 from fleet.chaos.model_ledger import ModelLedger
 from fleet.chaos.network import kind_of
 from fleet.chaos.privacy_ledger import PrivacyLedger
-from fleet.chaos.rows import (
-    ENDED,
-    NEAR_ROUNDS,
-    OPEN_BYTES,
-    REPLIES,
-    SOUND,
-    CloudRow,
-    receipt_in,
-)
+from fleet.chaos.rows import ENDED, NEAR_ROUNDS, OPEN_BYTES, REPLIES, SOUND, CloudRow, receipt_in
 from fleet.chaos.sqlite import Change
 from fleet.chaos.violation import Violation, ViolationError
 from wire import envelope
@@ -52,6 +44,7 @@ class Ledger:
         caps: what a device may use of its disk.
         privacy: of a run with noise.
         heads: of the run.
+        refused: the releases that failed on a device, by its own disk.
     """
 
     def __init__(
@@ -62,6 +55,7 @@ class Ledger:
         caps: StorageSettings,
         privacy: PrivacyLedger | None = None,
         heads: Heads | None = None,
+        refused: Callable[[str], frozenset[str]] = lambda device: frozenset(),
     ) -> None:
         self._heads = heads or Heads()
         self._caps = caps
@@ -70,7 +64,7 @@ class Ledger:
         self._fold_check = fold_check
         self._bodies: dict[str, dict[str, bytes]] = defaultdict(dict)
         self._drafts: dict[str, Draft] = {}
-        self.models = ModelLedger(self.violated)
+        self.models = ModelLedger(self.violated, refused)
         self.privacy = privacy
         self.made: dict[str, str] = {}
         self.on_device: dict[str, str] = {}

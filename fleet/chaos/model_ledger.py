@@ -11,6 +11,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 RINGS_METADATA = ".rings.json"
@@ -31,10 +32,15 @@ class ModelLedger:
 
     Args:
         violated: told of what must never be; raises.
+        refused: the releases that failed on a device, by its own disk.
     """
 
-    def __init__(self, violated: Callable[[str, str], NoReturn]) -> None:
+    def __init__(
+        self, violated: Callable[[str, str], NoReturn], refused: Callable[[str], frozenset[str]]
+    ) -> None:
         self._violated = violated
+        self._refused = refused
+        self._names: dict[int, str] = {}
         self._releases: set[str] = set()
         self._passed: set[tuple[str, str]] = set()
         self._served: dict[str, list[int]] = defaultdict(list)
@@ -99,15 +105,18 @@ class ModelLedger:
             self._violated(device, f"serves release {version}, which nobody signed")
         if (device, release_sha256) not in self._passed:
             self._violated(device, f"serves release {version}, which did not pass its self-test there")
-        if history and version < max(history) and not self._may_go_back(history, version):
-            self._violated(device, f"serves release {version} after {max(history)}")
+        self._names[version] = release_sha256
+        if history and version < max(history) and not self._may_go_back(device, version):
+            self._violated(device, f"serves release {version} below its floor, which is {max(history)}")
         history.append(version)
 
-    def _may_go_back(self, history: list[int], version: int) -> bool:
-        """To the release before the newest, when that did not survive its watch; to another one by a signed statement
-        that is newer than the one which brought what served until now."""
+    def _may_go_back(self, device: str, version: int) -> bool:
+        """To the release before the newest, when that is noted on the disk as one that failed there; to another one by
+        a signed statement that is newer than the one which brought what served until now."""
+        history = self._served[device]
         newest = history.index(max(history))
-        if newest > 0 and version == history[newest - 1]:
+        has_failed = self._names[max(history)] in self._refused(device)
+        if newest > 0 and version == history[newest - 1] and has_failed:
             return True
         brought = max((each.serial for each in self.stated if each.version == history[-1]), default=0)
         ways = [each for each in self.stated if each.is_rollback and each.version == version]
@@ -131,3 +140,12 @@ class ModelLedger:
 def _signed(metadata: bytes) -> Mapping[str, Any]:
     found: Mapping[str, Any] = json.loads(metadata)["signed"]
     return found
+
+
+def refused_in(folder: Path) -> frozenset[str]:
+    """The releases that failed on a device, as its folder of slots says now; none where it says nothing."""
+    try:
+        first = (folder / "STATE.json").read_bytes().partition(b"\n")[0]
+        return frozenset(json.loads(first)["refused"])
+    except (OSError, ValueError, KeyError):
+        return frozenset()

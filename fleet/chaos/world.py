@@ -42,7 +42,7 @@ from fleet.chaos.heads import Heads
 from fleet.chaos.helper import FaultyHelper
 from fleet.chaos.injector import Injector, Line
 from fleet.chaos.ledger import Ledger
-from fleet.chaos.model_ledger import TIMESTAMP, Statement
+from fleet.chaos.model_ledger import TIMESTAMP, Statement, refused_in
 from fleet.chaos.node import Node
 from fleet.chaos.outside import Outside
 from fleet.chaos.plays import MAX_STALENESS, Play, play_of
@@ -312,6 +312,7 @@ class World:
             agent_settings().storage,
             privacy,
             Heads(MAX_STALENESS if self.play.is_buffered else 0),
+            lambda name: refused_in(self.devices[name].disk.folder / SLOTS_FOLDER),
         )
         return ledger
 

@@ -1,5 +1,5 @@
-"""The simulation finds what is broken on purpose, within 50 seeds: a bug in each of outbox, receipt, fold, swap, masks,
-noise, staleness, clock and rollback; and one that takes several faults is shrunk to these."""
+"""The simulation finds what is broken on purpose, within 50 seeds: a bug in each of outbox, receipt, fold, swap, floor,
+masks, noise, staleness, clock and rollback; and one that takes several faults is shrunk to these."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cloud_server.rounds.chronicle import Origin
 from cloud_server.rounds.desk import Desk
 from cloud_server.secure.book import MaskBook
 from edge_agent.release_files import StagedRelease
-from edge_agent.slots import Slots
+from edge_agent.slots import LAST_GOOD, Slots
 from edge_agent.storage import Database
 from fleet.chaos.campaign import laboratory, play, shrunk_schedule
 from fleet.chaos.faults import Fault
@@ -121,6 +121,23 @@ def test_swap_before_the_self_test_is_found(template: Template, monkeypatch: pyt
     seed, what = first_found(template)
     assert seed < SEEDS
     assert "did not pass its self-test" in what
+
+
+@pytest.mark.slow
+def test_device_that_serves_below_its_persisted_floor_is_found(
+    template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle = Slots._settle
+
+    def settle_for_the_last_good(self: Slots) -> None:
+        settle(self)
+        if not self.standing.probation and (self._root / LAST_GOOD).is_dir():
+            self._go_back(LAST_GOOD)
+
+    monkeypatch.setattr(Slots, "_settle", settle_for_the_last_good)
+    seed, what = first_found(template)
+    assert seed < SEEDS
+    assert "below its floor" in what
 
 
 @pytest.mark.slow
