@@ -70,8 +70,8 @@ class BufferedPerformer(Performer):
 
     def _close_collection(self, action: ev.CloseCollection) -> None:
         is_training = self._open_row().state == "training"
-        while self.send_waiting():  # an order stays open across rounds: whoever is carried on must have it
-            pass
+        for order in self._window.take_all():  # stays open across rounds: whoever is carried on must have it
+            self._send(order)
         super()._close_collection(action)
         if is_training:
             self._carry_into(self._open_row().number + 1)

@@ -5,7 +5,6 @@ Laws of the file: nothing leaves before what it says is committed; no number tha
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from cloud_server.rounds import events as ev
 from cloud_server.rounds.chronicle import Origin
 from cloud_server.rounds.head_step import StepTaken
 from cloud_server.rounds.intake import Intake
+from cloud_server.rounds.order_window import OrderWindow
 from cloud_server.rounds.orders import expected_reply, order_message, round_norm, round_train
 from cloud_server.rounds.plan import RunPlan, RunPorts
 from cloud_server.rounds.ports import Measured
@@ -38,11 +38,6 @@ NORM_MEDIAN = "update_norm_median"
 """Metric of a round: how long its updates were, before any was clipped."""
 
 
-ORDERS_A_TURN = 128
-"""Orders of a large cohort leave in turns, between which answers are taken: sent all at once, the answers to the first
-waited behind the last, and thousands of devices sent theirs again."""
-
-
 class Desk(ABC):
     """Performs the actions of one run. Holds its head, and the round and orders under way."""
 
@@ -56,7 +51,7 @@ class Desk(ABC):
         self._moved_by = 0  # the round that the head came out of; 0: the run began with it
         self._round: books.RoundRow | None = None
         self._orders: dict[str, books.OrderRow] = {}
-        self._unsent: dict[str, books.OrderRow] = {}
+        self._window = OrderWindow()
         self._published: tuple[BlobRef, HeadPatch | None] | None = None
         self._last_number = 0
         self.metrics: Mapping[str, float] = {}
@@ -105,11 +100,17 @@ class Desk(ABC):
         """What came from elsewhere than the fleet since the last turn."""
         return None
 
-    def send_waiting(self) -> bool:
-        """Sends the next orders of a large cohort; returns whether some are left."""
-        for device in list(itertools.islice(self._unsent, ORDERS_A_TURN)):
-            self._send(self._unsent.pop(device))
-        return bool(self._unsent)
+    def send_waiting(self) -> float:
+        """Sends the orders of a large cohort that may leave; seconds until it wants to be asked again at the latest,
+        `NEVER` if none is left."""
+        now = self._ports.clock.monotonic()
+        for order in self._window.take(now):
+            self._send(order)
+        return self._window.wait(now)
+
+    def note_heard(self, device: str) -> None:
+        """A device answered an order."""
+        self._window.heard(device)
 
     def note_accepted(self, order: books.OrderRow) -> None:
         """A device is at work on its order."""
@@ -131,15 +132,15 @@ class Desk(ABC):
         if not orders:
             return
         self._invite(is_open=True, deadline=next(iter(orders.values())).deadline)
-        self._unsent = orders
+        self._window.fill(orders)
         self.send_waiting()
 
     def _resend_order(self, action: ev.ResendOrder) -> None:
-        if action.device not in self._unsent:
+        if action.device not in self._window:
             self._send(self._orders[action.device])
 
     def _close_collection(self, _action: ev.CloseCollection) -> None:
-        self._unsent = {}
+        self._window.fill({})
         row, now = self._open_row(), self._ports.clock.now()
         kind, state = ("train", "folding") if row.state == "training" else ("evaluate", "deciding")
         with self._database.transaction(fence=self._ports.fence) as connection:
@@ -174,7 +175,8 @@ class Desk(ABC):
 
     def _listen(self, orders: Sequence[books.OrderRow], answered: set[bytes]) -> None:
         """From now on replies to these orders are taken."""
-        self._orders, self._unsent = {order.device: order for order in orders}, {}
+        self._orders = {order.device: order for order in orders}
+        self._window.fill({})
         self._intake.open({order.order_id: self._expected(order) for order in orders}, answered)
 
     def _expected(self, order: books.OrderRow) -> Expected:

@@ -223,7 +223,8 @@ class Performer(Desk):
             note_round(connection, ROUND_FOLDED, run, row, rows, now, origins, head=head.sha256.hex())
         self._round = replace(row, state=state, head_sha256=head.sha256, metrics=metrics)
         self._move_head(step, row.number)
-        self._folded, self._orders, self._unsent = None, {}, {}
+        self._folded, self._orders = None, {}
+        self._window.fill({})
         self.metrics = metrics
         self._forget([*(each.artefact_key for each in rows), *outdated])
         _log.info("round_folded", run=run, round=row.number, updates=int(metrics["train_devices"]))

@@ -135,6 +135,7 @@ class RoundRunner:
         order = self._desk.order_of(device)
         if order is None or order.order_id != join.order_id:
             return
+        self._desk.note_heard(device)
         if not join.accepted:
             self._declined.append((order.order_id, join.reason))
         else:
@@ -195,7 +196,7 @@ class RoundRunner:
             self._queue.append(ev.Tick())
         while self._queue or self._poll():
             self._take(self._queue.popleft())
-        return self._ports.clock.now() if self._desk.send_waiting() else self._next_tick
+        return min(self._next_tick, self._ports.clock.now() + self._desk.send_waiting())
 
     def _book_declined(self) -> None:
         """All that were declined since the last turn, in one commit: a fleet without samples declines as one."""
