@@ -26,7 +26,7 @@ from fleet.chaos.injector import Line
 from fleet.chaos.plays import Play, play_of, schedule_of
 from fleet.chaos.record import CampaignFile, History, keep_regression
 from fleet.chaos.shrink import shrink
-from fleet.chaos.template import Template, make_template
+from fleet.chaos.template import BEGIN, Template, make_template
 from fleet.chaos.violation import Violation
 from fleet.chaos.world import Outcome, World
 from models.bundle import Bundle
@@ -123,7 +123,7 @@ def laboratory() -> Iterator[Template]:
 
 def prepare(bundle: Bundle, folder: Path) -> Template:
     """A fleet that has taken up its first release."""
-    template = make_template(bundle, folder, DEVICES)
+    template = make_template(bundle, folder, DEVICES, BEGIN)
     # One device alone makes no round, and its slots are what each of them would have.
     alone = replace(template, identities=template.identities[:1])
     slots = World(alone, 0, ()).install(INSTALL_SECONDS)

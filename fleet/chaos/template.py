@@ -51,13 +51,14 @@ class Template:
     release_sha256: str = ""
 
 
-def make_template(bundle: Bundle, folder: Path, devices: int) -> Template:
+def make_template(bundle: Bundle, folder: Path, devices: int, begin: float = START) -> Template:
     """Enrols the devices, imports the model and publishes its first release.
 
     Args:
         folder: for the database, for a moment.
+        begin: when that is, in unix seconds.
     """
-    keys, time = CloudKeys.from_seed(KEYS_SEED), VirtualTime(BEGIN)
+    keys, time = CloudKeys.from_seed(KEYS_SEED), VirtualTime(begin)
     path = folder / "template.db"
     database = open_database(f"sqlite:///{path}")
     store = Artefacts.in_memory()

@@ -96,16 +96,7 @@ def _play(task: Task) -> Outcome:
             destroyed += ended.destroyed
             found.add(ended.findings, str(spot))
             task.tell(number)
-    books = found.books(destroyed=destroyed)
-    return Outcome(
-        kind="damaged_outbox",
-        seed=task.seed,
-        broker=task.broker,
-        books=books,
-        faults=sum(struck.values()),
-        struck=struck,
-        seconds=time.monotonic() - started,
-    )
+    return task.outcome("damaged_outbox", found.books(destroyed=destroyed), struck, started)
 
 
 SCENARIOS = (

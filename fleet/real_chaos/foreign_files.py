@@ -101,15 +101,7 @@ def _play(task: Task) -> Outcome:
             struck[what.how] += 1
             found.add(ended.findings, str(what))
             task.tell(number)
-    return Outcome(
-        kind="foreign_files",
-        seed=task.seed,
-        broker=task.broker,
-        books=found.books(),
-        faults=sum(struck.values()),
-        struck=struck,
-        seconds=time.monotonic() - started,
-    )
+    return task.outcome("foreign_files", found.books(), struck, started)
 
 
 SCENARIOS = (Scenario("foreign_files", "each file and folder of a device replaced by something else", _play),)

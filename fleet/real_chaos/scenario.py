@@ -6,12 +6,12 @@ Law of the file: types only; the scenarios stand in files of their own and in th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fleet.real_chaos.outcome import Outcome
+from fleet.real_chaos.outcome import Books, Outcome
 from models.bundle import Bundle
 
 BrokerKind = Literal["mosquitto", "embedded"]
@@ -44,6 +44,27 @@ class Task:
     def is_over(self) -> bool:
         """Whether the time for faults is up."""
         return time.monotonic() >= self.until
+
+    def outcome(
+        self, kind: str, books: Books, struck: Mapping[str, int], started: float, *, idle: int = 0
+    ) -> Outcome:
+        """The row of a play that had no fleet of its own: only what struck, and what the books say.
+
+        Args:
+            kind: name of the scenario.
+            started: by `time.monotonic()`.
+            idle: faults that hit nothing.
+        """
+        return Outcome(
+            kind=kind,
+            seed=self.seed,
+            broker=self.broker,
+            books=books,
+            faults=sum(struck.values()),
+            idle=idle,
+            struck=struck,
+            seconds=time.monotonic() - started,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,7 +134,7 @@ def _play(task: Task) -> Outcome:
     started, struck, found = time.monotonic(), Counter[str](), Findings()
     if not can_mount():
         print("small_disk is left out: only root may mount a tmpfs", file=sys.stderr)
-        return Outcome(kind="small_disk", seed=task.seed, broker=task.broker, books=found.books(), faults=0)
+        return task.outcome("small_disk", found.books(), struck, started)
     task.folder.mkdir(parents=True, exist_ok=True)
     with workshop(task.bundle) as bench, Nursery("device") as nursery, Nursery("cloud") as clouds:
         device = OwingDevice(bench, nursery, DevicePath(bench, nursery))
@@ -153,15 +153,7 @@ def _play(task: Task) -> Outcome:
             struck[what] += 1
             found.add(each, what)
             task.tell(number)
-    return Outcome(
-        kind="small_disk",
-        seed=task.seed,
-        broker=task.broker,
-        books=found.books(),
-        faults=sum(struck.values()),
-        struck=struck,
-        seconds=time.monotonic() - started,
-    )
+    return task.outcome("small_disk", found.books(), struck, started)
 
 
 SCENARIOS = (

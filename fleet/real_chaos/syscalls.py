@@ -172,16 +172,7 @@ def _play(task: Task) -> Outcome:
                 break
             strike_all(path, [strike], folder, result)
             task.tell(number)
-    return Outcome(
-        kind="syscalls",
-        seed=task.seed,
-        broker=task.broker,
-        books=result.findings.books(),
-        faults=sum(result.struck.values()),
-        idle=result.idle,
-        struck=result.struck,
-        seconds=time.monotonic() - started,
-    )
+    return task.outcome("syscalls", result.findings.books(), result.struck, started, idle=result.idle)
 
 
 SCENARIOS = (
