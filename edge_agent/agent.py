@@ -24,11 +24,12 @@ from edge_agent.health import Health
 from edge_agent.hearing import event_of, job_ended, restored_cloud
 from edge_agent.identity import Identity
 from edge_agent.kept_heads import KeptChunks
+from edge_agent.late_identity import LOOK_SECONDS, LateIdentity, settle_owner
 from edge_agent.link.door import Link
 from edge_agent.machine import Machine, NoMachine
 from edge_agent.metrics import EdgeMetrics
 from edge_agent.metrics_board import MetricsBoard
-from edge_agent.parts import assemble
+from edge_agent.parts import assemble, take_identity
 from edge_agent.ports import Engine, Floats, JobResult, Moment, SelfTest, Worker
 from edge_agent.release_source import ReleaseSource
 from edge_agent.serving import Answer
@@ -82,6 +83,8 @@ class Agent:
         status_file: rewritten when something changes that `shoal-edge status` shows; metrics are shown only
             where there is one.
         on_close: called at the end of `stop`.
+        late_identity: of a device whose identity cannot be read now: `identity` stands in, and nothing is said to the
+            broker before it can.
     """
 
     def __init__(
@@ -105,8 +108,9 @@ class Agent:
         notify: Callable[[], None] = lambda: None,
         status_file: Path | None = None,
         on_close: Callable[[], None] = lambda: None,
+        late_identity: LateIdentity | None = None,
     ) -> None:
-        self.identity = identity
+        self._late_identity = late_identity
         self._settings = settings
         self._transport = transport
         self._notify = notify
@@ -160,7 +164,7 @@ class Agent:
 
         Raises:
             ConfigurationError: not enrolled, or another agent runs there.
-            TrustError: a key or certificate cannot be used.
+            TrustError: a key or certificate cannot be used, and there is no model that could answer without them.
             StorageError: the folder cannot be used.
         """
         from edge_agent.device import open_agent
@@ -183,6 +187,11 @@ class Agent:
         if self._thread is not None:
             self._thread.join()
         self.stop()
+
+    @property
+    def identity(self) -> Identity:
+        """Who the device is; of nobody while its identity cannot be read."""
+        return self.parts.identity
 
     @property
     def rejected_total(self) -> int:
@@ -277,9 +286,14 @@ class Agent:
             self._board.open()
         self.parts.started_at = self.parts.clock.monotonic()
         contents = self._shell.load_current()
-        interrupted = tuple(
-            (order.order_id, order.run, order.round_number) for order in self.parts.orders.unanswered()
-        )
+        interrupted: tuple[tuple[bytes, str, int], ...] = ()
+        if self._late_identity is not None and self._late_identity.trouble is not None:
+            self._miss_identity(self._late_identity.trouble)
+        else:
+            self._settle_owner()
+            interrupted = tuple(
+                (order.order_id, order.run, order.round_number) for order in self.parts.orders.unanswered()
+            )
         pending = tuple(self.parts.outbox.owed())
         self.parts.link.begin(self.parts.speaker.bulk_filters)
         self._step(
@@ -301,16 +315,47 @@ class Agent:
         self._join_broker()
 
     def _join_broker(self) -> None:
-        """Connects, once there are numbers for what is said there: a full disk has none, and inference goes on."""
+        """Connects, once the identity is whole and there are numbers for what is said there: a full disk has none, and
+        inference goes on."""
         self._has_joined = False
-        self._next_join = self.parts.clock.monotonic() + _IDLE_SECONDS
         try:
+            if self._late_identity is not None:
+                self._next_join = self.parts.clock.monotonic() + LOOK_SECONDS
+                self._become(self._late_identity.read())
+            self._next_join = self.parts.clock.monotonic() + _IDLE_SECONDS
             will = self.parts.speaker.birth(self._shell.birth("lost"))
         except StorageError as error:
             _log.error("broker_not_joined", reason=str(error))
             return
+        except ShoalError as error:
+            self._miss_identity(error)
+            return
         self._has_joined = True
         self._transport.start(self._post, filters=self.parts.speaker.filters, will=will)
+
+    def _become(self, identity: Identity) -> None:
+        self._late_identity = None
+        take_identity(self.parts, identity)
+        self.parts.link.begin(self.parts.speaker.bulk_filters)
+        self._settle_owner()
+        _log.info("identity_whole", device=identity.device)
+        self._write_status("running")
+
+    def _settle_owner(self) -> None:
+        parts = self.parts
+        try:
+            lost = settle_owner(parts.identity, parts.database, parts.outbox, parts.orders, parts.clock.now())
+        except StorageError as error:
+            _log.error("owner_not_settled", reason=str(error))
+            return
+        for update_id in lost:
+            self._post(on.UpdateLost(update_id))
+
+    def _miss_identity(self, error: ShoalError) -> None:
+        if str(error) != self.parts.identity_trouble:
+            _log.error("identity_unusable", reason=str(error), hint=error.hint)
+            self.parts.identity_trouble = str(error)
+            self._write_status("running")
 
     def stop(self) -> None:
         """Says goodbye, ends the worker and the connection, closes the database. Safe to call twice."""
@@ -402,7 +447,7 @@ class Agent:
         model = self.parts.serving.current
         where = "connected" if self.state.connected else "not connected"
         doing = f"release {model.release_version if model else 0}, {where}, {self.state.phase}"
-        self.pulse.beat(is_ready=model is not None, status=doing)
+        self.pulse.beat(is_ready=model is not None, status=doing, is_alone=bool(self.parts.identity_trouble))
 
     def _post(self, event: Incoming) -> None:
         if isinstance(event, Received):

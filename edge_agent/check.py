@@ -32,6 +32,7 @@ from edge_agent.machine import free_bytes, hottest
 from edge_agent.remedies import prescribe
 from edge_agent.selftest import ChildSelfTest
 from edge_agent.settings import EdgeSettings
+from edge_agent.slots import FOLDER_NAME as SLOTS_NAME
 from edge_agent.slots import Slots
 from edge_agent.status import read_status
 from process.clock import Clock
@@ -42,6 +43,8 @@ from wire.errors import ShoalError, TransportError
 from wire.primitives import certificate_validity
 
 CONNECT_SECONDS: Final = 10.0
+_OF_IDENTITY: Final = (checks.certificate, checks.broker)
+"""Of a device without an identity there is nothing to say about these."""
 
 
 def run_checks(folder: Path, settings: EdgeSettings, clock: Clock) -> Iterator[Finding]:
@@ -50,27 +53,29 @@ def run_checks(folder: Path, settings: EdgeSettings, clock: Clock) -> Iterator[F
     limits = settings.health
     disk = _disk(folder)
     yield _with_remedy(checks.disk.judge(disk, limits), disk, settings)
+    status = read_status(folder) or {}
+    agent = _agent(folder, status)
+    running = status if agent.level == "ok" else {}
+    facts = replace(_of_status(disk, running) if running else disk, celsius=hottest())
+    judged = list(checks.CHECKS[1:])
     try:
         identity = identity_files.load(folder)
     except ShoalError as error:
         yield Finding("identity", "fail", str(error), error.hint)
-        return
-    yield Finding("identity", "ok", f"{identity.device} of {identity.tenant}/{identity.fleet}")
-    answered, skew_seconds = _guarded("aggregator", lambda: _aggregator(identity, clock))
-    yield answered
-    status = read_status(folder) or {}
-    agent = _agent(folder, status)
-    facts = replace(
-        _of_status(disk, status) if agent.level == "ok" else disk,
-        skew_seconds=skew_seconds,
-        celsius=hottest(),
-        **_certificate(identity, clock),
-        **_broker(identity),
-        **_model(folder, settings, status),
-    )
-    for check in checks.CHECKS[1:]:
+        if not (folder / SLOTS_NAME).is_dir():
+            return
+        judged = [check for check in judged if check not in _OF_IDENTITY]
+    else:
+        yield Finding("identity", "ok", f"{identity.device} of {identity.tenant}/{identity.fleet}")
+        answered, skew_seconds = _guarded("aggregator", lambda: _aggregator(identity, clock))
+        yield answered
+        facts = replace(
+            facts, skew_seconds=skew_seconds, **_certificate(identity, clock), **_broker(identity)
+        )
+    facts = replace(facts, **_model(folder, settings, status))
+    for check in judged:
         yield _with_remedy(check.judge(facts, limits), facts, settings)
-    yield judge_link(settings, status if agent.level == "ok" else {}, clock)
+    yield judge_link(settings, running, clock)
     yield agent
     yield judge_version(status)
 
@@ -153,7 +158,7 @@ def _model(folder: Path, settings: EdgeSettings, status: dict[str, Any]) -> dict
         version = int(serving.get("version", 0))
         return {"release_version": version, "model_detail": f"release {version} serves in the running agent"}
     try:
-        contents = Slots(folder).current() if (folder / "slots").is_dir() else None
+        contents = Slots(folder).current() if (folder / SLOTS_NAME).is_dir() else None
         if contents is None:
             return {"release_version": 0}
         verdict = ChildSelfTest(

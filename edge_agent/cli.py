@@ -173,6 +173,7 @@ def _token_of_environment() -> str:
 
 def _run(options: argparse.Namespace) -> int:
     from edge_agent.running import check_source, run_agent
+    from edge_agent.slots import FOLDER_NAME as SLOTS_NAME
     from process.logs import configure_logs
     from wire.errors import ConfigurationError
 
@@ -183,13 +184,14 @@ def _run(options: argparse.Namespace) -> int:
         check_source(source, once=options.once)
     configure_logs("json" if settings.log.json else "logfmt", settings.log.level)
     refused = _enrol_at_first_run(options)
-    if refused:
+    if refused and not (options.state / SLOTS_NAME).is_dir():
         return refused
     return run_agent(options.state, settings, options.input, once=options.once)
 
 
 def _enrol_at_first_run(options: argparse.Namespace) -> int:
-    """A container enrols itself from its environment, once; 0, or the exit code of an enrolment that failed."""
+    """A container enrols itself from its environment, once; 0, or the exit code of an enrolment that failed. A device
+    that lost its identity and has a model goes on without (`late_identity.py`)."""
     from edge_agent.identity import FOLDER_NAME
     from edge_agent.settings import TOKEN_VARIABLE
 
@@ -210,14 +212,22 @@ def _enrol_at_first_run(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from edge_agent.identity import load
     from edge_agent.status import read_status
+    from wire.errors import ShoalError
 
-    identity = load(options.state)
-    status = read_status(options.state) or {
-        "status": "never ran",
-        "device": identity.device,
-        "fleet": f"{identity.tenant}/{identity.fleet}",
-        "broker": f"{identity.mqtt_host}:{identity.mqtt_port}",
-    }
+    status = read_status(options.state)
+    try:
+        identity = load(options.state)
+        status = status or {
+            "status": "never ran",
+            "device": identity.device,
+            "fleet": f"{identity.tenant}/{identity.fleet}",
+            "broker": f"{identity.mqtt_host}:{identity.mqtt_port}",
+        }
+    except ShoalError as error:
+        if status is None:
+            raise
+        print(f"identity: {error}", file=sys.stderr)
+        print(f"hint: {error.hint}", file=sys.stderr)
     if status.get("status") == "running" and not _is_running(options.state):
         status = {**status, "status": "gone", "connected": False}
     if options.json:

@@ -1,6 +1,7 @@
 """A real device: the agent with its real adapters, from the state folder.
 
-Laws of the file: one agent per state folder (a lock file says so); TLS goes to the name and CA of the
+Laws of the file: one agent per state folder (a lock file says so); a device that has a model answers, whatever became
+of its identity; TLS goes to the name and CA of the
 identity, never to those of the machine; a certificate is renewed before it expires, and used without a
 restart. Source: docs/architecture.md, "The agent".
 """
@@ -21,6 +22,7 @@ from edge_agent.flight import FlightRecorder, go_back_after_deaths
 from edge_agent.freed_memory import give_back
 from edge_agent.identity import Identity
 from edge_agent.kept_heads import FolderChunks
+from edge_agent.late_identity import LateIdentity, LateTransport, nobody
 from edge_agent.lazy_engine import LazyEngine
 from edge_agent.link.door import Link, plan_of
 from edge_agent.lock import lock_state
@@ -28,6 +30,7 @@ from edge_agent.machine import RealMachine
 from edge_agent.release_child import ChildReleases
 from edge_agent.selftest import ChildSelfTest
 from edge_agent.settings import EdgeSettings
+from edge_agent.slots import FOLDER_NAME as SLOTS_NAME
 from edge_agent.slots import Slots
 from edge_agent.status import STATUS_NAME
 from edge_agent.storage import open_database
@@ -36,6 +39,7 @@ from edge_agent.worker import ThreadWorker
 from process.clock import SystemClock
 from process.logs import get_logger
 from process.service_manager import ServiceManager
+from wire.errors import ShoalError, TrustError
 from wire.transport.mqtt import MqttTransport
 
 _log = get_logger("edge_agent.device")
@@ -59,8 +63,11 @@ def broker_context(identity: Identity) -> NamedContext:
     context = NamedContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.expected_name = identity.tls_name
-    context.load_verify_locations(cadata=identity.ca_pem.decode("ascii"))
-    context.load_cert_chain(identity.certificate_path, identity.tls_key_path)
+    try:
+        context.load_verify_locations(cadata=identity.ca_pem.decode("ascii"))
+        context.load_cert_chain(identity.certificate_path, identity.tls_key_path)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise TrustError(f"the certificates in {identity.folder} cannot be used: {error}") from error
     return context
 
 
@@ -89,7 +96,7 @@ class CertificateInUse:
                 return
             if self._tls is not None:
                 self._take(present, trusted)
-        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        except (OSError, ValueError, TrustError) as error:  # ssl.SSLError is an OSError
             _log.warning("certificate_unusable", reason=str(error))
             return
         if trusted != self._trusted:
@@ -109,6 +116,35 @@ class CertificateInUse:
         self._transport.use_tls(self._tls)
 
 
+class _Voice:
+    """What speaks to the broker in the name of a device, once its identity is there."""
+
+    def __init__(self, settings: EdgeSettings) -> None:
+        self._settings = settings
+        self._certificate: CertificateInUse | None = None
+        self.transport = LateTransport()
+
+    def use(self, identity: Identity) -> None:
+        """Makes it; raises `TrustError` for certificates that cannot be used."""
+        tls = broker_context(identity) if identity.mqtt_tls else None
+        transport = MqttTransport(
+            identity.device,
+            identity.mqtt_host,
+            identity.mqtt_port,
+            tls=tls,
+            keepalive_seconds=plan_of(self._settings).keepalive_seconds,
+            backoff=self._settings.backoff(),
+            rng=random.SystemRandom(),
+        )
+        self._certificate = CertificateInUse(identity, tls, transport)
+        self.transport.become(transport)
+
+    def follow(self) -> None:
+        """A release check has ended, which may have renewed the certificate."""
+        if self._certificate is not None:
+            self._certificate.follow()
+
+
 def open_agent(
     folder: Path, settings: EdgeSettings, *, service_manager: ServiceManager | None = None
 ) -> Agent:
@@ -119,38 +155,34 @@ def open_agent(
 
     Raises:
         ConfigurationError: not enrolled, or another agent runs there.
-        TrustError: a key or certificate cannot be used.
+        TrustError: a key or certificate cannot be used, and there is no model that could answer without them.
         StorageError: the folder cannot be used.
     """
-    identity = identity_files.load(folder)
+    _look_at_identity(folder)
     lock = lock_state(folder)
     machine = SystemClock()
     database = open_database(folder, max_bytes=settings.storage.database_bytes, clock=machine)
     clock = FlooredClock(machine, database, built=BUILT)
     slots = Slots(folder, quarantine=database.quarantine)
+    voice = _Voice(settings)
+    late = LateIdentity(folder, voice.use, database.quarantine)
+    try:
+        identity = _identity_of(late, folder, slots)
+    except ShoalError:
+        database.close()
+        os.close(lock)
+        raise
     recorder = FlightRecorder(folder)
     go_back_after_deaths(recorder, slots, database, clock.now)
-    tls = broker_context(identity) if identity.mqtt_tls else None
 
     def graphs() -> str:
         contents = slots.current()
         return contents.graphs_sha256 if contents is not None else ""
 
-    plan = plan_of(settings)
-    transport = MqttTransport(
-        identity.device,
-        identity.mqtt_host,
-        identity.mqtt_port,
-        tls=tls,
-        keepalive_seconds=plan.keepalive_seconds,
-        backoff=settings.backoff(),
-        rng=random.SystemRandom(),
-    )
-    certificate = CertificateInUse(identity, tls, transport)
     engine = LazyEngine()
 
-    link = Link(plan, database, clock, transport, folder)
-    releases = ChildReleases(folder, clock, graphs=graphs, checked=certificate.follow, link=link)
+    link = Link(plan_of(settings), database, clock, voice.transport, folder)
+    releases = ChildReleases(folder, clock, graphs=graphs, checked=voice.follow, link=link)
     trial, heads = folder / "selftest", folder / "heads"
 
     def rest() -> None:
@@ -165,7 +197,7 @@ def open_agent(
     agent = Agent(
         settings,
         identity,
-        transport=transport,
+        transport=voice.transport,
         releases=releases,
         clock=clock,
         worker=ThreadWorker(rest),
@@ -180,10 +212,30 @@ def open_agent(
         engine=engine,
         link=link,
         kept=FolderChunks(heads, clock, max_bytes=2 * settings.training.max_head_bytes),
-        machine=RealMachine(folder, identity, rejoin=transport.rejoin, clear=clear),
+        machine=RealMachine(folder, identity, rejoin=voice.transport.rejoin, clear=clear),
         service_manager=service_manager,
         status_file=folder / STATUS_NAME,
         on_close=lambda: os.close(lock),
+        late_identity=late if late.trouble is not None else None,
     )
     agent.parts.serving.note_in_flight = recorder.note
     return agent
+
+
+def _look_at_identity(folder: Path) -> None:
+    """Raises what is wrong with the identity, before anything is made in a folder that holds no model either."""
+    try:
+        identity_files.load(folder)
+    except ShoalError:
+        if not (folder / SLOTS_NAME).is_dir():
+            raise
+
+
+def _identity_of(late: LateIdentity, folder: Path, slots: Slots) -> Identity:
+    """The identity; or that of nobody, on a device that has a model to serve."""
+    try:
+        return late.read()
+    except ShoalError:
+        if slots.current() is None:
+            raise
+        return nobody(folder)

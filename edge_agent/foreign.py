@@ -17,7 +17,7 @@ from process.logs import get_logger
 
 _log = get_logger("edge_agent.foreign")
 
-_FOLDERS: Final = ("at_rest", "slots", "slots/graphs", "tuf", "selftest")
+_FOLDERS: Final = ("identity", "at_rest", "slots", "slots/graphs", "tuf", "selftest")
 _FILES: Final = (
     "FORMAT",
     "EPOCH",
@@ -27,6 +27,12 @@ _FILES: Final = (
     "agent.db-shm",
     "at_rest/ring",
     "slots/STATE.json",
+    "identity/enrolment.json",
+    "identity/ca.pem",
+    "identity/certificate.pem",
+    "identity/root.json",
+    "identity/tls.key",
+    "identity/update.key",
     "status.json",
 )
 _ASIDE: Final = ".foreign"

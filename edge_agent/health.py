@@ -113,6 +113,7 @@ class Health:
             owed=len(state.uploads),
             owed_bytes=parts.outbox.open_bytes(),
             owed_limit_bytes=parts.settings.storage.outbox_bytes,
+            identity_trouble=parts.identity_trouble,
             certificate_seconds=None if validity is None else validity[1] - parts.clock.now(),
             certificate_life_seconds=0.0 if validity is None else validity[1] - validity[0],
             is_training_paused=bool(parts.training_paused),

@@ -1,7 +1,9 @@
 """Who this device is: its names, keys and what it trusts, in `identity/` of the state folder.
 
 Laws of the file: private keys are 0600 and never printed; an identity appears whole or not at all (it is
-written beside its place and renamed); what cannot be read is an error that says how to enrol.
+written beside its place and renamed); what cannot be read is an error that names the file and says how to enrol (with
+`damaged_file` among its facts where a file is there and is not what it should be); one that a new identity replaces
+goes to the quarantine with its keys.
 Source: docs/architecture.md, "Keys".
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import ssl
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Final
@@ -19,9 +22,19 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edge_agent.disk import sync_folder, write_durably
+from edge_agent.quarantine import FOLDER_NAME as QUARANTINE_NAME
+from edge_agent.quarantine import Quarantine
+from wire.certificate_dates import validity_of
 from wire.enrolment import DeviceId, EnrolResponse, OnlineKey, Url
-from wire.errors import ConfigurationError, EnrolmentError, StorageError
-from wire.primitives import SigningKey, certificate_fingerprints, read_private, write_private
+from wire.errors import ConfigurationError, EnrolmentError, ShoalError, StorageError, TrustError
+from wire.primitives import (
+    KemPublicKey,
+    SigningKey,
+    VerifyKey,
+    certificate_fingerprints,
+    read_private,
+    write_private,
+)
 
 FOLDER_NAME: Final = "identity"
 ENROLMENT: Final = "enrolment.json"
@@ -151,10 +164,10 @@ def from_response(
 
 
 def save(identity: Identity, folder: Path, *, tls_key_pem: bytes) -> None:
-    """Writes `identity/` under the state folder: whole, or not at all.
+    """Writes `identity/` under the state folder: whole, or not at all. A broken one goes to the quarantine.
 
     Raises:
-        ConfigurationError: there is an identity already.
+        ConfigurationError: there is a whole identity already.
         StorageError: the folder cannot be written.
     """
     refuse_second(folder)
@@ -169,6 +182,8 @@ def save(identity: Identity, folder: Path, *, tls_key_pem: bytes) -> None:
         write_durably(partial / CERTIFICATE, identity.certificate_pem)
         write_durably(partial / TUF_ROOT, identity.tuf_root)
         write_durably(partial / ENROLMENT, _enrolment_json(identity))
+        if os.path.lexists(target):
+            Quarantine(folder / QUARANTINE_NAME).take(target, f"replaced by a new identity: {broken(folder)}")
         os.rename(partial, target)
         sync_folder(folder)
     except OSError as error:
@@ -180,17 +195,33 @@ def save(identity: Identity, folder: Path, *, tls_key_pem: bytes) -> None:
 def refuse_second(folder: Path) -> None:
     """Raises `ConfigurationError` when the state folder is not for a new identity.
 
-    One that is there is never overwritten, and the folder of an aggregator is not a device's.
+    One that is whole, or whose keys are only open to others, is never replaced, and the folder of an aggregator is
+    not a device's.
     """
     if (folder / "settings.toml").exists() and (folder / "keys").is_dir():
         raise ConfigurationError(
             f"{folder} is the state folder of an aggregator", hint="give each program its own folder"
         )
-    if (folder / FOLDER_NAME).exists():
+    if os.path.lexists(folder / FOLDER_NAME) and not broken(folder):
         raise ConfigurationError(
             f"{folder / FOLDER_NAME} holds an identity already",
-            hint="use another state folder, or remove this one first",
+            hint="use another state folder; one that is damaged is replaced",
         )
+
+
+def broken(folder: Path) -> str:
+    """Why the identity of a state folder has to be replaced.
+
+    Returns:
+        Empty for one that is whole, or that its operator can mend: a key that is open to others, a file that this user
+        may not read.
+    """
+    try:
+        load(folder)
+    except ShoalError as error:
+        is_mendable = "mode" in error.facts or isinstance(error.__cause__, PermissionError)
+        return "" if is_mendable else str(error)
+    return ""
 
 
 def with_authorities(identity: Identity, pem: bytes) -> Identity:
@@ -222,14 +253,8 @@ def load(folder: Path) -> Identity:
         raise ConfigurationError(
             f"{folder} holds no identity: this device is not enrolled", hint=NOT_ENROLLED_HINT
         )
-    try:
-        facts = msgspec.json.decode(_read(place / ENROLMENT), type=Enrolment, strict=True)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise EnrolmentError(f"{place / ENROLMENT} is damaged: {error}", hint=NOT_ENROLLED_HINT) from error
-    host, port, tls = parse_broker_url(facts.broker_url)
-    if not read_private(place / TLS_KEY):
-        raise EnrolmentError(f"{place / TLS_KEY} is damaged", hint=NOT_ENROLLED_HINT)
-    return Identity(
+    facts, (host, port, tls) = _facts(place / ENROLMENT)
+    identity = Identity(
         tenant=facts.tenant,
         fleet=facts.fleet,
         device=facts.device,
@@ -239,9 +264,9 @@ def load(folder: Path) -> Identity:
         mqtt_host=host,
         mqtt_port=port,
         mqtt_tls=tls,
-        ca_pem=_read(place / CA),
-        certificate_pem=_read(place / CERTIFICATE),
-        update_key=SigningKey(read_private(place / UPDATE_KEY)),
+        ca_pem=_certificate(place / CA),
+        certificate_pem=_certificate(place / CERTIFICATE),
+        update_key=_update_key(place / UPDATE_KEY),
         tuf_root=_read(place / TUF_ROOT),
         ring=facts.ring,
         channel=facts.channel,
@@ -250,6 +275,8 @@ def load(folder: Path) -> Identity:
         max_examples=facts.max_examples,
         folder=place,
     )
+    _check_pair(identity)
+    return identity
 
 
 def parse_https_url(url: str) -> tuple[str, int]:
@@ -302,12 +329,81 @@ def _enrolment_json(identity: Identity) -> bytes:
     return msgspec.json.format(msgspec.json.encode(facts), indent=2) + b"\n"
 
 
+def _facts(path: Path) -> tuple[Enrolment, tuple[str, int, bool]]:
+    """What `enrolment.json` says, and the address of the broker in it."""
+    data = _read(path)
+    try:
+        facts = msgspec.json.decode(data, type=Enrolment, strict=True)
+        recipients = [KemPublicKey(key.algorithm, bytes.fromhex(key.public)) for key in facts.kem]
+        signers = [VerifyKey(bytes.fromhex(key.public)) for key in facts.orders]
+        if not recipients or not signers:
+            raise EnrolmentError("no key to seal to, or none for orders")
+        return facts, parse_broker_url(facts.broker_url)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, TrustError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _certificate(path: Path) -> bytes:
+    pem = _read(path)
+    try:
+        validity_of(pem)
+    except TrustError as error:
+        raise _damaged(path, str(error)) from error
+    return pem
+
+
+def _update_key(path: Path) -> SigningKey:
+    seed = _key(path)
+    try:
+        return SigningKey(seed)
+    except TrustError as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _check_pair(identity: Identity) -> None:
+    """The key and the certificate for TLS; they may be two that do not belong together."""
+    path = identity.tls_key_path
+    _key(path)
+    try:
+        # A wrong password, for the key that should have none: OpenSSL must never ask a terminal for one.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_cert_chain(identity.certificate_path, path, password="")
+    except (ssl.SSLError, ValueError) as error:
+        if getattr(error, "reason", "") == "KEY_VALUES_MISMATCH":
+            raise EnrolmentError(f"{path} is not the key of {CERTIFICATE}", hint=NOT_ENROLLED_HINT) from error
+        raise _damaged(path, "no TLS key") from error
+
+
+def _key(path: Path) -> bytes:
+    try:
+        data = read_private(path)
+    except StorageError as error:
+        raise EnrolmentError(str(error), hint=NOT_ENROLLED_HINT) from error.__cause__
+    except ConfigurationError as error:
+        if "mode" in error.facts:
+            raise
+        raise _damaged(path, str(error)) from error
+    if not data:
+        raise _damaged(path, "empty")
+    return data
+
+
 def _read(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_FILE_BYTES + 1)
+        # Without O_NONBLOCK a pipe that lies in a file's place would be waited on for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            data = file.read(_MAX_FILE_BYTES + 1) or b""
+    except IsADirectoryError as error:
+        raise _damaged(path, "a folder") from error
     except OSError as error:
         raise EnrolmentError(f"cannot read {path}: {error.strerror}", hint=NOT_ENROLLED_HINT) from error
     if not data or len(data) > _MAX_FILE_BYTES:
-        raise EnrolmentError(f"{path} is damaged", size_bytes=len(data), hint=NOT_ENROLLED_HINT)
+        raise _damaged(path, f"{len(data)} bytes" if data else "empty")
     return data
+
+
+def _damaged(path: Path, reason: str) -> EnrolmentError:
+    return EnrolmentError(
+        f"{path} is damaged: {reason}", hint=NOT_ENROLLED_HINT, damaged_file=path.name, path=str(path)
+    )

@@ -49,6 +49,7 @@ class Parts:
         boot_id: names this life of the process.
         cloud_epoch: of the cloud's message that was heard last.
         training_paused: why nothing is trained for now (`remedies/pause_training.py`), or empty.
+        identity_trouble: why the identity cannot be read, and which file it is, or empty.
         left_over: what a biased codec left out of an update that is not stored yet, by update id.
     """
 
@@ -82,6 +83,7 @@ class Parts:
     cloud_epoch: int = 0
     training_paused: str = ""
     least_agent: str = ""
+    identity_trouble: str = ""
     left_over: dict[bytes, ErrorFeedback] = field(default_factory=dict)
 
 
@@ -105,9 +107,8 @@ def assemble(
     """Joins the parts of one agent; the arguments are those of `Agent` and `Serving`."""
     floored = clock if isinstance(clock, FlooredClock) else FlooredClock(clock, database)
     storage, training = settings.storage, settings.training
-    speaker = _speaker(identity, database, floored)
+    speaker, helper, masked = _of_identity(identity, settings, database, floored, rng.randbytes)
     link = link or Link(plan_of(settings), database, floored)
-    helper = HelperPin(training.helper_key, database, tenant=identity.tenant, fleet=identity.fleet)
     return Parts(
         settings=settings,
         identity=identity,
@@ -131,16 +132,38 @@ def assemble(
         ),
         heads=Heads(training.max_head_bytes, slots.current, kept),
         helper=helper,
-        masked=MaskedRounds(
-            identity,
-            random=rng.randbytes,
-            min_members=training.min_masked,
-            helper=lambda: helper.key,
-            seal=speaker.seal_seed,
-        ),
+        masked=masked,
         random=rng.randbytes,
         boot_id=rng.randbytes(16),
     )
+
+
+def take_identity(parts: Parts, identity: Identity) -> None:
+    """The device knows who it is, after it was nobody: what speaks for it is made anew; nothing was said before."""
+    database, clock = parts.database, parts.clock
+    parts.identity, parts.identity_trouble = identity, ""
+    parts.speaker, parts.helper, parts.masked = _of_identity(
+        identity, parts.settings, database, clock, parts.random
+    )
+
+
+def _of_identity(
+    identity: Identity,
+    settings: EdgeSettings,
+    database: Database,
+    clock: FlooredClock,
+    random_bytes: Callable[[int], bytes],
+) -> tuple[Speaker, HelperPin, MaskedRounds]:
+    speaker, training = _speaker(identity, database, clock), settings.training
+    helper = HelperPin(training.helper_key, database, tenant=identity.tenant, fleet=identity.fleet)
+    masked = MaskedRounds(
+        identity,
+        random=random_bytes,
+        min_members=training.min_masked,
+        helper=lambda: helper.key,
+        seal=speaker.seal_seed,
+    )
+    return speaker, helper, masked
 
 
 def _speaker(identity: Identity, database: Database, clock: FlooredClock) -> Speaker:

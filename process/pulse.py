@@ -34,6 +34,7 @@ class Pulse:
         self._fed_at: float | None = None
         self._is_ready = False
         self._is_standby = False
+        self._is_alone = False
         self._is_stopping = False
 
     @property
@@ -42,12 +43,17 @@ class Pulse:
         watchdog = self._manager.watchdog_seconds
         return watchdog / _FEEDS_PER_WATCHDOG if watchdog else float("inf")
 
-    def beat(self, *, is_ready: bool, status: str = "") -> None:
-        """The loop came round. On its own thread; the first beat tells the service manager that we are up."""
+    def beat(self, *, is_ready: bool, status: str = "", is_alone: bool = False) -> None:
+        """The loop came round. On its own thread; the first beat tells the service manager that we are up.
+
+        Args:
+            is_alone: what it does it does, and it cannot speak to the other side before a person has been there.
+        """
         now = self._clock.monotonic()
         with self._lock:
             is_first = self._beaten_at is None
             self._beaten_at, self._is_ready, self._is_standby = now, is_ready, False
+            self._is_alone = is_alone
         self._tell(now, status, is_first=is_first)
 
     def stand_by(self, status: str = "") -> None:
@@ -90,6 +96,6 @@ class Pulse:
             return (200, "ok") if self.is_alive else (503, "stuck")
         if path == READY:
             if self.is_ready:
-                return 200, "ready"
+                return 200, "alone" if self._is_alone else "ready"
             return 503, "standby" if self._is_standby and self.is_alive else "not ready"
         return None

@@ -445,6 +445,7 @@ def read_private(path: Path) -> bytes:
                     f"the key file {path} is open to others (mode {stat.S_IMODE(status.st_mode):04o})",
                     hint=f"chmod 600 {path}",
                     path=str(path),
+                    mode=stat.S_IMODE(status.st_mode),
                 )
             data = file.read(_MAX_KEY_FILE_BYTES + 1)
     except OSError as error:

@@ -1,8 +1,10 @@
-"""The certificate that the broker and the aggregator's HTTPS port ask for; it is renewed at two thirds of its life."""
+"""The certificate that the broker and the aggregator's HTTPS port ask for, with the rest of the identity; it is renewed
+at two thirds of its life."""
 
 from __future__ import annotations
 
 from edge_agent.checks.facts import Facts
+from edge_agent.identity import NOT_ENROLLED_HINT
 from edge_agent.settings import HealthSettings
 from process.health import Finding
 
@@ -13,7 +15,9 @@ _LATE_SHARE = 0.2
 
 
 def judge(facts: Facts, limits: HealthSettings) -> Finding:
-    """Fails once it has ended; warns when it should have been renewed and was not."""
+    """Fails without an identity and once it has ended; warns when it should have been renewed and was not."""
+    if facts.identity_trouble:
+        return Finding(NAME, "fail", facts.identity_trouble, NOT_ENROLLED_HINT)
     left = facts.certificate_seconds
     if left is None:
         return Finding(NAME, "ok", "not known")

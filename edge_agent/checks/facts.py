@@ -29,6 +29,7 @@ class Facts:
         watched: why the watch over a new release condemns it, or empty (`edge_agent/watch.py`).
         celsius: the hottest of the machine's sensors.
         owed, owed_bytes: updates without a receipt; `owed_limit_bytes` is the outbox's cap, 0 where nobody knows.
+        identity_trouble: why the identity cannot be read, and which file it is, or empty.
         certificate_seconds: until the certificate ends; below 0 since then.
         certificate_life_seconds: from its beginning to its end; 0 where nobody knows.
         is_training_paused: by the remedy of that name, for `paused_seconds`.
@@ -54,6 +55,7 @@ class Facts:
     owed: int | None = None
     owed_bytes: int = 0
     owed_limit_bytes: int = 0
+    identity_trouble: str = ""
     certificate_seconds: float | None = None
     certificate_life_seconds: float = 0.0
     is_training_paused: bool = False

@@ -17,6 +17,7 @@ from edge_agent.fetcher import Fetcher, HttpsFetcher, MemoryFetcher
 from edge_agent.https import retry_after_seconds
 from edge_agent.identity import Identity
 from tests.edge.https_server import TLS_NAME, Script, https_server
+from wire.enrolment import OnlineKey
 from wire.errors import PeerError, RefusedError, TransportError, TrustError
 from wire.primitives import SigningKey, generate_tls_key, make_csr
 
@@ -42,6 +43,8 @@ def make_identity(folder: Path, authority: CertificateAuthority, url: str) -> Id
         certificate_pem=issued.pem.encode(),
         update_key=SigningKey.generate(),
         tuf_root=b"{}",
+        kem=(OnlineKey(id="00" * 8, algorithm="x25519", public="ab" * 32),),
+        orders=(OnlineKey(id="11" * 8, public="cd" * 32),),
     )
     identity_files.save(identity, folder, tls_key_pem=key)
     return identity_files.load(folder)

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from cloud_server.enrolment.ca import CertificateAuthority
 from edge_agent import identity as identity_files
 from edge_agent.identity import Identity, parse_broker_url, parse_https_url
 from wire.enrolment import OnlineKey
 from wire.errors import ConfigurationError, EnrolmentError, ShoalError, StorageError
-from wire.primitives import SigningKey, generate_tls_key
+from wire.primitives import SigningKey, generate_tls_key, make_csr
 
 KEY = SigningKey.from_bytes(bytes(range(32)))
+NOW = 1_800_000_000.0
+TLS_KEY = generate_tls_key()
+
+
+def certificates() -> tuple[bytes, bytes]:
+    """Of an authority, and of a device with `TLS_KEY`."""
+    with tempfile.TemporaryDirectory() as folder:
+        authority = CertificateAuthority.create(Path(folder), name="test CA", now=NOW)
+    issued = authority.issue_device(make_csr(TLS_KEY, "device-1").decode(), "device-1", now=NOW)
+    return authority.certificate_pem.encode(), issued.pem.encode()
+
+
+CA, CERTIFICATE = certificates()
 IDENTITY = Identity(
     tenant="tenant",
     fleet="fleet",
@@ -26,8 +41,8 @@ IDENTITY = Identity(
     mqtt_host="10.0.0.1",
     mqtt_port=8883,
     mqtt_tls=True,
-    ca_pem=b"-----BEGIN CERTIFICATE-----\nca\n",
-    certificate_pem=b"-----BEGIN CERTIFICATE-----\ndevice\n",
+    ca_pem=CA,
+    certificate_pem=CERTIFICATE,
     update_key=KEY,
     tuf_root=b'{"signed":{}}',
     ring="canary",
@@ -40,9 +55,8 @@ FILES = ("ca.pem", "certificate.pem", "enrolment.json", "root.json", "tls.key", 
 
 
 def save(folder: Path) -> bytes:
-    key = generate_tls_key()
-    identity_files.save(IDENTITY, folder, tls_key_pem=key)
-    return key
+    identity_files.save(IDENTITY, folder, tls_key_pem=TLS_KEY)
+    return TLS_KEY
 
 
 def test_saved_identity_is_loaded_again(tmp_path: Path) -> None:
@@ -109,13 +123,52 @@ def test_missing_empty_or_huge_file_is_an_error_of_ours(
         identity_files.load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["enrolment.json", "update.key"])
+@pytest.mark.parametrize("name", sorted({*FILES} - {"root.json"}))
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"{}", b"[" * 100_000])
-def test_damaged_file_is_an_error_of_ours(tmp_path: Path, name: str, content: bytes) -> None:
+def test_damaged_file_is_named_in_an_error_of_ours(tmp_path: Path, name: str, content: bytes) -> None:
     save(tmp_path)
     (tmp_path / "identity" / name).write_bytes(content)
-    with pytest.raises(ShoalError):
+    with pytest.raises(EnrolmentError, match=name) as caught:
         identity_files.load(tmp_path)
+    assert caught.value.facts["damaged_file"] == name
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    save(tmp_path)
+    (tmp_path / "identity" / name).unlink()
+    os.mkfifo(tmp_path / "identity" / name)
+    with pytest.raises(EnrolmentError) as caught:
+        identity_files.load(tmp_path)
+    assert caught.value.facts["damaged_file"] == name
+
+
+def test_key_of_another_certificate_is_an_error_that_blames_neither_file(tmp_path: Path) -> None:
+    save(tmp_path)
+    (tmp_path / "identity" / "tls.key").write_bytes(generate_tls_key())
+    with pytest.raises(EnrolmentError, match="not the key of") as caught:
+        identity_files.load(tmp_path)
+    assert "damaged_file" not in caught.value.facts
+
+
+def test_broken_identity_makes_room_for_a_new_one_and_keeps_its_keys(tmp_path: Path) -> None:
+    save(tmp_path)
+    (tmp_path / "identity" / "certificate.pem").write_bytes(b"garbage")
+    save(tmp_path)
+    assert identity_files.load(tmp_path).certificate_pem == CERTIFICATE
+    (entry,) = (path for path in (tmp_path / "quarantine").iterdir() if path.is_dir())
+    assert "certificate.pem is damaged" in entry.with_name(f"{entry.name}.reason").read_text()
+    assert (entry / "update.key").read_bytes() == KEY.private_bytes()
+    assert stat.S_IMODE((entry / "update.key").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "quarantine").stat().st_mode) == 0o700
+
+
+def test_identity_whose_keys_are_only_open_to_others_is_not_replaced(tmp_path: Path) -> None:
+    save(tmp_path)
+    os.chmod(tmp_path / "identity" / "update.key", 0o644)
+    with pytest.raises(ConfigurationError, match="already"):
+        save(tmp_path)
+    assert (tmp_path / "identity" / "update.key").read_bytes() == KEY.private_bytes()
 
 
 @pytest.mark.parametrize(
@@ -127,6 +180,7 @@ def test_damaged_file_is_an_error_of_ours(tmp_path: Path, name: str, content: by
         ("mqtts://10.0.0.1:8883", "amqp://10.0.0.1:8883"),
         ("mqtts://10.0.0.1:8883", "mqtts://10.0.0.1"),
         ('"max_examples": 5000', '"max_examples": "5000"'),
+        ('"algorithm": "x25519"', '"algorithm": "x25520"'),
     ],
 )
 def test_enrolment_file_that_was_edited_wrongly_is_refused(tmp_path: Path, old: str, new: str) -> None:
@@ -195,5 +249,5 @@ def test_url_that_is_not_ours_is_refused(url: str) -> None:
 
 
 def test_ipv6_broker_survives_saving(tmp_path: Path) -> None:
-    identity_files.save(replace(IDENTITY, mqtt_host="::1"), tmp_path, tls_key_pem=generate_tls_key())
+    identity_files.save(replace(IDENTITY, mqtt_host="::1"), tmp_path, tls_key_pem=TLS_KEY)
     assert identity_files.load(tmp_path).mqtt_host == "::1"
