@@ -38,7 +38,7 @@ from wire.transport.dial import CONNECT_TIMEOUT_SECONDS, BoundedSocket
 from wire.transport.gate import SendGate
 from wire.transport.keeper import Keeper
 from wire.transport.selector import SelectorLoop
-from wire.transport.topic_filters import check_filter, check_packet
+from wire.transport.topic_filters import check_filter, check_packet, matches
 from wire.transport.window import SendWindow
 
 _log = logging.getLogger("wire.transport.mqtt")
@@ -255,6 +255,7 @@ class _Connection:
         self._early_bytes = 0
         self._asked_for: list[tuple[str, int]] = []
         self._muted: frozenset[str] = frozenset()
+        self._withheld: dict[str, Packet] = {}
         self._is_closed = self._is_paused = False
         self._watched = selectors.EVENT_READ
         self._fault = ""
@@ -412,7 +413,8 @@ class _Connection:
             self._ready_to_work()
 
     def _listen(self, client: paho.Client, muted: frozenset[str]) -> None:
-        """Subscribes to all but `muted`. A session that was kept may still listen to those."""
+        """Subscribes to all but `muted`. A session that was kept may still listen to those. The newest that came of one
+        all the same is heard when it is listened to again."""
         self._muted = muted
         unwanted = [name for name, _ in self._terms.filters if name in muted]
         self._asked_for = [(name, qos) for name, qos in self._terms.filters if name not in muted]
@@ -420,6 +422,8 @@ class _Connection:
             client.unsubscribe(unwanted)
         if self._asked_for:
             client.subscribe([(name, SubscribeOptions(qos=qos)) for name, qos in self._asked_for])
+        for name in self._withheld.keys() - muted:
+            self._owner.received(self._withheld.pop(name))
 
     def _on_subscribe(
         self,
@@ -451,7 +455,11 @@ class _Connection:
             return
         expiry = getattr(message.properties, "MessageExpiryInterval", None)
         packet = Packet(topic, bytes(message.payload), message.qos, message.retain, expiry)
-        if self._is_accepted:
+        muted = self._muting(topic)
+        if muted is not None:
+            # The embedded broker goes on sending after UNSUBSCRIBE, and then brings nothing anew.
+            self._withheld[muted] = packet
+        elif self._is_accepted:
             self._owner.received(packet)
         elif len(self._early) < _EARLY_PACKETS and self._early_bytes < _EARLY_BYTES:
             self._early.append(packet)  # a kept session speaks before SUBACK
@@ -459,6 +467,12 @@ class _Connection:
         else:
             self._fault = "the broker sends without answering SUBSCRIBE"
             client.disconnect()
+
+    def _muting(self, topic: str) -> str | None:
+        """The muted filter that a topic falls under, where no other wants it."""
+        if any(matches(name, topic) for name, _ in self._asked_for):
+            return None
+        return next((name for name in self._muted if matches(name, topic)), None)
 
     def _on_disconnect(
         self,
