@@ -1,10 +1,12 @@
 """The default rule: a mean of updates cut to their median length, in which a voice has to be one's own, to speak of
-what others speak of, and to go forward.
+what others speak of, and to answer when the head moves.
 
 Who counts how much follows from lengths, weights and sketches (`sketch.py`) of the updates: angles within the cohort
-say who is alike and who is noise (`voices.py`), angles with the way that the head has gone add up to a device's
-*standing* (`standings.py`). FLTrust is the same mean with a root of trust: the cosine with where the operator's own
-samples lead joins the sum, and in the first round decides alone who may speak: no majority is needed.
+say who is alike and who is noise (`voices.py`), how the angle with the head's last step has changed says who learns,
+and adds up to a device's *standing* (`answers.py`). Of a device that was not in the round before nobody knows that: it
+is heard as far as it goes along with the others, or with the head's way, if those that are heard do (`standings.py`).
+FLTrust is the same mean with a root of trust: its standings are sums of cosines with the head's way and with where the
+operator's own samples lead, which in the first round decide alone who may speak: no majority is needed.
 
 Cutting to the median shortens the step where honest devices have much or little to learn, and attackers that are not
 heard leave room: the step gets back what was lost by the cut to one median and not to `LENGTH_ROOM` of them. On demand
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cloud_server.aggregate.answers import answered, answering_voices
 from cloud_server.aggregate.clipping import clip_factors, median_length
 from cloud_server.aggregate.coordinate import heard_trimmed_mean
 from cloud_server.aggregate.gram import weighted_mean
@@ -45,12 +48,16 @@ class Shares:
         cuts: what each is multiplied with, in (0, 1].
         stretch: what the step is multiplied with, from 1 to `LENGTH_ROOM`.
         standings: of the devices after this round.
+        headings: cosine of each update with the step, before anything is trimmed.
+        own: what of that is the update's own part in the step.
     """
 
     voices: list[float]
     cuts: list[float]
     stretch: float
     standings: list[float]
+    headings: list[float]
+    own: list[float]
 
 
 def shares_of(
@@ -60,6 +67,7 @@ def shares_of(
     *,
     way: torch.Tensor | None,
     standings: Sequence[float],
+    headings: Sequence[float | None] | None = None,
     seed: int,
     reference: torch.Tensor | None = None,
 ) -> Shares:
@@ -71,6 +79,8 @@ def shares_of(
         weights: from 1 up, capped.
         way: sketch of where the head has been going; None in the first round.
         standings: of the devices before this round; 0 for a new one.
+        headings: cosine of each device's update of the round before with that round's step, which `way` is then, less
+            what its own part in the step makes of the difference; None for who was not there, or where nobody was.
         seed: of the round; draws whom updates are compared with in a large cohort.
         reference: sketch of where the operator's own samples go, which then decides; None without such samples.
 
@@ -94,6 +104,7 @@ def shares_of(
     voices = voices * kindred * shared_voices(cosines, peers, kindred)
     short = real * cuts
     ahead = None if way is None else units @ unit_rows([way])[0]
+    tiny = torch.finfo(torch.float64).tiny
     if reference is not None:
         trusted = unit_rows([reference])[0]
         against = 0.0 if way is None else contradiction(unit_rows([way])[0], trusted)
@@ -102,28 +113,50 @@ def shares_of(
         if not float(heard @ short) > 0.0:
             raise RoundError("no update goes where the operator's samples do")
     else:
-        standing = _standings(stood, units, short, voices, ahead)
-        heard = voices * fleets_voices(standing)
-    stretch = float(heard @ (real * roomy)) / max(float(heard @ short), torch.finfo(torch.float64).tiny)
+        before = torch.tensor(
+            [torch.nan if each is None else each for each in headings or [None] * len(units)],
+            dtype=torch.float64,
+            device=units.device,
+        )
+        standing, heard = _answering(stood, units, short, voices, ahead, before)
+    stretch = float(heard @ (real * roomy)) / max(float(heard @ short), tiny)
+    step = (heard * short) @ units
+    length = torch.linalg.vector_norm(step).clamp(min=tiny)
     voices = heard / heard.sum()
-    return Shares(voices.tolist(), cuts.tolist(), max(stretch, 1.0), standing.tolist())
+    return Shares(
+        voices.tolist(),
+        cuts.tolist(),
+        max(stretch, 1.0),
+        standing.tolist(),
+        (units @ (step / length)).tolist(),
+        (heard * short / length).tolist(),
+    )
 
 
-def _standings(
+def _answering(
     stood: torch.Tensor,
     units: torch.Tensor,
     short: torch.Tensor,
     voices: torch.Tensor,
     ahead: torch.Tensor | None,
-) -> torch.Tensor:
-    """By the way of the head; where it has none yet, by the others."""
+    before: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Standings by the answers, and what each is heard; who was not there is heard as far as it goes along.
+
+    Args:
+        ahead: cosines with the last step; None in the first round.
+        before: the same of the round before; NaN for who was not there.
+    """
     # One or two replies are a mean already, or nobody's: they say nothing of anybody.
     if len(stood) < FEWEST:
-        return stood
+        return stood, voices * answering_voices(stood)
     if ahead is None:
-        ahead = with_the_others(units, short, voices)
-        return moved(stood, [(ahead, accord(ahead, voices))])
-    return moved(stood, [(ahead, accord(ahead, voices * standing_voices(stood)))])
+        standing, along = stood, with_the_others(units, short, voices)
+    else:
+        standing, along = answered(stood, before - ahead, voices * answering_voices(stood)), ahead
+    heard = voices * answering_voices(standing)
+    going = fleets_voices(accord(along, heard) * along)
+    return standing, heard * torch.where(before.isnan(), going, 1.0)
 
 
 def _trusted_standings(

@@ -27,31 +27,35 @@ class Sketcher:
 
     Args:
         seed: draws the signs.
+        sums: how long a sketch is; a prime.
         device: where the work is done.
     """
 
-    def __init__(self, size: int, seed: int, *, device: torch.device | None = None) -> None:
+    def __init__(
+        self, size: int, seed: int, *, sums: int = SKETCH_SIZE, device: torch.device | None = None
+    ) -> None:
         self._size = size
+        self._sums = sums
         self._device = device or torch.device("cpu")
         self._signs: torch.Tensor | None = None
-        if size > SKETCH_SIZE:
+        if size > sums:
             bits = np.unpackbits(np.random.default_rng(seed).integers(0, 256, -(-size // 8), dtype=np.uint8))
             self._signs = torch.from_numpy(bits[:size].astype(np.int8) * 2 - 1).to(self._device)
 
     def sketch(self, vector: NDArray[np.floating]) -> torch.Tensor:
-        """Float64 [min(size, SKETCH_SIZE)] on the device."""
+        """Float64 [min(size, sums)] on the device."""
         source = vector if vector.flags.writeable else vector.copy()
         values = torch.from_numpy(source).to(self._device)
         if self._signs is None:
             return values.to(torch.float64)
-        sums = torch.zeros(SKETCH_SIZE, dtype=torch.float64, device=self._device)
-        for start in range(0, self._size, _ROWS * SKETCH_SIZE):
-            part = slice(start, start + _ROWS * SKETCH_SIZE)
+        found = torch.zeros(self._sums, dtype=torch.float64, device=self._device)
+        for start in range(0, self._size, _ROWS * self._sums):
+            part = slice(start, start + _ROWS * self._sums)
             signed = values[part].double() * self._signs[part]
-            whole = len(signed) // SKETCH_SIZE * SKETCH_SIZE
-            sums += signed[:whole].view(-1, SKETCH_SIZE).sum(dim=0)
-            sums[: len(signed) - whole] += signed[whole:]
-        return sums
+            whole = len(signed) // self._sums * self._sums
+            found += signed[:whole].view(-1, self._sums).sum(dim=0)
+            found[: len(signed) - whole] += signed[whole:]
+        return found
 
 
 def unit_rows(sketches: Sequence[torch.Tensor]) -> torch.Tensor:

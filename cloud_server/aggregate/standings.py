@@ -1,4 +1,5 @@
-"""What became of a device in rounds before: its standing, a decayed sum of cosines, and the voice that goes with it.
+"""What became of a device in rounds before, where samples are trusted: its standing, a decayed sum of cosines, and the
+voice that goes with it. (Without samples a device stands by its answers: `answers.py`.)
 
 A cosine says something where the devices that are heard agree on a direction. A fleet that learns has one; near the end
 each device of a fleet with different data pulls to where its own data lie, half of them against the way, and a sign
@@ -45,10 +46,14 @@ def accord(cosines: torch.Tensor, voices: torch.Tensor) -> float:
         cosines: with a direction, float64 [K], at least one.
         voices: float64 [K], not negative; where all are 0 every device counts the same.
     """
-    order = cosines.argsort()
+    return min(max(heard_median(cosines, voices) / ACCORD, 0.0), 1.0)
+
+
+def heard_median(values: torch.Tensor, voices: torch.Tensor) -> float:
+    """The median of values float64 [K], each of which counts by its voice, or all the same where all voices are 0."""
+    order = values.argsort()
     ends = (voices if float(voices.sum()) > 0.0 else torch.ones_like(voices))[order].cumsum(0)
-    median = cosines[order][torch.searchsorted(ends, 0.5 * ends[-1])]
-    return min(max(float(median) / ACCORD, 0.0), 1.0)
+    return float(values[order][torch.searchsorted(ends, 0.5 * ends[-1])])
 
 
 def contradiction(way: torch.Tensor, reference: torch.Tensor) -> float:

@@ -12,108 +12,30 @@ from __future__ import annotations
 import math
 import random
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
 from cloud_server.aggregate import rules
+from cloud_server.aggregate.answers import TRACE_SIZE, Trace
 from cloud_server.aggregate.clipped_mean import Rows, Shares, shares_of
-from cloud_server.aggregate.sketch import Sketcher
-from cloud_server.flower.records import common_metrics
+from cloud_server.aggregate.sketch import Sketcher, unit_rows
+from cloud_server.aggregate.voices import MOST_PEERS
+from cloud_server.flower.cohort import Cohort, Vector, fits, flat, like
 from cloud_server.influence import capped_weights
-from process.logs import get_logger
 from wire.errors import ConfigurationError, RoundError
 from wire.norm import l2_norm
 
-_log = get_logger("cloud.robust")
-_METRICS = "metrics"
-KEPT_WAY = 0.7
-"""Of where the head has been going, from round to round."""
 MOST_STANDINGS = 100_000
-Vector = NDArray[np.float32]
+_TRACE_SEED = 1
+"""Always the same, so that rows of two rounds can be compared; who knows it gains its own answer to itself, no more."""
 TrainReference = Callable[[ArrayRecord], ArrayRecord]
 """Trains on the operator's clean samples from the given arrays, and returns what came of them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sketch:
-    """What is known of a usable reply without its arrays: the L2 length of its update, its weight, its metrics."""
-
-    length: float
-    weight: int
-    metrics: MetricRecord
-
-
-class Cohort:
-    """The usable replies of a round as updates of one base; every pass decodes them anew.
-
-    Args:
-        replies: as Flower hands them over; what can be read only once is listed.
-        weighted_by_key: of the metric that is a reply's weight.
-    """
-
-    def __init__(self, base: ArrayRecord, replies: Iterable[Message], weighted_by_key: str) -> None:
-        self.base = base
-        self.start = flat(base)
-        self._replies = replies if isinstance(replies, Sized) else list(replies)
-        self._key = weighted_by_key
-        self._usable: list[bool] = []
-        self.sketches = [each for each in map(self._sketch, self._replies) if each is not None]
-
-    def __len__(self) -> int:
-        return len(self.sketches)
-
-    def updates(self) -> Iterator[Vector]:
-        """Float32 [P] of each usable reply: its arrays minus the base's."""
-        return (update for _, _, update in self.sent())
-
-    def sent(self) -> Iterator[tuple[int, int, Vector]]:
-        """The same, behind the node that sent it and its weight."""
-        usable = (reply for reply, is_usable in zip(self._replies, self._usable, strict=True) if is_usable)
-        for reply, sketch in zip(usable, self.sketches, strict=True):
-            yield reply.metadata.src_node_id, sketch.weight, flat(_arrays_of(reply)) - self.start
-
-    def metrics(self) -> list[RecordDict]:
-        """The metrics that all usable replies have, with their weights."""
-        names = common_metrics([dict(each.metrics) for each in self.sketches])  # type: ignore[arg-type]
-        return [
-            RecordDict(
-                {_METRICS: MetricRecord({self._key: each.weight, **{n: each.metrics[n] for n in names}})}
-            )
-            for each in self.sketches
-        ]
-
-    def _sketch(self, reply: Message) -> Sketch | None:
-        sketch = None if reply.has_error() else self._read(reply)
-        self._usable.append(sketch is not None)
-        return sketch
-
-    def _read(self, reply: Message) -> Sketch | None:
-        """None for a reply that nothing can be made of; says why in the log."""
-        arrays, metrics = (
-            list(reply.content.array_records.values()),
-            list(reply.content.metric_records.values()),
-        )
-        reason = ""
-        if len(arrays) != 1 or len(metrics) != 1 or not _fits(arrays[0], self.base):
-            reason = "other arrays than were sent"
-        elif not _is_weight(metrics[0].get(self._key)):
-            reason = f"no positive {self._key}"
-        else:
-            update = flat(arrays[0]) - self.start
-            if np.isfinite(update).all():
-                # A weight is a number of examples; what is less than one counts as one.
-                weight = max(1, int(metrics[0][self._key]))  # type: ignore[arg-type]
-                return Sketch(l2_norm(update), weight, metrics[0])
-            reason = "not finite"
-        _log.warning("reply_left_out", node=reply.metadata.src_node_id, reason=reason)
-        return None
 
 
 class RobustStrategy(FedAvg):
@@ -160,7 +82,7 @@ class RobustStrategy(FedAvg):
 
 class ClippedMean(RobustStrategy):
     """The default: the mean of updates that are cut to their median length, where those that are alike share a voice,
-    and those that pull back or speak of nothing lose theirs (`aggregate/clipped_mean.py`).
+    and those that do not answer when the head moves, or speak of nothing, lose theirs (`aggregate/clipped_mean.py`).
 
     Args:
         max_weight_ratio: no reply weighs more than this many times the median weight.
@@ -168,9 +90,13 @@ class ClippedMean(RobustStrategy):
             backdoor, of what only few devices know, and time: values are sorted.
 
     Attributes:
-        way: float64 [P], decayed sum of the steps so far: where the head has been going; None before the first.
+        way: float64 [P], where the head has been going: the last step; None before the first.
         standings: by node id, what a device's earlier updates say for it; at most `MOST_STANDINGS` devices.
+        traces: by node id, of each update of the last round.
     """
+
+    KEPT_WAY: ClassVar[float] = 0.0
+    """Of `way`, from round to round."""
 
     def __init__(self, max_weight_ratio: float = 4.0, trimmed_share: float = 0.0, **flower: Any) -> None:
         super().__init__(**flower)
@@ -184,13 +110,14 @@ class ClippedMean(RobustStrategy):
         self.trimmed_share = _checked_share(trimmed_share)
         self.way: NDArray[np.float64] | None = None
         self.standings: dict[int, float] = {}
+        self.traces: dict[int, Trace] = {}
 
     def fold(
         self, sent: Callable[[], Iterable[tuple[int, int, Vector]]], *, size: int, seed: int
     ) -> tuple[NDArray[np.float64], list[int]]:
         """The step of a cohort, float64 [size], and the capped weights of its replies.
 
-        The standings of the senders move on; the way does not.
+        The standings and traces of the senders move on; the way does not.
 
         Args:
             sent: gives node id, weight and float32 [size] of each reply, at least one; asked twice.
@@ -206,12 +133,18 @@ class ClippedMean(RobustStrategy):
         self, sent: Iterable[tuple[int, int, Vector]], size: int, seed: int
     ) -> tuple[Shares, list[int]]:
         sketcher = Sketcher(size, seed, device=self.device)
-        nodes, claimed, lengths, sketches = [], [], [], []
+        tracer = Sketcher(size, _TRACE_SEED, sums=TRACE_SIZE, device=self.device)
+        nodes, claimed, lengths, sketches, rows = [], [], [], [], []
         for node, weight, update in sent:
             nodes.append(node)
             claimed.append(weight)
             lengths.append(l2_norm(update))
             sketches.append(sketcher.sketch(update))
+            # Of a large cohort nobody's own part is worth the memory.
+            if len(nodes) <= MOST_PEERS:
+                rows.append(unit_rows([tracer.sketch(update)])[0].float().cpu().numpy())
+        if len(nodes) > MOST_PEERS:
+            rows = [np.empty(0, np.float32)] * len(nodes)
         weights = capped_weights(claimed, self.max_weight_ratio)
         reference = self._reference()
         shares = shares_of(
@@ -220,11 +153,22 @@ class ClippedMean(RobustStrategy):
             weights,
             way=None if self.way is None else sketcher.sketch(self.way),
             standings=[self.standings.get(node, 0.0) for node in nodes],
+            headings=self._headings(nodes, rows),
             seed=seed,
             reference=None if reference is None else sketcher.sketch(reference),
         )
         self._note(nodes, shares.standings)
+        # One reply may be what was made of many a moment ago: their traces are what the next round is measured by.
+        if len(nodes) > 1 and reference is None:
+            self.traces = dict(zip(nodes, map(Trace, shares.headings, shares.own, rows), strict=True))
         return shares, weights
+
+    def _headings(self, nodes: Sequence[int], rows: Sequence[Vector]) -> list[float | None]:
+        """What the headings of this round are held against; None for who was not in the last one."""
+        return [
+            self.traces[node].of_the_others(row) if node in self.traces else None
+            for node, row in zip(nodes, rows, strict=True)
+        ]
 
     def _reference(self) -> NDArray[np.floating] | None:
         """Where the operator's own samples go, float32 [P]; None without such samples."""
@@ -240,7 +184,7 @@ class ClippedMean(RobustStrategy):
 
     def _combine(self, cohort: Cohort) -> NDArray[np.floating]:
         step, _ = self.fold(cohort.sent, size=cohort.start.size, seed=random.getrandbits(63))
-        self.way = step if self.way is None else KEPT_WAY * self.way + step
+        self.way = step if self.way is None else self.KEPT_WAY * self.way + step
         return step
 
 
@@ -250,7 +194,11 @@ class FLTrust(ClippedMean):
 
     Args:
         train_reference: trains on those samples; our driver sets it, a stock ServerApp gives it.
+
+    Its `way` is a decayed sum of all steps, and standings are by that and by the samples.
     """
+
+    KEPT_WAY: ClassVar[float] = 0.7
 
     def __init__(self, train_reference: TrainReference | None = None, **ours: Any) -> None:
         super().__init__(**ours)
@@ -260,7 +208,7 @@ class FLTrust(ClippedMean):
         if self.train_reference is None or self.current_arrays is None:
             raise RoundError("FLTrust has no samples of the operator's", hint="give train_reference")
         trained = self.train_reference(self.current_arrays)
-        if not _fits(trained, self.current_arrays):
+        if not fits(trained, self.current_arrays):
             raise RoundError("the reference of FLTrust has other arrays than the model")
         reference = flat(trained) - flat(self.current_arrays)
         if not reference.any():
@@ -342,43 +290,6 @@ ROBUST: dict[str, type[RobustStrategy]] = {
 }
 
 
-# ---- records as vectors ------------------------------------------------------------------------------------
-
-
-def flat(record: ArrayRecord) -> Vector:
-    """All arrays of a record one after the other, float32 [P], new memory."""
-    arrays = [array.numpy().ravel() for array in record.values()]
-    with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is infinite, and refused as such
-        joined: Vector = (
-            np.concatenate(arrays, dtype=np.float32, casting="unsafe") if arrays else np.empty(0, np.float32)
-        )
-    return joined
-
-
-def like(record: ArrayRecord, vector: NDArray[np.floating]) -> ArrayRecord:
-    """A vector [P] as arrays of the names, shapes and types of a record; counters are rounded."""
-    made, offset = ArrayRecord(), 0
-    for name, array in record.items():
-        old = array.numpy()
-        part = vector[offset : offset + old.size].reshape(old.shape)
-        whole = np.rint(part) if old.dtype.kind in "iu" else part
-        made[name] = Array(np.asarray(whole.astype(old.dtype)))
-        offset += old.size
-    return made
-
-
-def _arrays_of(reply: Message) -> ArrayRecord:
-    return next(iter(reply.content.array_records.values()))
-
-
-def _fits(record: ArrayRecord, base: ArrayRecord) -> bool:
-    """The same names in the same order, the same shapes, numbers."""
-    return list(record) == list(base) and all(
-        tuple(record[name].shape) == tuple(base[name].shape) and record[name].numpy().dtype.kind in "fiu"
-        for name in base
-    )
-
-
 def _checked_share(share: float) -> float:
     if not 0.0 <= share < 0.5:
         raise ConfigurationError(
@@ -387,8 +298,3 @@ def _checked_share(share: float) -> float:
             key="trimmed_share",
         )
     return share
-
-
-def _is_weight(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value > 0

@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord
 from flwr.serverapp import strategy as flower
 from numpy.typing import NDArray
 
+from cloud_server.aggregate.answers import Trace
 from cloud_server.flower.records import as_named
 from cloud_server.flower.robust import ROBUST, ClippedMean, FLTrust
 from cloud_server.flower.strategies import WRAPPERS, innermost
@@ -71,6 +72,7 @@ def export_state(strategy: Any) -> dict[str, bytes]:
                 "standings": np.array(list(inner.standings.values()), dtype=np.float64),
             }
         )
+        state["traces"] = _pack(_as_arrays(inner.traces))
     if type(strategy) in _ADAPTIVE:
         state["clipping_norm"] = _pack({"": np.asarray(strategy.clipping_norm, dtype=np.float64)})
     return state
@@ -91,9 +93,10 @@ def import_state(strategy: Any, state: Mapping[str, bytes]) -> None:
         packed = left.pop("momentum_vector", None)
         inner.momentum_vector = None if packed is None else list(_unpack(packed).values())
     elif type(inner) in _STANDING:
-        way, standings = left.pop("way", None), left.pop("standings", None)
+        way, standings, traces = (left.pop(name, None) for name in ("way", "standings", "traces"))
         inner.way = None if way is None else _unpack(way)[""]
         inner.standings = {} if standings is None else _standings(_unpack(standings))
+        inner.traces = {} if traces is None else _traces(_unpack(traces))
     if type(strategy) in _ADAPTIVE:
         if "clipping_norm" not in left:
             raise StorageError("the state of adaptive clipping has no clipping norm")
@@ -129,6 +132,25 @@ def _unpack(data: bytes) -> _Arrays:
 
 def _standings(arrays: _Arrays) -> dict[int, float]:
     return dict(zip(arrays["nodes"].tolist(), arrays["standings"].tolist(), strict=True))
+
+
+def _as_arrays(traces: Mapping[int, Trace]) -> _Arrays:
+    """Traces side by side, as `_traces` takes them apart."""
+    rows = [each.row for each in traces.values()]
+    return {
+        "nodes": np.array(list(traces), dtype=np.uint64),
+        "headings": np.array([each.heading for each in traces.values()], dtype=np.float64),
+        "own": np.array([each.own for each in traces.values()], dtype=np.float64),
+        "rows": np.stack(rows) if rows else np.empty((0, 0), dtype=np.float32),
+    }
+
+
+def _traces(arrays: _Arrays) -> dict[int, Trace]:
+    columns = (arrays[name].tolist() for name in ("nodes", "headings", "own"))
+    return {
+        node: Trace(heading, own, row)
+        for node, heading, own, row in zip(*columns, arrays["rows"], strict=True)
+    }
 
 
 def _array(dtype: str, shape: list[int], values: bytes) -> NDArray[Any]:

@@ -18,10 +18,11 @@ from cloud_server.aggregate.coordinate import coordinate_median, trimmed_mean
 from cloud_server.aggregate.geometric_median import geometric_median
 from cloud_server.aggregate.krum import multi_krum
 from cloud_server.db import schema
+from cloud_server.flower.cohort import flat, like
 from cloud_server.flower.driver import StrategyDriver
 from cloud_server.flower.planning import PlanningGrid, seeded
 from cloud_server.flower.private import set_identity
-from cloud_server.flower.robust import ROBUST, ClippedMean, FLTrust, RobustStrategy, flat, like
+from cloud_server.flower.robust import ROBUST, ClippedMean, FLTrust, RobustStrategy
 from cloud_server.flower.strategies import build_strategy
 from cloud_server.influence import capped_weights
 from cloud_server.rounds.ports import Reply
