@@ -10,13 +10,33 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from types import TracebackType
+from typing import Final, Protocol
 
 from flwr.app import Message
 
 from wire.errors import QuorumError, RoundError, ShoalError
 
 MakeReply = Callable[[], Message]
+
+
+class Changed(Protocol):
+    """A `threading.Condition`, as far as a board needs one."""
+
+    def __enter__(self) -> bool: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def wait_for(self, predicate: Callable[[], object], timeout: float | None = None) -> object:
+        """Waits until it is so, or the time is up."""
+        ...
+
+    def notify_all(self) -> None:
+        """Something has changed."""
+        ...
+
 
 MAX_WAITING: Final = 256
 """Exchanges that the aggregator has not begun; an app has one or a few under way."""
@@ -54,11 +74,12 @@ class Board:
 
     Args:
         wake: called from the app's thread when there is something for the aggregator's.
+        changed: what guards the board and is waited on; a simulation gives its own, in step with its time.
     """
 
-    def __init__(self, wake: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, wake: Callable[[], None] = lambda: None, changed: Changed | None = None) -> None:
         self._wake = wake
-        self._changed = threading.Condition()
+        self._changed: Changed = changed or threading.Condition()
         self._waiting: deque[Exchange] = deque()
         self._replies: dict[str, Given] = {}
         self._answered: set[str] = set()

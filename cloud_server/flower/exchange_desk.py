@@ -34,7 +34,7 @@ from cloud_server.rounds.ports import Candidate, Decision, Scalar, Vector
 from cloud_server.rounds.replies import StoredReplies
 from cloud_server.rounds.state import Phase, RoundState
 from process.logs import get_logger
-from wire.errors import ModelError, RoundError
+from wire.errors import ModelError, RoundError, StorageError
 from wire.messages import TrainConfig
 
 _log = get_logger("cloud.serverapp")
@@ -281,9 +281,16 @@ class ExchangeDesk(Desk):
         self._intake.close()
 
     def _finish_run(self, action: ev.FinishRun) -> None:
-        """An app that failed leaves its run open: started again, it goes on where it was."""
-        if self._board.error is not None:
-            error = self._board.error
+        """An app that failed leaves its run open: started again, it goes on where it was. A disk that would not keep
+        its step was no fault of the app's: the process ends, and the next one plays the app back.
+
+        Raises:
+            StorageError: (disk) a step of the app could not be kept.
+        """
+        error = self._board.error
+        if isinstance(error, StorageError):
+            raise error
+        if error is not None:
             position = error.facts.get("position", self._tape.position)
             facts = {"step": position, "reason": str(error), "hint": error.hint}
             _log.error("serverapp_failed", run=self._plan.run, **facts)

@@ -37,6 +37,7 @@ from wire.errors import ConfigurationError, RoundError, ShoalError
 _log = get_logger("cloud.serverapp")
 _NEVER = 10**9
 Config = Mapping[str, bool | int | float | str]
+Spawn = Callable[[Callable[[], None]], threading.Thread]
 
 
 def load_server_app(spec: str, folder: Path) -> ServerApp:
@@ -75,11 +76,27 @@ def load_server_app(spec: str, folder: Path) -> ServerApp:
     return app
 
 
+def start_thread(work: Callable[[], None]) -> threading.Thread:
+    """Starts an app's thread."""
+    # A daemon: the service must be able to stop while an app computes.
+    thread = threading.Thread(target=work, name="serverapp", daemon=True)
+    thread.start()
+    return thread
+
+
 class ServerAppThread:
     """The app in its thread. `board` tells the other side how it ended."""
 
     def __init__(
-        self, app: ServerApp, board: Board, tape: Tape, config: Config, *, quorum: int, seconds: float
+        self,
+        app: ServerApp,
+        board: Board,
+        tape: Tape,
+        config: Config,
+        *,
+        quorum: int,
+        seconds: float,
+        spawn: Spawn,
     ) -> None:
         self._app = app
         self._board = board
@@ -87,6 +104,7 @@ class ServerAppThread:
         self._config = config
         self._quorum = quorum
         self._seconds = seconds
+        self._spawn = spawn
         self._thread: threading.Thread | None = None
 
     def start(self, seed: int) -> None:
@@ -99,9 +117,7 @@ class ServerAppThread:
         grid = ShoalGrid(
             self._board, self._tape, seed=seed, quorum=self._quorum, quorum_seconds=self._seconds
         )
-        # A daemon: the service must be able to stop while an app computes.
-        self._thread = threading.Thread(target=self._run, args=(grid, seed), name="serverapp", daemon=True)
-        self._thread.start()
+        self._thread = self._spawn(partial(self._run, grid, seed))
 
     def join(self, seconds: float) -> bool:
         """Waits for the thread; says whether it has ended."""
@@ -144,6 +160,8 @@ def make_serverapp_runner(
     config: Config | None = None,
     quorum_seconds: float = 600.0,
     wake: Callable[[], None] = lambda: None,
+    make_board: Callable[[Callable[[], None]], Board] = Board,
+    spawn: Spawn = start_thread,
 ) -> tuple[RoundRunner, Callable[[], None]]:
     """A runner whose rounds are what the app asks for; `resume` starts the app.
 
@@ -152,11 +170,12 @@ def make_serverapp_runner(
         config: the app's `context.run_config`.
         quorum_seconds: the app is stopped when fewer than `plan.policy.quorum` nodes were there for so long.
         wake: called from the app's thread when the runner's `tick` has something to do.
+        make_board, spawn: what the two threads meet at, and what starts the app's; a simulation gives its own.
 
     Returns:
         The runner, and what stops the app: to be called when the service stops.
     """
-    board = Board(wake)
+    board = make_board(wake)
     policy = plan.policy
 
     def keep(step: GridStep) -> None:
@@ -164,7 +183,9 @@ def make_serverapp_runner(
             insert_step(connection, plan.run, step, ports.clock.now())
 
     tape = Tape(keep, patience_seconds=quorum_seconds, monotonic=time.monotonic)
-    thread = ServerAppThread(app, board, tape, config or {}, quorum=policy.quorum, seconds=quorum_seconds)
+    thread = ServerAppThread(
+        app, board, tape, config or {}, quorum=policy.quorum, seconds=quorum_seconds, spawn=spawn
+    )
     # The machine opens no round by itself, and a deadline may be that of the longer collection.
     seconds = {"train": policy.round_seconds, "evaluate": policy.evaluate_seconds}
     driven = replace(policy, quorum=_NEVER, goal=0, rounds=0, evaluate_seconds=max(seconds.values()))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cloud_server.assembly import Assembled, Base, RunConfig, assemble, make_run_parts, open_base
 from cloud_server.clock_evidence import ClockGuard, ClockLimits, DeviceClocks, Evidence
@@ -21,6 +22,7 @@ from cloud_server.db.engine import open_database
 from cloud_server.keys import CloudKeys
 from cloud_server.release.releaser import Holdout
 from cloud_server.release.tuf_repository import TufRepository
+from cloud_server.rounds.plan import RunPlan, RunPorts
 from cloud_server.rounds.runner import RoundRunner
 from cloud_server.secure.helper_client import AskedHelper
 from cloud_server.secure.opening import make_runner
@@ -39,6 +41,9 @@ from wire.errors import StorageError, TransportError, TrustError
 from wire.transport import Packet, Received, TransportEvent
 from wire.transport.memory import MemoryBroker, MemoryTransport
 
+if TYPE_CHECKING:
+    from fleet.chaos.app import AppLife
+
 DATABASE_NAME = "cloud.db"
 CLIENT = "aggregator"
 DOWN_SECONDS = 10.0
@@ -54,6 +59,7 @@ class CloudSetup:
 
     Attributes:
         helper: of a run with two servers; a machine of its own.
+        has_app: a stock Flower ServerApp drives the rounds.
     """
 
     bundle: Bundle
@@ -62,6 +68,7 @@ class CloudSetup:
     holdout: Holdout
     seed: int
     helper: AskedHelper | None = None
+    has_app: bool = False
 
 
 @dataclass(slots=True)
@@ -82,6 +89,7 @@ class _Life:
     runner: RoundRunner
     transport: ChaosTransport
     guard: ClockGuard
+    app: AppLife | None = None
     queue: deque[TransportEvent] = field(default_factory=deque)
     wake: float = 0.0
 
@@ -120,6 +128,7 @@ class CloudNode(Node):
         self._updates_heard = updates_heard
         self._life: _Life | None = None
         self._old: _Life | None = None
+        self._apps: list[AppLife] = []
         self._old_until = 0.0
         self.disk = Disk(
             self.name,
@@ -209,27 +218,54 @@ class CloudNode(Node):
         cloud = assemble(base, transport, tenant=TENANT, fleet=FLEET, may_send=guard.check)
         clocks.append(cloud.aggregator.device_clocks)
         plan, ports = make_run_parts(base, cloud, setup.bundle, setup.config, setup.holdout)
-        runner = make_runner(
-            plan,
-            ports,
-            setup.config.masking,
-            registry=base.registry,
-            downlink=cloud.downlink,
-            helper=setup.helper,
-        )
+        app = None
+        if setup.has_app:
+            runner, app = self._open_app(plan, ports)
+        else:
+            runner = make_runner(
+                plan,
+                ports,
+                setup.config.masking,
+                registry=base.registry,
+                downlink=cloud.downlink,
+                helper=setup.helper,
+            )
         runner.resume(setup.bundle.checkpoint(), setup.seed)
         cloud.aggregator.begin(runner)
-        self._life, self.transport = _Life(life, owner, base, cloud, runner, transport, guard), transport
+        self._life, self.transport = _Life(life, owner, base, cloud, runner, transport, guard, app), transport
         cloud.aggregator.start(self._enqueue)
         ledger.read_cloud(self.disk.database)
         ledger.check_fold(self.disk.database)
         self._injector.note(self.name, f"up, life {life}, fence {base.fence}")
+
+    def _open_app(self, plan: RunPlan, ports: RunPorts) -> tuple[RoundRunner, AppLife]:
+        """Flower is loaded by histories that have an app, and by no others."""
+        from cloud_server.flower.serverapp import make_serverapp_runner
+        from fleet.chaos.app import AppLife
+        from fleet.chaos.server_app import averaging_app
+
+        life, bundle = AppLife(), self._setup.bundle
+        self._apps.append(life)
+        runner, life.stop = make_serverapp_runner(
+            plan,
+            ports,
+            averaging_app(bundle.manifest, bundle.checkpoint()),
+            make_board=life.make_board,
+            spawn=life.turns.spawn,
+        )
+        return runner, life
 
     def _forget_disk(self) -> None:
         self._ledger.cloud_restarted()
 
     def _abandon(self) -> None:
         self._old, self._life = None, None
+        self.end_apps()
+
+    def end_apps(self) -> None:
+        """Ends the threads of every process that there was."""
+        while self._apps:
+            self._apps.pop().end()
 
     def _sent(self, packet: Packet, fence: int) -> None:
         self._check_year(f"sent {packet.topic}")
@@ -291,7 +327,7 @@ class CloudNode(Node):
         try:
             while old.queue:
                 old.cloud.aggregator.handle(old.queue.popleft())
-            old.cloud.aggregator.tick()
+            _turn(old)
         except self.deadly as error:
             self._injector.note(self.name, f"the first one ended: {error}")
             self._old = None
@@ -313,9 +349,19 @@ class CloudNode(Node):
         fault = self.disk.pass_by("cloud.tick")
         if fault is not None and fault.kind == "crash_before":
             self.disk.crash(fault)
-        life.wake = life.cloud.aggregator.tick()
+        life.wake = _turn(life)
+        if life.app is not None and life.runner.is_finished:
+            self._ledger.violated("cloud", "the app has ended, which has no end")
         if fault is not None:
             self.disk.crash(fault)
+
+
+def _turn(life: _Life) -> float:
+    """One turn of an aggregator, and of its app as long as that has something to do; when it wants the next one."""
+    wake = life.cloud.aggregator.tick()
+    while life.app is not None and life.app.turns.work():
+        wake = life.cloud.aggregator.tick()
+    return wake
 
 
 def device_of(packet: Packet) -> str:
@@ -332,6 +378,7 @@ _COMMITS: tuple[tuple[Change, str], ...] = (
     (("INSERT", "checkpoints"), "cloud.commit.fold"),
     (("INSERT", "privacy_ledger"), "cloud.commit.charge"),
     (("INSERT", "rounds"), "cloud.commit.open"),
+    (("INSERT", "grid_steps"), "cloud.commit.step"),
     (("INSERT", "updates"), "cloud.commit.update"),
     (("UPDATE", "rounds"), "cloud.commit.round"),
     (("INSERT", "releases"), "cloud.commit.release"),

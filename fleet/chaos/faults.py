@@ -35,7 +35,9 @@ POINTS: Final[Mapping[str, tuple[str, ...]]] = {
     **_points("device.publish", ("st", "jn", "up", "mask"), STEP),
     "device.clock": CLOCK,
     # The aggregator's database and store, its turns, its packets.
-    **_points("cloud.commit", ("update", "open", "charge", "fold", "round", "device", "release"), COMMIT),
+    **_points(
+        "cloud.commit", ("update", "open", "charge", "step", "fold", "round", "device", "release"), COMMIT
+    ),
     **_points("cloud.store", ("blob", "release", "sign"), (*STEP, "disk_full")),
     "cloud.tick": STEP,
     **_points("cloud.receive", ("st", "jn", "up", "mask"), STEP),

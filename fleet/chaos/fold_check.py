@@ -27,9 +27,14 @@ TOLERANCE = 2e-5
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """A round whose head has moved, as the database has it."""
+    """A round whose head has moved, as the database has it.
+
+    Attributes:
+        collected_in: the round whose updates it is made of.
+    """
 
     round_number: int
+    collected_in: int
     base_sha256: str
     head_sha256: str
     residual_key: str
@@ -48,17 +53,21 @@ class Folded:
         if head is None or head[0] == 0:
             return None
         number, sha256, residual = head
+        collected = _collected_in(reader, number)
         base, config, seed = reader.execute(
-            "SELECT base_sha256, config, seed FROM rounds WHERE number = ?", (number,)
+            "SELECT base_sha256, config, seed FROM rounds WHERE number = ?", (collected,)
         ).fetchone()
         plain = json.loads(config)
+        # A ServerApp's replies stay as they are until it ends.
+        state = "folded" if collected == number else "stored"
         found = reader.execute(
             "SELECT update_id, node_id FROM updates JOIN devices USING (device)"
-            " WHERE round = ? AND kind = 'train' AND state = 'folded' ORDER BY update_id",
-            (number,),
+            " WHERE round = ? AND kind = 'train' AND state = ? ORDER BY update_id",
+            (collected, state),
         ).fetchall()
         return cls(
             number,
+            collected,
             base,
             sha256,
             residual or "",
@@ -68,6 +77,18 @@ class Folded:
             tuple(row[0] for row in found),
             tuple(row[1] for row in found),
         )
+
+
+def _collected_in(reader: sqlite3.Connection, number: int) -> int:
+    """The round whose updates are in the head of a round: its own, or where a ServerApp had sent the head out to
+    somebody, the last one before in which it had asked for updates."""
+    is_app = reader.execute("SELECT count(*) FROM grid_steps").fetchone()[0] > 0
+    if not is_app:
+        return number
+    (found,) = reader.execute(
+        "SELECT max(round) FROM orders WHERE kind = 'train' AND round < ?", (number,)
+    ).fetchone()
+    return int(found)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -352,7 +352,7 @@ class Ledger:
         body = decode_body(self._bodies[update][row.body_sha256], Update)
         number, base = folded.round_number, folded.base_sha256
         age, complaint = self._heads.counted(update, body.base_sha256.hex(), base, number)
-        if row.round_number != number:
+        if row.round_number != folded.collected_in:
             complaint = f"update {update} is of round {row.round_number} and counts in {number}"
         if complaint:
             self.violated("cloud", complaint)
@@ -380,7 +380,7 @@ class Ledger:
 
     def _reader(self, who: str, path: Path) -> sqlite3.Connection:
         if who not in self._readers:
-            self._readers[who] = sqlite3.connect(path, isolation_level=None)
+            self._readers[who] = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         return self._readers[who]
 
     def _close_reader(self, who: str) -> None:

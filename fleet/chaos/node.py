@@ -113,7 +113,7 @@ class Node(ABC):
             self._fell()
         except self.deadly as error:
             # The process ends with it.
-            self._injector.note(self.name, f"ended: {error}")
+            self._injector.note(self.name, f"ended: {str(error).replace(str(self.disk.folder), '')}")
             self.disk.die(self._rng)
             self._fell()
 

@@ -27,6 +27,7 @@ STALENESS_EXPONENT = 0.5
 _MASKED_ONLY = tuple(point for point in POINTS if point.endswith(".mask"))
 _HELPED_ONLY = ("helper.ask",)
 _PRIVATE_ONLY = ("cloud.commit.charge",)
+_APP_ONLY = ("cloud.commit.step",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Play:
         momentum: of the server.
         masks: what updates come under.
         noise: who adds it; None for nobody.
+        has_app: a stock Flower ServerApp drives the rounds.
         mode: whether a round folds what was trained on its own base, or what comes first.
     """
 
@@ -46,17 +48,20 @@ class Play:
     masks: SecurePolicy = "plain"
     noise: PrivacyMode | None = None
     mode: RoundMode = "sync"
+    has_app: bool = False
 
     @property
     def rare(self) -> tuple[str, ...]:
         """The points that histories of other plays do not pass."""
+        if self.has_app:
+            return _APP_ONLY
         masked = {"pairwise": _MASKED_ONLY, "two_server": _HELPED_ONLY}.get(self.masks, ())
         return masked if self.noise is None else (*masked, *_PRIVATE_ONLY)
 
     @property
     def points(self) -> tuple[str, ...]:
         """All points that its histories pass, the rare ones first."""
-        left_out = {*_MASKED_ONLY, *_HELPED_ONLY, *_PRIVATE_ONLY}
+        left_out = {*_MASKED_ONLY, *_HELPED_ONLY, *_PRIVATE_ONLY, *_APP_ONLY}
         if self.noise is not None:
             # Nobody is asked how good a model is, and the commit that opens a round is the one that charges it.
             left_out |= {"device.job.evaluate", "cloud.commit.open"}
@@ -119,6 +124,7 @@ PLAYS = (
     Play("noised", masks="pairwise", noise="distributed"),
     Play("helped", masks="two_server"),
     Play("buffered", mode="buffered"),
+    Play("app", has_app=True),
 )
 
 

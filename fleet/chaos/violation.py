@@ -17,8 +17,8 @@ class Violation:
         return f"{self.at:.3f} s, {self.who}: {self.what}"
 
 
-class ViolationError(Exception):
-    """Ends a history."""
+class ViolationError(BaseException):
+    """Ends a history; no handler of the product's may go on after it."""
 
     def __init__(self, violation: Violation) -> None:
         super().__init__(str(violation))

@@ -177,6 +177,7 @@ class World:
             with mounted(nodes):
                 yield
         finally:
+            self.cloud.end_apps()
             self.ledger.close()
             for disk in nodes.values():
                 disk.come_back()
@@ -280,6 +281,7 @@ class World:
             holdout=Holdout(operator.val_x, operator.val_y),
             seed=self.seed,
             helper=None if self.helper is None else FaultyHelper(self.helper, self.injector, self.time.later),
+            has_app=self.play.has_app,
         )
         return CloudNode(
             setup,

@@ -1,5 +1,5 @@
 """The simulation finds what is broken on purpose, within 50 seeds: a bug in each of outbox, receipt, fold, swap, floor,
-masks, noise, staleness, clock and rollback; and one that takes several faults is shrunk to these."""
+masks, noise, staleness, clock, playback and rollback; and one that takes several faults is shrunk to these."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 from cloud_server.aggregator import Aggregator
 from cloud_server.clock_evidence import ClockGuard
+from cloud_server.flower.exchange_desk import ExchangeDesk
 from cloud_server.privacy.budget import Budget, Charged
 from cloud_server.release.tuf_repository import TufRepository
 from cloud_server.rounds.buffered import BufferedPerformer
@@ -218,6 +219,21 @@ def test_update_that_is_too_stale_and_counts_is_found(
     seed, what = first_found(template, "buffered")
     assert seed < SEEDS
     assert "heads old and counts" in what
+
+
+@pytest.mark.slow
+def test_app_that_is_played_back_without_one_of_its_replies_is_found(
+    template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deliver = ExchangeDesk._deliver
+
+    def all_but_one(self: ExchangeDesk, request: Any, row: Any, rows: list[Any]) -> None:
+        deliver(self, request, row, rows[: max(1, len(rows) - 1)])
+
+    monkeypatch.setattr(ExchangeDesk, "_deliver", all_but_one)
+    seed, what = first_found(template, "app")
+    assert seed < SEEDS
+    assert "the app has ended" in what or "is not the fold" in what
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ def template() -> Iterator[Template]:
         yield made
 
 
-@pytest.mark.parametrize("play_name", ["clipped", "masked", "private", "buffered"])
+@pytest.mark.parametrize("play_name", ["clipped", "masked", "private", "buffered", "app"])
 def test_history_under_faults_loses_and_doubles_nothing(template: Template, play_name: str) -> None:
     seed = next(seed for seed in range(len(PLAYS)) if play_of(seed).name == play_name)
     outcome = play(template, seed, schedule_of(seed, 4))
