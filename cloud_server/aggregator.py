@@ -46,6 +46,8 @@ _log = get_logger("cloud.aggregator")
 SWEEP_SECONDS = 10.0
 GATHERED_BYTES = 16 * 1024 * 1024
 """Of updates that wait to be committed together; more than one are never kept waiting beyond it."""
+REPEATED_AT_ONCE = 1024
+"""Transfers that came again and wait for their answer, at most."""
 SILENT_SECONDS = 360.0
 """A device that said nothing for this long is not asked before it speaks again. An agent's first heartbeat comes one to
 two minutes after its birth, the others 60 to 72 s apart, and we note one a minute: two of them in a row may be lost."""
@@ -116,6 +118,7 @@ class Aggregator:
         self._reports = ReportBounds(clock.monotonic())
         self._gathered: list[Arrival] = []
         self._gathered_bytes = 0
+        self._repeated: set[tuple[str, bytes]] = set()
         self._present: frozenset[str] = frozenset()
         self._is_presence_news = False
         self.link = Link(clock.monotonic())
@@ -194,10 +197,15 @@ class Aggregator:
     # ---- what opened messages mean -----------------------------------------------------------------------------
 
     def on_birth(self, device: str, birth: Birth) -> None:
+        is_back = self._registry.is_back(device, birth)
         self._is_presence_news |= self._registry.note_birth(device, birth)
         _log.info("device_" + birth.status, device=device, release=birth.release_version)
-        if birth.status == "lost" and self._runner is not None:
+        if self._runner is None:
+            return
+        if birth.status == "lost":
             self._runner.on_node_lost(device)
+        elif is_back:
+            self._runner.on_node_returned(device)
 
     def on_telemetry(self, device: str, telemetry: Telemetry) -> None:
         self.telemetry[device] = telemetry
@@ -226,6 +234,14 @@ class Aggregator:
     def on_need(self, device: str, need: Need) -> None:
         self._downlink.answer_need(device, need)
 
+    def is_answered(self, device: str, transfer: bytes) -> bool:
+        return self._runner is not None and self._runner.intake.given.find(device, transfer) is not None
+
+    def on_repeated(self, device: str, transfer: bytes) -> None:
+        """Answered with the next `tick`, once however often it came until then; too many are offered once more."""
+        if len(self._repeated) < REPEATED_AT_ONCE:
+            self._repeated.add((device, transfer))
+
     def on_missing(self, device: str, receipt: Receipt) -> None:
         self._downlink.send_receipt(device, receipt)
 
@@ -243,6 +259,7 @@ class Aggregator:
     def _commit_gathered(self) -> None:
         """What came since the last turn, before anything follows from it."""
         self._commit_updates()
+        self._answer_repeated()
         try:
             self._registry.write_presence()
         except StorageError as error:
@@ -264,6 +281,18 @@ class Aggregator:
             return
         for arrival, receipt in zip(arrivals, receipts, strict=True):
             self._downlink.send_receipt(arrival.device, receipt)
+
+    def _answer_repeated(self) -> None:
+        repeated, self._repeated = sorted(self._repeated), set()
+        if self._runner is None or not repeated:
+            return
+        try:
+            receipts = self._runner.intake.answer_again(repeated)
+        except StorageError as error:
+            _log.error("repeats_not_answered", updates=len(repeated), error=str(error))
+            return
+        for device, receipt in receipts:
+            self._downlink.send_receipt(device, receipt)
 
     def _commit_update(self, runner: RoundRunner, arrival: Arrival) -> None:
         try:

@@ -135,13 +135,14 @@ def open_base(
 
 @dataclass(frozen=True, slots=True)
 class Assembled:
-    """An aggregator and the parts that its owner talks to."""
+    """An aggregator and the parts that its owner talks to. `hints`: what it asks its fleet to spread over now."""
 
     aggregator: Aggregator
     downlink: Downlink
     sender: Sender
     announcer: Announcer
     metrics: CloudMetrics
+    hints: Callable[[], Hints]
 
 
 def assemble(
@@ -178,13 +179,17 @@ def assemble(
         clock=base.clock,
         chunk_bytes=chunk_bytes,
     )
+
+    def hints() -> Hints:
+        return pace.hints(len(base.registry.signers())) if pace is not None else Hints()
+
     announcer = Announcer(
         base.publisher,
         downlink,
         base.clock,
         ring,
         least_agent=base.registry.min_agent_version,
-        hints=lambda: pace.hints(len(base.registry.signers())) if pace is not None else Hints(),
+        hints=hints,
     )
     aggregator = Aggregator(
         topics=topics,
@@ -200,7 +205,7 @@ def assemble(
         silent_seconds=silent_seconds,
         on_maintenance=base.repository.refresh,
     )
-    return Assembled(aggregator, downlink, sender, announcer, metrics)
+    return Assembled(aggregator, downlink, sender, announcer, metrics, hints)
 
 
 def check_bases(config: RunConfig, strategy: Any, *, has_app: bool) -> None:
@@ -269,6 +274,7 @@ def make_run_parts(
         releaser=releaser,
         clock=clock,
         held_out=None if holdout is None else HeldOutBound(bundle, holdout),
+        return_seconds=lambda: cloud.hints().reconnect_seconds,
     )
     plan = RunPlan(
         run=config.run,

@@ -70,6 +70,13 @@ class Receiver(Protocol):
 
     def on_update(self, device: str, opened: Opened, transfer: bytes, size_bytes: int) -> None: ...
 
+    def is_answered(self, device: str, transfer: bytes) -> bool:
+        """Whether this transfer of a device has its receipt."""
+        ...
+
+    def on_repeated(self, device: str, transfer: bytes) -> None:
+        """A transfer that has its receipt is offered again."""
+
     def on_missing(self, device: str, receipt: Receipt) -> None: ...
 
 
@@ -190,6 +197,9 @@ class Inbox:
 
     def _on_upload(self, topic: Topic, payload: bytes) -> None:
         chunk = parse(payload)
+        if self._receiver.is_answered(topic.device, chunk.transfer):
+            self._repeat(topic.device, chunk)
+            return
         message = self._assemble(topic.device, chunk)
         if message is None:
             return
@@ -249,6 +259,13 @@ class Inbox:
             self._windows[key] = window
             while len(self._windows) > 8 * OPEN_SENDERS:
                 self._windows.popitem(last=False)
+
+    def _repeat(self, device: str, chunk: Chunk) -> None:
+        """Neither gathered nor opened: the answer is known. One for all its chunks."""
+        if not self._is_known(device):
+            raise ChunkError("chunk of a device that is not enrolled")
+        if chunk.index == chunk.total - 1:
+            self._receiver.on_repeated(device, chunk.transfer)
 
     def _assemble(self, device: str, chunk: Chunk) -> bytes | None:
         """Adds a chunk to its device's transfers; the whole message when it was the last one missing.

@@ -63,6 +63,7 @@ class Registry:
         self._lock = threading.Lock()
         self._known = _Known(0, {}, {}, {})
         self._unwritten: set[str] = set()
+        self._born: set[str] = set()
         with database.read() as connection:
             self._presence = dict(table.load_presence(connection))
 
@@ -133,6 +134,21 @@ class Registry:
         with self._lock:
             return MappingProxyType(dict(self._presence))
 
+    def is_back(self, device: str, birth: Birth) -> bool:
+        """Whether a birth, before `note_birth` keeps it, is that of a device which nobody saw leave: its broker died,
+        or its last will was lost.
+
+        The first of each since this process started may be an old one that the broker kept, unless it names another
+        boot; and one that names another release is said in the middle of a session.
+        """
+        with self._lock:
+            before, is_first = self._presence.get(device), device not in self._born
+        if birth.status != "online" or before is None or before.status != "online":
+            return False
+        if before.boot_id != birth.boot_id.hex():
+            return True
+        return not is_first and before.release_version == birth.release_version
+
     def note_birth(self, device: str, birth: Birth) -> bool:
         """Keeps a birth, goodbye or last will. A goodbye of an earlier boot never ends the present one.
 
@@ -155,6 +171,7 @@ class Registry:
             before = self._presence.get(device)
             if before is not None and row.status != "online" and row.boot_id != before.boot_id:
                 return False
+            self._born.add(device)
         self._keep_presence(row)
         if row.status == "online" and not is_new_enough(row.agent_version, self.min_agent_version):
             _log.warning(

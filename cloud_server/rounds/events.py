@@ -15,9 +15,21 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class NodesChanged:
-    """The approved devices that are present now."""
+    """The approved devices that are present now.
+
+    Attributes:
+        return_seconds: over which the fleet is asked to spread its return after it lost us (`pace.py`).
+    """
 
     present: frozenset[str]
+    return_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReturned:
+    """A device that nobody saw leave has connected anew: what was sent to it meanwhile may be lost with its session."""
+
+    device: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +154,7 @@ EvaluationStored = ReplyStored
 Event = (
     Tick
     | NodesChanged
+    | NodeReturned
     | NodeLost
     | RunPaused
     | RoundOpened

@@ -20,6 +20,7 @@ from cloud_server.db.devices import QUARANTINED, REVOKED, hold_status, load_stat
 from cloud_server.db.durability import Promise, newest_promise, number_update
 from cloud_server.db.engine import Connection, Database
 from cloud_server.rounds.events import Event, ReplyRefused, ReplyStored
+from cloud_server.rounds.given import GivenReceipts
 from cloud_server.rounds.kept import KeptUpdates
 from cloud_server.rounds.ports import Blobs
 from cloud_server.screening import (
@@ -43,6 +44,7 @@ INLINE_BYTES = 256 * 1024
 """Bodies above this lie in the artefact store instead of the database row."""
 
 _NO_ID = bytes(16)
+_STORED = frozenset({"stored", "duplicate"})
 _log = get_logger("cloud.rounds")
 
 
@@ -77,6 +79,7 @@ class Intake:
     unknown.
 
     Attributes:
+        given: the receipts that it gave lately.
         kept: updates that were committed in the collection that was opened last, decoded.
         unbooked_total: refused messages that have no row in the books, by reason, since the start.
         strikes_total: strikes by reason, since the start.
@@ -104,6 +107,7 @@ class Intake:
         self._carried: dict[bytes, Expected] = {}
         self._carried_into = 0
         self.kept = KeptUpdates()
+        self.given = GivenReceipts()
         self.unbooked_total: Counter[str] = Counter()
         self.strikes_total: Counter[str] = Counter()
         self.quarantined_total = 0
@@ -142,7 +146,41 @@ class Intake:
         answered: set[bytes] = set()
         with self._database.transaction(fence=self._fence) as connection:
             conclusions = [self._book_if_trusted(connection, each, answered) for each in looked_at]
-        return [conclude() for conclude in conclusions]
+        taken = [conclude() for conclude in conclusions]
+        for arrival, (receipt, _) in zip(arrivals, taken, strict=True):
+            if receipt.verdict in _STORED:
+                self.given.note(arrival.device, arrival.transfer_sha256, receipt.update_id)
+        return taken
+
+    def answer_again(self, repeated: Sequence[tuple[str, bytes]]) -> list[tuple[str, Receipt]]:
+        """Receipts for transfers that came again, each of (device, transfer digest) that has one in `given`.
+
+        Each promises what a receipt promises now; nothing of one that was revoked, or shut out, meanwhile is
+        answered: it goes the long way, if it may.
+
+        Raises:
+            StorageError: (disk) the books cannot be read; the devices will try again.
+        """
+        if not repeated:
+            return []
+        with self._database.read() as connection:
+            promise = newest_promise(connection)
+            trusted = {
+                device for device, _ in repeated if load_status(connection, device) not in ("", REVOKED)
+            }
+        found = []
+        for device, transfer in repeated:
+            update_id = self.given.find(device, transfer)
+            if update_id is not None and device in trusted:
+                receipt = Receipt(
+                    update_id=update_id,
+                    transfer=transfer,
+                    verdict="duplicate",
+                    row=promise.row,
+                    durable=promise.durable,
+                )
+                found.append((device, receipt))
+        return found
 
     def _look_at(self, arrival: Arrival) -> _Looked:
         """Before the transaction: all that takes long."""

@@ -15,7 +15,7 @@ docs/architecture.md (The aggregator).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +42,7 @@ from cloud_server.rounds.events import (
     MaskPhaseOpened,
     MasksKnown,
     NodeLost,
+    NodeReturned,
     NodesChanged,
     OpenRound,
     ReplyRefused,
@@ -97,7 +98,7 @@ def step(state: RoundState, event: Event, now: float, policy: RoundPolicy) -> St
 def _noted(state: RoundState, event: Event) -> RoundState:
     """What is remembered in every phase. After the handler, so that it can see who was there before."""
     if isinstance(event, NodesChanged):
-        return replace(state, present=event.present)
+        return replace(state, present=event.present, return_seconds=event.return_seconds)
     if isinstance(event, NodeLost):
         return replace(state, present=state.present - {event.device})
     if isinstance(event, RunPaused):
@@ -207,12 +208,23 @@ def _nodes_changed(state: RoundState, event: NodesChanged, now: float, policy: R
     return state, (*resent, *actions)
 
 
+def _returned(state: RoundState, event: NodeReturned, _now: float, _policy: RoundPolicy) -> Step:
+    """Who waited for its order when its session ended need not wait until it is sent to all again."""
+    is_awaited = state.cohort.members.get(event.device) in _awaited(state)
+    return state, (ResendOrder(event.device),) if is_awaited else ()
+
+
+def _awaited(state: RoundState) -> Set[Standing]:
+    """How those stand who may not have their order."""
+    # In a masked round who accepted owes more than that: its keys.
+    return OUTSTANDING if state.phase in MASK_STEPS else frozenset({Standing.WAITING})
+
+
 def _collection_tick(state: RoundState, _event: Tick, now: float, policy: RoundPolicy) -> Step:
     state, actions = _close_if_over(state, now, policy)
     if actions or now < state.resend_at:
         return state, actions
-    # In a masked round who accepted owes more than that: its keys.
-    awaited = OUTSTANDING if state.phase in MASK_STEPS else {Standing.WAITING}
+    awaited = _awaited(state)
     silent = [device for device, standing in state.cohort.members.items() if standing in awaited]
     state = replace(state, resend_at=now + policy.resend_after(len(state.cohort.members)))
     return state, tuple(ResendOrder(device) for device in silent)
@@ -306,6 +318,7 @@ TRANSITIONS: dict[tuple[Phase, type], _Handler] = {
     (Phase.OPENING,    RunEnded):         _ended,
     (Phase.TRAINING,   Tick):             _collection_tick,
     (Phase.TRAINING,   NodesChanged):     _nodes_changed,
+    (Phase.TRAINING,   NodeReturned):     _returned,
     (Phase.TRAINING,   NodeLost):         _lost,
     (Phase.TRAINING,   JoinArrived):      _joined,
     (Phase.TRAINING,   ReplyStored):      _stored,
@@ -323,6 +336,7 @@ TRANSITIONS: dict[tuple[Phase, type], _Handler] = {
     (Phase.EVALUATING, EvaluationOpened): _evaluation_opened,
     (Phase.EVALUATING, Tick):             _collection_tick,
     (Phase.EVALUATING, NodesChanged):     _nodes_changed,
+    (Phase.EVALUATING, NodeReturned):     _returned,
     (Phase.EVALUATING, NodeLost):         _lost,
     (Phase.EVALUATING, JoinArrived):      _joined,
     (Phase.EVALUATING, ReplyStored):      _stored,
@@ -335,6 +349,7 @@ TRANSITIONS: dict[tuple[Phase, type], _Handler] = {
 _IN_MASK_STEPS: dict[type, _Handler] = {
     Tick:         _collection_tick,
     NodesChanged: _nodes_changed,
+    NodeReturned: _returned,
     NodeLost:     _lost,
     JoinArrived:  _joined,
     MaskAnswered: _stored,
@@ -386,10 +401,11 @@ def _is_over(state: RoundState, now: float, policy: RoundPolicy) -> bool:
 
 
 def _grace_end(state: RoundState, policy: RoundPolicy) -> float:
-    """Until when a collection with nobody left to wait for stays open for lost members to come back."""
+    """Until when a collection with nobody left to wait for stays open for lost members to come back: as long as they
+    were asked to take, and a little more."""
     cohort = state.cohort
     if state.phase is Phase.TRAINING and cohort.lost and cohort.answered < policy.quorum:
-        return cohort.lost_at + policy.grace_seconds
+        return cohort.lost_at + policy.grace_seconds + state.return_seconds
     return -NEVER
 
 

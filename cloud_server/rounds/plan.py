@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -59,6 +59,7 @@ class RunPorts:
     Attributes:
         fence: the token of `Database.claim_writer`, or None where nobody else can write.
         held_out: None where the operator has no labelled data.
+        return_seconds: over which the fleet is asked to spread its return now.
         budget: what private rounds are charged to; None for a run without differential privacy.
     """
 
@@ -72,6 +73,7 @@ class RunPorts:
     releaser: Releaser
     clock: Clock
     held_out: HeldOut | None = None
+    return_seconds: Callable[[], float] = lambda: 0.0
     budget: Budget | None = None
 
 

@@ -124,7 +124,12 @@ class RoundRunner:
 
     def on_nodes_changed(self) -> None:
         """Approval or presence changed."""
-        self._queue.append(ev.NodesChanged(frozenset(self._ports.nodes.present())))
+        ports = self._ports
+        self._queue.append(ev.NodesChanged(frozenset(ports.nodes.present()), ports.return_seconds()))
+
+    def on_node_returned(self, device: str) -> None:
+        """A device that nobody saw leave connected anew."""
+        self._queue.append(ev.NodeReturned(device))
 
     def on_node_lost(self, device: str) -> None:
         """A device's last will arrived."""

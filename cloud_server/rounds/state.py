@@ -70,7 +70,8 @@ class RoundPolicy:
         round_seconds, evaluate_seconds: longest wait for updates, and for evaluations.
         resend_seconds: an order that nobody accepted or answered is sent again after this long; in a large cohort after
             `resend_after`.
-        grace_seconds: how long a collection short of its quorum waits for members that vanished to come back.
+        grace_seconds: how long a collection short of its quorum waits for members that vanished to come back, beyond
+            the time that the fleet is asked to take for its return.
         pause_seconds: rest between a round and the next.
         backoff_seconds, backoff_max_seconds: rest after a failed round; doubles with each failure in a row.
         rounds: a run ends when this many rounds moved the head; 0 for never.
@@ -246,7 +247,11 @@ NOBODY = Collection(Members({}), 0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundState:
-    """All that the machine knows: counts `round_number` attempts from 1, `moved` of them moved the head."""
+    """All that the machine knows: counts `round_number` attempts from 1, `moved` of them moved the head.
+
+    Attributes:
+        return_seconds: over which the fleet is asked to spread its return.
+    """
 
     phase: Phase = Phase.IDLE
     round_number: int = 0
@@ -254,6 +259,7 @@ class RoundState:
     failures: int = 0
     is_paused: bool = False
     present: frozenset[str] = frozenset()
+    return_seconds: float = 0.0
     cohort: Collection = NOBODY
     deadline: float = NEVER
     resend_at: float = NEVER

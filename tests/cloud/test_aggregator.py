@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from cloud_server.aggregator import SILENT_SECONDS
 from cloud_server.artefacts import Artefacts
 from cloud_server.assembly import Assembled, Base, assemble, open_base
+from cloud_server.db import schema
 from cloud_server.db.engine import open_database
 from cloud_server.influence import MAX_VOTES_PER_SECOND, WINDOW_SECONDS
 from cloud_server.keys import CloudKeys
@@ -18,10 +20,12 @@ from cloud_server.metrics import refusal_reason as refused_label
 from cloud_server.registry import add_device
 from cloud_server.release.announcer import CHECK_SECONDS
 from cloud_server.release.publish import Publisher
+from cloud_server.rounds.given import GivenReceipts
 from cloud_server.screening import Refusal
 from cloud_server.strikes import StrikePolicy, strike
 from edge_agent.settings import EdgeSettings
 from fleet.virtual import VirtualTime
+from tests.cloud.round_lab import Lab, Message
 from tests.cloud.small_bundle import make_candidate, write_bundle
 from wire import envelope
 from wire.header import Header
@@ -172,6 +176,96 @@ def test_presence_survives_two_lost_heartbeats_and_ends_after_that(hall: Hall) -
     assert not hall.base.registry.present()
     hall.cloud.aggregator.on_telemetry("a", heartbeat())
     assert list(hall.base.registry.present()) == ["a"]
+
+
+def test_device_that_comes_back_unnoticed_is_sent_its_order_at_once(hall: Hall) -> None:
+    """After a broker's death nobody was lost: a new session says that what was under way to it may be gone."""
+    lab = Lab(devices=2)
+    with hall.base.database.transaction() as connection:
+        add_device(connection, "d00", SigningKey.from_bytes(b"d" * 32).verify_key, now=hall.time.now())
+    aggregator = hall.cloud.aggregator
+    aggregator.begin(lab.runner)
+    lab.runner.tick()
+    assert sorted(device for device, _ in lab.orders) == ["d00", "d01"]
+    aggregator.on_birth("d00", birth())
+    lab.runner.tick()
+    assert len(lab.orders) == 2
+    for _ in range(3):
+        aggregator.on_telemetry("d00", heartbeat())
+        aggregator.on_birth("d00", birth())
+        lab.runner.tick()
+    assert [device for device, _ in lab.orders[2:]] == ["d00"] * 3
+    lab.deliver()
+    aggregator.on_birth("d00", birth())
+    lab.runner.tick()
+    asked = [device for device, order in lab.orders if (order.kind, order.round_number) == ("train", 1)]
+    assert asked.count("d00") == 4
+
+
+# ---- what comes again --------------------------------------------------------------------------------------
+
+
+def test_update_that_comes_again_is_answered_as_stored_unless_its_device_was_revoked(hall: Hall) -> None:
+    lab = Lab(devices=3, goal=3)
+    hall.cloud.aggregator.begin(lab.runner)
+    lab.runner.tick()
+    sent = {}
+    for device, order in lab.orders[:2]:
+        message = lab.devices[device].answer(order)
+        assert isinstance(message, Message)
+        receipt = lab.feed(device, order, message)
+        assert receipt is not None
+        assert receipt.verdict == "stored"
+        sent[device] = receipt
+    aggregator, (first, second) = hall.cloud.aggregator, sent
+    assert aggregator.is_answered(first, sent[first].transfer)
+    assert not aggregator.is_answered(second, sent[first].transfer)
+    intake = lab.runner.intake
+    asked = [(device, receipt.transfer) for device, receipt in sent.items()]
+    again = dict(intake.answer_again([*asked, ("stranger", sent[first].transfer)]))
+    assert {device: (each.update_id, each.verdict) for device, each in again.items()} == {
+        device: (each.update_id, "duplicate") for device, each in sent.items()
+    }
+    with lab.database.transaction() as connection:
+        connection.execute(
+            sa.update(schema.devices).values(status="revoked").where(schema.devices.c.device == second)
+        )
+    assert [device for device, _ in intake.answer_again(asked)] == [first]
+
+
+def test_repeats_of_a_turn_are_answered_once_and_after_the_writer_was_checked(hall: Hall) -> None:
+    lab = Lab(devices=2)
+    aggregator = hall.cloud.aggregator
+    aggregator.begin(lab.runner)
+    lab.runner.tick()
+    device, order = lab.orders[0]
+    message = lab.devices[device].answer(order)
+    assert isinstance(message, Message)
+    receipt = lab.feed(device, order, message)
+    assert receipt is not None
+    heard: list[Packet] = []
+
+    def hear(event: TransportEvent) -> None:
+        if isinstance(event, Received):
+            heard.append(event.packet)
+
+    MemoryTransport(hall.broker, device).start(hear, filters=[(f"fl/1/t/f/ak/{device}", 1)])
+    for _ in range(5):
+        aggregator.on_repeated(device, receipt.transfer)
+    hall.broker.pump()
+    assert heard == []
+    hall.tick()
+    assert len(heard) == 1
+
+
+def test_receipts_that_are_remembered_are_so_many_and_the_oldest_goes() -> None:
+    given = GivenReceipts(most=2)
+    for number in range(3):
+        given.note("a", bytes([number]), b"id%d" % number)
+    given.note("a", bytes([1]), b"id1")
+    given.note("b", bytes([1]), b"other")
+    assert [given.find("a", bytes([number])) for number in range(3)] == [None, b"id1", None]
+    assert (given.find("b", bytes([1])), len(given)) == (b"other", 2)
 
 
 # ---- one device's part -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ class Heard:
     """Takes down what the inbox hands on."""
 
     calls: list[tuple[str, str, Any]] = field(default_factory=list)
+    answered: set[tuple[str, bytes]] = field(default_factory=set)
 
     def on_birth(self, device: str, birth: Birth) -> None:
         self.calls.append(("birth", device, birth.status))
@@ -49,6 +51,12 @@ class Heard:
 
     def on_update(self, device: str, opened: Opened, transfer: bytes, size_bytes: int) -> None:
         self.calls.append(("update", device, opened.body))
+
+    def is_answered(self, device: str, transfer: bytes) -> bool:
+        return (device, transfer) in self.answered
+
+    def on_repeated(self, device: str, transfer: bytes) -> None:
+        self.calls.append(("repeated", device, transfer))
 
     def on_missing(self, device: str, receipt: Receipt) -> None:
         self.calls.append(("missing", device, receipt.missing))
@@ -181,6 +189,20 @@ def test_inbox_puts_an_update_together_in_any_order_and_asks_for_what_is_missing
     assert heard.calls == [("missing", "dev", (1,))]
     inbox.receive(Packet(TOPICS.upload("0", "dev", 1, 1), chunks[1]))
     assert heard.calls[1:] == [("update", "dev", body)]
+
+
+def test_transfer_that_has_its_receipt_is_neither_gathered_nor_opened(inbox: Inbox, heard: Heard) -> None:
+    message = bytes(200_000)  # would not open
+    chunks, transfer = split(message, 65_536), hashlib.sha256(message).digest()
+    heard.answered = {("dev", transfer), ("stranger", transfer)}
+    for device in ("dev", "stranger"):
+        for index, chunk in enumerate(chunks):
+            inbox.receive(Packet(TOPICS.upload("0", device, 1, index), chunk))
+    assert heard.calls == [("repeated", "dev", transfer)]
+    assert (inbox.open_transfers, inbox.granted_bytes) == (0, 0)
+    assert inbox.refused_total == {"up: ChunkError": len(chunks)}
+    inbox.receive(Packet(TOPICS.upload("0", "other", 1, 0), chunks[0]))  # whose it is not
+    assert inbox.open_transfers == 1
 
 
 def test_inbox_takes_no_chunk_of_a_stranger_or_above_the_slot(inbox: Inbox, heard: Heard) -> None:

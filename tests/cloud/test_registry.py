@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from cloud_server.db.audit import load_audit, verify_audit
@@ -74,6 +76,33 @@ def test_will_of_an_earlier_boot_does_not_end_the_present_one(registry: Registry
     registry.note_birth("a", birth(boot=2))
     registry.note_birth("a", birth("lost", boot=1))
     assert list(registry.present()) == ["a"]
+
+
+def test_device_that_nobody_saw_leave_is_back_once_for_each_session(registry: Registry) -> None:
+    def come(device: str, **facts: Any) -> bool:
+        is_back = registry.is_back(device, birth(**facts))
+        registry.note_birth(device, birth(**facts))
+        return is_back
+
+    assert not come("a")  # its first
+    assert come("a")  # a new session, and no will before it
+    assert not come("a", release=7)  # a new release, said in the middle of a session
+    assert come("a", release=7)
+    assert come("a", release=7, boot=2)
+    assert not come("a", status="lost", boot=2)
+    assert not come("a", release=7, boot=2)  # it came, and everybody saw it go
+
+
+def test_birth_that_the_broker_kept_is_no_return_to_a_service_that_started(
+    deployment: Deployment, registry: Registry
+) -> None:
+    registry.note_birth("a", birth())
+    registry.write_presence()
+    after = Registry(deployment.database, deployment.clock)
+    assert not after.is_back("a", birth())
+    assert after.is_back("a", birth(boot=2))
+    after.note_birth("a", birth())
+    assert after.is_back("a", birth())
 
 
 def test_device_that_speaks_again_is_here_again(registry: Registry, deployment: Deployment) -> None:

@@ -126,6 +126,31 @@ def test_lost_devices_get_grace_while_the_quorum_is_short() -> None:
     assert script.feed(ev.ReplyStored("b")) == [ev.CloseCollection(), ev.Fold()]
 
 
+def test_grace_is_as_long_as_the_fleet_is_asked_to_take_for_its_return() -> None:
+    """After its broker's death everybody is lost at once, and comes back over the seconds that we asked for."""
+    script = Script(replace(POLICY, round_seconds=1000.0))
+    script.feed(ev.NodesChanged(frozenset(ALL), return_seconds=64.0))
+    script.feed(ev.RoundOpened(ALL, script.now + 1000.0))
+    assert script.feed(*map(ev.NodeLost, ALL)) == []
+    assert script.feed(ev.Tick(), after=63.0) == []
+    assert script.feed(ev.NodesChanged(frozenset(ALL), return_seconds=64.0)) == [
+        ev.ResendOrder(device) for device in ALL
+    ]
+    script.feed(*map(ev.NodeLost, ALL))
+    assert script.feed(ev.Tick(), after=64.0 + POLICY.grace_seconds - 1.0) == []
+    assert [type(action) for action in script.feed(ev.Tick(), after=1.0)] == [ev.FailRound]
+
+
+def test_device_that_returned_unnoticed_is_sent_the_order_that_it_waits_for() -> None:
+    script = Script()
+    script.open()
+    script.feed(ev.JoinArrived("b", accepted=True), ev.ReplyStored("c"))
+    assert script.feed(ev.NodeReturned("a")) == [ev.ResendOrder("a")]
+    assert script.feed(*map(ev.NodeReturned, ("b", "c", "stranger"))) == []
+    script.feed(ev.ReplyStored("a"), ev.ReplyStored("b"), ev.FoldDone())
+    assert script.feed(ev.NodeReturned("a")) == []
+
+
 def test_lost_devices_that_stay_away_fail_the_round_after_the_grace() -> None:
     script = Script()
     script.open()
@@ -257,6 +282,7 @@ def test_any_events_end_every_round_by_its_deadline(seed: int) -> None:
             ev.Tick(),
             ev.NodesChanged(frozenset(d for d in ALL if rng.random() < 0.8)),
             ev.NodeLost(device),
+            ev.NodeReturned(device),
             ev.JoinArrived(device, rng.random() < 0.7),
             ev.ReplyStored(device),
             ev.ReplyRefused(device),
