@@ -85,7 +85,8 @@ class ClippedMean(RobustStrategy):
     and those that do not answer when the head moves, or speak of nothing, lose theirs (`aggregate/clipped_mean.py`).
 
     Args:
-        max_weight_ratio: no reply weighs more than this many times the median weight.
+        max_weight_ratio: no reply weighs more than this many times the median weight. Who has much of what a backdoor
+            asks for is hardly told from the honest, and moves the head by what it weighs.
         trimmed_share: of the voices, cut away on either side of every parameter; from 0 to below 0.5. It takes of a
             backdoor, of what only few devices know, and time: values are sorted.
 
@@ -98,7 +99,7 @@ class ClippedMean(RobustStrategy):
     KEPT_WAY: ClassVar[float] = 0.0
     """Of `way`, from round to round."""
 
-    def __init__(self, max_weight_ratio: float = 4.0, trimmed_share: float = 0.0, **flower: Any) -> None:
+    def __init__(self, max_weight_ratio: float = 2.0, trimmed_share: float = 0.0, **flower: Any) -> None:
         super().__init__(**flower)
         if not (math.isfinite(max_weight_ratio) and max_weight_ratio >= 1.0):
             raise ConfigurationError(

@@ -132,7 +132,7 @@ def test_clipped_mean_holds_one_reply_at_a_time() -> None:
     assert replies.passes == 3
 
 
-def test_device_that_claims_many_examples_counts_for_four_of_the_others() -> None:
+def test_device_that_claims_many_examples_counts_for_few_of_the_others() -> None:
     assert capped_weights([10, 10, 10, 10**15], 4.0) == [10, 10, 10, 40]
     assert capped_weights([], 4.0) == []
     assert capped_weights([1, 1], 1.0) == [1, 1]
