@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from typing import Final
 
 from cloud_server.db.rounds import OrderRow
-from cloud_server.rounds.state import NEVER
+from cloud_server.rounds.state import ANSWERS_PER_SECOND, NEVER
 
 ASKED: Final = 512
 """Devices that were asked and are not heard yet."""
-SILENT_SECONDS: Final = 2.0
-"""After which a device that says nothing leaves its place to the next."""
+SILENT_SECONDS: Final = ASKED / ANSWERS_PER_SECOND
+"""After which a device that says nothing leaves its place to the next: its answer may wait in our own queue, and a
+slow aggregator must not ask faster than it hears."""
 
 
 class OrderWindow:
