@@ -89,6 +89,7 @@ class Database:
         self._clock = clock
         self._lock = threading.RLock()
         self._depth = 0
+        self._is_read_only = False
         self._durable = True
         self._epoch = 0
         self.salvaged: dict[str, int] = {}
@@ -127,6 +128,8 @@ class Database:
             if self._depth:
                 yield self._connection
                 return
+            if self._is_read_only:
+                self._open_again()
             with self._translated():
                 self._set_durable(durable)
                 self._connection.execute("BEGIN IMMEDIATE")
@@ -225,7 +228,19 @@ class Database:
         except sqlite3.Error as error:
             if _code(error) in _DAMAGED:
                 self._recover()
+            self._is_read_only = _code(error) == sqlite3.SQLITE_READONLY
             raise _storage_error(error, self.path) from error
+
+    def _open_again(self) -> None:
+        """SQLite takes a file that it cannot open for writing at that moment for one that can only be read, and stays
+        at that: the next transaction gets a connection that asks again."""
+        self._is_read_only = False
+        if self.path is None:
+            return
+        with contextlib.suppress(sqlite3.Error):
+            fresh = self._open()
+            self._connection.close()
+            self._connection = fresh
 
     def _recover(self) -> None:
         """Puts a fresh file in the place of a damaged one; the caller's operation still fails."""

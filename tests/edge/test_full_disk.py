@@ -91,3 +91,21 @@ def test_database_on_a_disk_without_a_page_left_opens_and_can_be_read(tmp_path: 
         database.close()
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_database_that_could_only_be_read_for_a_moment_is_written_again(tmp_path: Path) -> None:
+    opened: list[str] = []
+
+    def connect(path: Path, **options: Any) -> sqlite3.Connection:
+        opened.append("ro" if not opened else "rw")
+        made: sqlite3.Connection = sqlite3.connect(f"file:{path}?mode={opened[-1]}", uri=True, **options)
+        return made
+
+    open_database(tmp_path).close()
+    database = open_database(tmp_path, connect=connect)
+    with pytest.raises(StorageError, match="readonly"):
+        database.set_fact("name", 1)
+    database.set_fact("name", 2)
+    assert database.fact("name") == 2
+    database.close()
+    assert opened == ["ro", "rw"]
