@@ -20,7 +20,7 @@ from cloud_server.enrolment.service import EnrolmentService
 from cloud_server.enrolment.tokens import mint_token
 from cloud_server.https import HttpsFront
 from cloud_server.settings import CloudSettings, EnrolmentSettings, ListenSettings
-from edge_agent.https import HttpsConnection, exchange, verified_context
+from edge_agent.enrolment.https import HttpsConnection, exchange, verified_context
 from wire.enrolment import (
     EnrolRequest,
     EnrolResponse,

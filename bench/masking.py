@@ -22,8 +22,8 @@ from cloud_server.helper.store import MEMORY, HelperStore
 from cloud_server.secure.book import MaskBook
 from cloud_server.secure.layout import choose_layout
 from cloud_server.secure.unmask import unmask
-from edge_agent.helped_round import HelpedMasking
-from edge_agent.masking import DeviceMasking
+from edge_agent.rounds.helped_round import HelpedMasking
+from edge_agent.rounds.masking import DeviceMasking
 from process.clock import SystemClock
 from wire.envelope import seal, sign
 from wire.errors import RoundError

@@ -26,7 +26,7 @@ from bench.one_device import initial_bundle, one_device
 from bench.shoal_fleet import ShoalFleet
 from bench.table import Row
 from cloud_server.settings import RunSettings, TrainSettings
-from edge_agent.learning import plan_batches
+from edge_agent.rounds.learning import plan_batches
 from fleet.processes import family, forget_peak, peak_mib, proportional_mib, resident_mib
 from models.bundle import Bundle
 from models.data import smartwatch

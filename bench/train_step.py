@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from bench.table import Row, interleaved_medians
-from edge_agent.sample_noise import SampleNoise
+from edge_agent.rounds.sample_noise import SampleNoise
 from models import ort
 from models.flat import flatten_buffers, flatten_params
 from models.train_step import SamplePrivacy, TrainStepExport, export_train_step

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edge_agent.agent import Agent
-    from edge_agent.serving import Answer
+    from edge_agent.inference.serving import Answer
 
 __all__ = ["Agent", "Answer"]
 
@@ -21,7 +21,7 @@ def __getattr__(name: str) -> Any:
 
         return Agent
     if name == "Answer":
-        from edge_agent.serving import Answer
+        from edge_agent.inference.serving import Answer
 
         return Answer
     raise AttributeError(name)

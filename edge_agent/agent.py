@@ -16,30 +16,30 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edge_agent import events as on
-from edge_agent.answers import Answers, Split
-from edge_agent.complaints import Complaints
 from edge_agent.device_state import State, wake_at
-from edge_agent.forget import forget_stores
-from edge_agent.health import Health
-from edge_agent.hearing import event_of, job_ended, restored_cloud
-from edge_agent.identity import Identity
-from edge_agent.kept_heads import KeptChunks
-from edge_agent.late_identity import LOOK_SECONDS, LateIdentity, settle_owner
+from edge_agent.enrolment.identity import Identity
+from edge_agent.enrolment.late_identity import LOOK_SECONDS, LateIdentity, settle_owner
+from edge_agent.inference.answers import Answers, Split
+from edge_agent.inference.serving import Answer
 from edge_agent.link.door import Link
-from edge_agent.machine import Machine, NoMachine
-from edge_agent.metrics import EdgeMetrics
-from edge_agent.metrics_board import MetricsBoard
 from edge_agent.parts import assemble, take_identity
 from edge_agent.ports import Engine, Floats, JobResult, Moment, SelfTest, Worker
-from edge_agent.release_source import ReleaseSource
-from edge_agent.serving import Answer
+from edge_agent.release.slots import SlotStore
+from edge_agent.release.source import ReleaseSource
+from edge_agent.rounds.kept_heads import KeptChunks
 from edge_agent.settings import EdgeSettings
 from edge_agent.shell import Shell
-from edge_agent.slots import SlotStore
-from edge_agent.speaker import BlobChunk
 from edge_agent.state import step
-from edge_agent.status import status_of, write_status
-from edge_agent.storage import Database
+from edge_agent.store.forget import forget_stores
+from edge_agent.store.storage import Database
+from edge_agent.uplink.complaints import Complaints
+from edge_agent.uplink.hearing import event_of, job_ended, restored_cloud
+from edge_agent.uplink.speaker import BlobChunk
+from edge_agent.vitals.health import Health
+from edge_agent.vitals.machine import Machine, NoMachine
+from edge_agent.vitals.metrics import EdgeMetrics
+from edge_agent.vitals.metrics_board import MetricsBoard
+from edge_agent.vitals.status import status_of, write_status
 from process.bounded_queue import BoundedQueue
 from process.clock import Clock
 from process.logs import get_logger

@@ -112,8 +112,8 @@ def _settings(options: argparse.Namespace) -> EdgeSettings:
 def _enroll(options: argparse.Namespace) -> int:
     import random
 
-    from edge_agent.enrol import enrol
-    from edge_agent.patience import Patience
+    from edge_agent.enrolment.enrol import enrol
+    from edge_agent.enrolment.patience import Patience
     from process.clock import SystemClock
     from wire.backoff import Backoff, Retries
 
@@ -172,8 +172,8 @@ def _token_of_environment() -> str:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from edge_agent.release.slots import FOLDER_NAME as SLOTS_NAME
     from edge_agent.running import check_source, run_agent
-    from edge_agent.slots import FOLDER_NAME as SLOTS_NAME
     from process.logs import configure_logs
     from wire.errors import ConfigurationError
 
@@ -192,7 +192,7 @@ def _run(options: argparse.Namespace) -> int:
 def _enrol_at_first_run(options: argparse.Namespace) -> int:
     """A container enrols itself from its environment, once; 0, or the exit code of an enrolment that failed. A device
     that lost its identity and has a model goes on without (`late_identity.py`)."""
-    from edge_agent.identity import FOLDER_NAME
+    from edge_agent.enrolment.identity import FOLDER_NAME
     from edge_agent.settings import TOKEN_VARIABLE
 
     if (options.state / FOLDER_NAME).exists():
@@ -201,7 +201,7 @@ def _enrol_at_first_run(options: argparse.Namespace) -> int:
     token = _token_of_environment()
     if not token:
         return 0
-    from edge_agent.first_run import enrol_in_child
+    from edge_agent.enrolment.first_run import enrol_in_child
 
     return enrol_in_child(token, options.state)
 
@@ -210,8 +210,8 @@ def _enrol_at_first_run(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from edge_agent.identity import load
-    from edge_agent.status import read_status
+    from edge_agent.enrolment.identity import load
+    from edge_agent.vitals.status import read_status
     from wire.errors import ShoalError
 
     status = read_status(options.state)
@@ -260,7 +260,7 @@ def _text(value: Any) -> str:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from edge_agent.check import run_checks
+    from edge_agent.vitals.check import run_checks
     from process.clock import SystemClock
     from process.health import exit_code
 
@@ -278,8 +278,8 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _quarantine(options: argparse.Namespace) -> int:
-    from edge_agent.at_rest import open_vault
-    from edge_agent.quarantine import FOLDER_NAME, Quarantine
+    from edge_agent.store.at_rest import open_vault
+    from edge_agent.store.quarantine import FOLDER_NAME, Quarantine
     from process.clock import SystemClock
     from wire.errors import ConfigurationError
 
@@ -302,7 +302,7 @@ def _quarantine(options: argparse.Namespace) -> int:
 
 
 def _forget(options: argparse.Namespace) -> int:
-    from edge_agent.forget import forget
+    from edge_agent.store.forget import forget
     from process.clock import SystemClock
 
     forgotten = forget(options.state, options.what, SystemClock())

@@ -16,26 +16,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edge_agent import identity as identity_files
 from edge_agent.agent import Agent
-from edge_agent.flight import FlightRecorder, go_back_after_deaths
+from edge_agent.enrolment import identity as identity_files
+from edge_agent.enrolment.identity import Identity
+from edge_agent.enrolment.late_identity import LateIdentity, LateTransport, nobody
 from edge_agent.freed_memory import give_back
-from edge_agent.identity import Identity
-from edge_agent.kept_heads import FolderChunks
-from edge_agent.late_identity import LateIdentity, LateTransport, nobody
 from edge_agent.lazy_engine import LazyEngine
 from edge_agent.link.door import Link, plan_of
 from edge_agent.lock import lock_state
-from edge_agent.machine import RealMachine
-from edge_agent.release_child import ChildReleases
-from edge_agent.selftest import ChildSelfTest
+from edge_agent.release.child import ChildReleases
+from edge_agent.release.flight import FlightRecorder, go_back_after_deaths
+from edge_agent.release.selftest import ChildSelfTest
+from edge_agent.release.slots import FOLDER_NAME as SLOTS_NAME
+from edge_agent.release.slots import Slots
+from edge_agent.rounds.kept_heads import FolderChunks
+from edge_agent.rounds.worker import ThreadWorker
 from edge_agent.settings import EdgeSettings
-from edge_agent.slots import FOLDER_NAME as SLOTS_NAME
-from edge_agent.slots import Slots
-from edge_agent.status import STATUS_NAME
-from edge_agent.storage import open_database
-from edge_agent.time_floor import BUILT, FlooredClock
-from edge_agent.worker import ThreadWorker
+from edge_agent.store.storage import open_database
+from edge_agent.store.time_floor import BUILT, FlooredClock
+from edge_agent.vitals.machine import RealMachine
+from edge_agent.vitals.status import STATUS_NAME
 from process.clock import SystemClock
 from process.logs import get_logger
 from process.service_manager import ServiceManager

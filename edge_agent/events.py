@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from edge_agent.masked_rounds import MaskMessage
 from edge_agent.ports import JobKind
+from edge_agent.rounds.masked_rounds import MaskMessage
 from wire.messages import Evaluation, Invitation, Order, Update
 
 

@@ -7,28 +7,28 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from edge_agent.heads import Heads
-from edge_agent.helper_pin import HelperPin
-from edge_agent.identity import Identity
-from edge_agent.install import Installer
-from edge_agent.kept_heads import KeptChunks
+from edge_agent.enrolment.identity import Identity
+from edge_agent.inference.serving import Serving
 from edge_agent.link.door import Link, plan_of
-from edge_agent.masked_rounds import MaskedRounds
-from edge_agent.online_keys import ONLINE_KEYS_FACT, OnlineKeys
-from edge_agent.orders import Orders, ReplayWindows
-from edge_agent.outbox import Outbox
-from edge_agent.outgoing import Outgoing
 from edge_agent.ports import Engine, SelfTest, Worker
-from edge_agent.release_source import ReleaseSource
-from edge_agent.samples import SampleStore
-from edge_agent.sequence import Sequence
-from edge_agent.serving import Serving
+from edge_agent.release.install import Installer
+from edge_agent.release.slots import SlotStore
+from edge_agent.release.source import ReleaseSource
+from edge_agent.rounds.heads import Heads
+from edge_agent.rounds.helper_pin import HelperPin
+from edge_agent.rounds.kept_heads import KeptChunks
+from edge_agent.rounds.masked_rounds import MaskedRounds
 from edge_agent.settings import EdgeSettings
-from edge_agent.slots import SlotStore
-from edge_agent.speaker import Speaker
-from edge_agent.storage import Database
-from edge_agent.tally import Tally
-from edge_agent.time_floor import FlooredClock
+from edge_agent.store.orders import Orders, ReplayWindows
+from edge_agent.store.outbox import Outbox
+from edge_agent.store.samples import SampleStore
+from edge_agent.store.sequence import Sequence
+from edge_agent.store.storage import Database
+from edge_agent.store.time_floor import FlooredClock
+from edge_agent.uplink.online_keys import ONLINE_KEYS_FACT, OnlineKeys
+from edge_agent.uplink.outgoing import Outgoing
+from edge_agent.uplink.speaker import Speaker
+from edge_agent.vitals.tally import Tally
 from process.clock import Clock
 from process.logs import get_logger
 from wire.codec import ErrorFeedback

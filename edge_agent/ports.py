@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from edge_agent.release_files import SlotContents
+    from edge_agent.release.files import SlotContents
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]

@@ -26,7 +26,7 @@ from edge_agent.inputs.item import Answering, Answers
 from edge_agent.inputs.lines import LineInput
 from edge_agent.inputs.topic import TopicInput, parse_topic_url
 from edge_agent.settings import EdgeSettings
-from edge_agent.storage import Database
+from edge_agent.store.storage import Database
 from edge_agent.unloaded import leave_unloaded
 from process.logs import get_logger
 from process.service_manager import ServiceManager

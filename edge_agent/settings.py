@@ -14,8 +14,8 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct, field
 
 from edge_agent.device_state import Timing
-from edge_agent.learning import TrainPolicy
 from edge_agent.link.door import LOOK_SECONDS, plan_of
+from edge_agent.rounds.learning import TrainPolicy
 from process.health import Mode
 from process.options import option
 from process.settings import LogSettings, load_settings

@@ -13,14 +13,14 @@ from typing import Any
 
 from edge_agent import actions as do
 from edge_agent import events as on
-from edge_agent.health import Health
-from edge_agent.jobs import Assignment, Samples, do_evaluate, do_train
-from edge_agent.outbox import OutboxRow
+from edge_agent.inference.serving import ServedModel
 from edge_agent.parts import PROBATION_STARTS_FACT, Parts
 from edge_agent.ports import JobResult
-from edge_agent.release_files import SlotContents
-from edge_agent.serving import ServedModel
-from edge_agent.speaker import last_chunk
+from edge_agent.release.files import SlotContents
+from edge_agent.rounds.jobs import Assignment, Samples, do_evaluate, do_train
+from edge_agent.store.outbox import OutboxRow
+from edge_agent.uplink.speaker import last_chunk
+from edge_agent.vitals.health import Health
 from process.logs import get_logger
 from process.version import VERSION
 from process.vitals import resident_bytes

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from edge_agent.agent import Agent
-from edge_agent.identity import Identity
-from edge_agent.memory_slots import MemorySlots, SharedReleases
+from edge_agent.enrolment.identity import Identity
 from edge_agent.ports import Engine, JobResult, SelfTest, Worker
-from edge_agent.release_source import ReleaseSource
+from edge_agent.release.memory_slots import MemorySlots, SharedReleases
+from edge_agent.release.source import ReleaseSource
+from edge_agent.rounds.worker import InlineWorker
 from edge_agent.settings import EdgeSettings
-from edge_agent.storage import open_database
-from edge_agent.worker import InlineWorker
+from edge_agent.store.storage import open_database
 from fleet.virtual import VirtualTime
 from wire.enrolment import OnlineKey
 from wire.primitives import SigningKey

@@ -25,12 +25,12 @@ from cloud_server.release.releaser import Holdout
 from cloud_server.rounds.runner import RoundRunner
 from cloud_server.secure.opening import make_runner
 from edge_agent.agent import Agent
-from edge_agent.fetcher import MemoryFetcher
-from edge_agent.install import SharedTufReleases, TufReleases
-from edge_agent.memory_slots import SharedReleases
 from edge_agent.ports import JobResult
+from edge_agent.release.fetcher import MemoryFetcher
+from edge_agent.release.install import SharedTufReleases, TufReleases
+from edge_agent.release.memory_slots import SharedReleases
+from edge_agent.release.selftest import InlineSelfTest
 from edge_agent.runtime import Runtime
-from edge_agent.selftest import InlineSelfTest
 from edge_agent.settings import EdgeSettings
 from fleet.attackers import Conspiracy
 from fleet.local_helper import LocalHelper, open_local_helper

@@ -4,7 +4,7 @@ The suite (https://github.com/theupdateframework/tuf-conformance, CLIENT-CLI.md)
 clone of it, with this repository on PYTHONPATH: `pytest tuf_conformance --entrypoint "python -m
 tests.tuf_conformance"`.
 Expected to fail: `test_download_with_hash_algorithms[hashes1]`, a target with a SHA-512 alone, which devices refuse.
-What is driven is `edge_agent.tuf_client` as it is, over plain HTTP instead of mutual TLS.
+What is driven is `edge_agent.release.tuf_client` as it is, over plain HTTP instead of mutual TLS.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-from edge_agent.fetcher import CHUNK_BYTES
-from edge_agent.tuf_client import METADATA_PATH, TARGETS_PATH, _Session, _session
+from edge_agent.release.fetcher import CHUNK_BYTES
+from edge_agent.release.tuf_client import METADATA_PATH, TARGETS_PATH, _Session, _session
 from process.clock import SystemClock
 from wire.errors import PeerError, RefusedError, ShoalError, TransportError
 
@@ -28,7 +28,7 @@ TIMEOUT_SECONDS = 20.0
 
 
 class HttpFetcher:
-    """`edge_agent.fetcher.Fetcher` over plain HTTP, from one place for metadata and one for targets."""
+    """`edge_agent.release.fetcher.Fetcher` over plain HTTP, from one place for metadata and one for targets."""
 
     def __init__(self, metadata_url: str, targets_url: str) -> None:
         self._places = {METADATA_PATH: metadata_url.rstrip("/"), TARGETS_PATH: targets_url.rstrip("/")}

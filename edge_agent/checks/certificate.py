@@ -4,7 +4,7 @@ at two thirds of its life."""
 from __future__ import annotations
 
 from edge_agent.checks.facts import Facts
-from edge_agent.identity import NOT_ENROLLED_HINT
+from edge_agent.enrolment.identity import NOT_ENROLLED_HINT
 from edge_agent.settings import HealthSettings
 from process.health import Finding
 

@@ -1,5 +1,6 @@
 """What is known about a device when its health is judged: plain numbers, gathered by a running agent
-(`edge_agent/health.py`) or by `shoal-edge check` (`edge_agent/check.py`). None stands for what they cannot know.
+(`edge_agent/vitals/health.py`) or by `shoal-edge check` (`edge_agent/vitals/check.py`). None stands for what they
+cannot know.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Facts:
         model_detail: what a self-test measured, or empty.
         requests, errors: of the model that serves, since the look before.
         is_on_probation: the release is new and may still go back.
-        watched: why the watch over a new release condemns it, or empty (`edge_agent/watch.py`).
+        watched: why the watch over a new release condemns it, or empty (`edge_agent/release/watch.py`).
         celsius: the hottest of the machine's sensors.
         owed, owed_bytes: updates without a receipt; `owed_limit_bytes` is the outbox's cap, 0 where nobody knows.
         identity_trouble: why the identity cannot be read, and which file it is, or empty.

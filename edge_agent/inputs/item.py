@@ -16,8 +16,8 @@ from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 
+from edge_agent.inference.serving import Answer
 from edge_agent.ports import Floats
-from edge_agent.serving import Answer
 from wire.errors import DataError, ShoalError, StorageError
 
 MAX_LINE_BYTES: Final = 16 * 2**20

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from edge_agent.status import replace_file
+from edge_agent.vitals.status import replace_file
 from process.clock import Clock
 from wire.errors import TransportError
 from wire.traffic import TrafficMeter

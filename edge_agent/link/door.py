@@ -19,7 +19,7 @@ from edge_agent.link.allowance import NOTE_NAME, read_note
 from edge_agent.link.budget import DAY_SECONDS, IDLE_SHARE, idle_bytes_a_day, keepalive_for
 from edge_agent.link.ledger import Ledger
 from edge_agent.link.windows import Calendar, parse_window, parse_zone
-from edge_agent.storage import Database
+from edge_agent.store.storage import Database
 from process.clock import Clock
 from process.logs import get_logger
 from wire.errors import ConfigurationError, StorageError

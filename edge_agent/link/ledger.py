@@ -12,7 +12,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta, Struct
 
-from edge_agent.storage import Database
+from edge_agent.store.storage import Database
 from process.logs import get_logger
 from wire.errors import StorageError
 

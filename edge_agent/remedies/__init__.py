@@ -1,7 +1,7 @@
 """What a device does about a finding by itself: one file a remedy, each a pure function from facts to a prescription.
 
-Laws of the folder: a remedy only wants; `edge_agent/health.py` rations, carries out and tells; none of them loses an
-update, stops an answer, or installs anything that was not signed.
+Laws of the folder: a remedy only wants; `edge_agent/vitals/health.py` rations, carries out and tells; none of them
+loses an update, stops an answer, or installs anything that was not signed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Goes back to the last good release, when the watch over a new one condemns it (`edge_agent/watch.py`).
+"""Goes back to the last good release, when the watch over a new one condemns it (`edge_agent/release/watch.py`).
 
 Only while it is on probation: once confirmed, going back to an older release takes a signature (law 5).
 """

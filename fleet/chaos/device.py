@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.agent import Agent
-from edge_agent.fetcher import CHUNK_BYTES
-from edge_agent.identity import Identity
-from edge_agent.install import TufReleases
-from edge_agent.masked_rounds import Draft
+from edge_agent.enrolment.identity import Identity
 from edge_agent.ports import Engine, JobKind, JobResult, SelfTest, SelfTestVerdict
-from edge_agent.release_files import SlotContents
+from edge_agent.release.fetcher import CHUNK_BYTES
+from edge_agent.release.files import SlotContents
+from edge_agent.release.install import TufReleases
+from edge_agent.release.slots import FOLDER_NAME, Slots
+from edge_agent.rounds.masked_rounds import Draft
+from edge_agent.rounds.worker import InlineWorker
 from edge_agent.settings import EdgeSettings
-from edge_agent.slots import FOLDER_NAME, Slots
-from edge_agent.storage import DATABASE_NAME, open_database
-from edge_agent.time_floor import FlooredClock
-from edge_agent.worker import InlineWorker
+from edge_agent.store.storage import DATABASE_NAME, open_database
+from edge_agent.store.time_floor import FlooredClock
 from fleet.chaos.disk import Disk
 from fleet.chaos.injector import Crash, Injector
 from fleet.chaos.ledger import Ledger

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.masked_rounds import Draft
+from edge_agent.rounds.masked_rounds import Draft
 from wire.checkpoint import Checkpoint
 from wire.codec import ErrorFeedback, decode
 from wire.messages import Update

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from edge_agent.masked_rounds import Draft
-from edge_agent.outbox import ENDED_ROWS_KEPT
+from edge_agent.rounds.masked_rounds import Draft
 from edge_agent.settings import StorageSettings
+from edge_agent.store.outbox import ENDED_ROWS_KEPT
 from fleet.chaos.fold_check import FoldCheck, Folded, Made
 from fleet.chaos.heads import Heads
 from fleet.chaos.model_ledger import ModelLedger

@@ -18,7 +18,7 @@ from cloud_server.assembly import open_base
 from cloud_server.db.engine import open_database
 from cloud_server.keys import CloudKeys
 from cloud_server.registry import add_device
-from edge_agent.identity import Identity
+from edge_agent.enrolment.identity import Identity
 from fleet.simulated_device import FLEET, TENANT, device_key, make_identity
 from fleet.virtual import START, VirtualTime
 from models.bundle import Bundle

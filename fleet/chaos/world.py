@@ -21,8 +21,9 @@ from cloud_server.privacy.budget import PrivateRun
 from cloud_server.privacy.keys import LedgerKeys
 from cloud_server.privacy.plan import PrivacyPlan
 from cloud_server.release.releaser import Holdout
+from edge_agent.release.selftest import InlineSelfTest
+from edge_agent.release.slots import FOLDER_NAME as SLOTS_FOLDER
 from edge_agent.runtime import Runtime
-from edge_agent.selftest import InlineSelfTest
 from edge_agent.settings import (
     EdgeSettings,
     NetworkSettings,
@@ -31,7 +32,6 @@ from edge_agent.settings import (
     StorageSettings,
     TrainingSettings,
 )
-from edge_agent.slots import FOLDER_NAME as SLOTS_FOLDER
 from fleet.chaos.cloud import DATABASE_NAME, CloudNode, CloudSetup
 from fleet.chaos.device import DeviceNode, Surroundings
 from fleet.chaos.disk import mounted

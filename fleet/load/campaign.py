@@ -28,7 +28,7 @@ from cloud_server.settings import (
     PaceSettings,
     RunSettings,
 )
-from edge_agent.draws import Draws
+from edge_agent.rounds.draws import Draws
 from fleet.load.crew import Crew
 from fleet.load.crowd import CrowdPlan
 from fleet.load.ledger import Verdict, compare, read_lines

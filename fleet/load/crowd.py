@@ -19,9 +19,9 @@ from pathlib import Path
 
 import msgspec
 
-from edge_agent.fetcher import HttpsFetcher
-from edge_agent.identity import Identity
-from edge_agent.tuf_client import check, clear_staging, download
+from edge_agent.enrolment.identity import Identity
+from edge_agent.release.fetcher import HttpsFetcher
+from edge_agent.release.tuf_client import check, clear_staging, download
 from fleet.load.ledger import LedgerFile
 from fleet.load.light_agent import Draft, Habits, LightAgent
 from fleet.load.open_files import allow_open_files

@@ -1,6 +1,6 @@
 """One light agent: a device's conversation with the cloud, without a model, a disk or a thread.
 
-What is real is the wire: its identity, its voice (`edge_agent.speaker`: sealing, numbers, replay windows,
+What is real is the wire: its identity, its voice (`edge_agent.uplink.speaker`: sealing, numbers, replay windows,
 verification), its queue in front of the transport, its connection, and the outbox's rule (an update is kept until a
 receipt names its very bytes, and is sent again after a reconnection or without an answer). What is not: it answers an
 order with numbers that were made beforehand, evaluates nothing, and remembers in memory. Laws of the file: one thread,
@@ -15,10 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from edge_agent.identity import Identity
-from edge_agent.jobs import update_id_of
-from edge_agent.outgoing import Outgoing
-from edge_agent.speaker import DownBody, Speaker
+from edge_agent.enrolment.identity import Identity
+from edge_agent.rounds.jobs import update_id_of
+from edge_agent.uplink.outgoing import Outgoing
+from edge_agent.uplink.speaker import DownBody, Speaker
 from fleet.load.ledger import LedgerFile
 from fleet.load.tally import Tally
 from process.clock import Clock, SystemClock

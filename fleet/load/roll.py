@@ -18,8 +18,8 @@ from cloud_server.deployment import Deployment
 from cloud_server.enrolment.service import EnrolmentService
 from cloud_server.enrolment.tokens import mint_token
 from edge_agent.device import NamedContext
-from edge_agent.disk import private_opener
-from edge_agent.identity import Identity, from_response
+from edge_agent.enrolment.identity import Identity, from_response
+from edge_agent.store.disk import private_opener
 from wire.enrolment import EnrolmentToken, EnrolRequest, EnrolResponse, proof_bytes
 from wire.primitives import SigningKey, generate_tls_key, make_csr
 

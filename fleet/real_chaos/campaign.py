@@ -21,7 +21,7 @@ from typing import Final
 
 import msgspec
 
-from edge_agent.disk import write_durably
+from edge_agent.store.disk import write_durably
 from fleet.real_chaos.outcome import Outcome
 from fleet.real_chaos.report import FORMAT, CampaignFile, CampaignPlan, Play, RealReport
 from fleet.real_chaos.scenario import Scenario, Task

@@ -22,12 +22,12 @@ from typing import Any, Final
 from cloud_server.artefacts import Artefacts
 from cloud_server.release.tuf_repository import TufRepository
 from edge_agent.agent import Agent
-from edge_agent.fetcher import MemoryFetcher
-from edge_agent.install import SharedTufReleases, TufReleases
-from edge_agent.memory_slots import SharedReleases
 from edge_agent.ports import JobResult
+from edge_agent.release.fetcher import MemoryFetcher
+from edge_agent.release.install import SharedTufReleases, TufReleases
+from edge_agent.release.memory_slots import SharedReleases
+from edge_agent.release.selftest import InlineSelfTest
 from edge_agent.runtime import Runtime
-from edge_agent.selftest import InlineSelfTest
 from fleet.real_chaos.cloud_life import ARTEFACTS_NAME, DATABASE_NAME
 from fleet.real_chaos.link import Begin
 from fleet.real_chaos.paths import DEVICES, SEED, Findings, Workshop, play, settings, split_of

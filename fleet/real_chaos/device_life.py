@@ -15,18 +15,18 @@ import msgspec
 import numpy as np
 
 from edge_agent.agent import Agent
-from edge_agent.fetcher import MemoryFetcher
-from edge_agent.identity import Identity
-from edge_agent.install import TufReleases
-from edge_agent.machine import NoMachine
+from edge_agent.enrolment.identity import Identity
 from edge_agent.ports import JobKind
+from edge_agent.release.fetcher import MemoryFetcher
+from edge_agent.release.install import TufReleases
+from edge_agent.release.selftest import InlineSelfTest
+from edge_agent.release.slots import Slots
+from edge_agent.rounds.worker import InlineWorker
 from edge_agent.runtime import Runtime
-from edge_agent.selftest import InlineSelfTest
 from edge_agent.settings import EdgeSettings
-from edge_agent.slots import Slots
-from edge_agent.storage import open_database
-from edge_agent.time_floor import FlooredClock
-from edge_agent.worker import InlineWorker
+from edge_agent.store.storage import open_database
+from edge_agent.store.time_floor import FlooredClock
+from edge_agent.vitals.machine import NoMachine
 from fleet.real_chaos.link import Begin, Heard, Leave, LinkTransport, NodeEnd, Note, Rest, Turn
 from fleet.virtual import VirtualTime
 from wire.enrolment import OnlineKey

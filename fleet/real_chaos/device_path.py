@@ -21,7 +21,7 @@ from cloud_server.assembly import Assembled, Base, assemble, make_run_parts, ope
 from cloud_server.db.engine import open_database
 from cloud_server.rounds.runner import RoundRunner
 from cloud_server.secure.opening import make_runner
-from edge_agent.storage import DATABASE_NAME as DEVICE_DATABASE
+from edge_agent.store.storage import DATABASE_NAME as DEVICE_DATABASE
 from fleet.chaos.store import ChaosArtefacts
 from fleet.real_chaos.cloud_life import DATABASE_NAME, holdout_of, run_config
 from fleet.real_chaos.link import Begin

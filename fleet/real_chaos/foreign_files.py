@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from edge_agent.storage import DATABASE_NAME
+from edge_agent.store.storage import DATABASE_NAME
 from fleet.real_chaos.damaged_outbox import LOG_NAME
 from fleet.real_chaos.device_path import DevicePath
 from fleet.real_chaos.outcome import Outcome

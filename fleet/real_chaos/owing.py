@@ -18,7 +18,7 @@ import numpy as np
 
 from cloud_server.release.tuf_repository import TufRepository
 from edge_agent.settings import EdgeSettings
-from edge_agent.storage import DATABASE_NAME
+from edge_agent.store.storage import DATABASE_NAME
 from fleet.chaos.store import ChaosArtefacts
 from fleet.real_chaos.device_path import DevicePath
 from fleet.real_chaos.link import Begin

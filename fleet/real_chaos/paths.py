@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from edge_agent.identity import Identity
+from edge_agent.enrolment.identity import Identity
 from edge_agent.settings import EdgeSettings
 from fleet.chaos.template import Template, make_split, make_template
 from fleet.chaos.world import agent_settings, memory_folder

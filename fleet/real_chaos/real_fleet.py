@@ -30,7 +30,7 @@ from cloud_server.settings import (
     ScreeningSettings,
     TrainSettings,
 )
-from edge_agent.enrol import enrol
+from edge_agent.enrolment.enrol import enrol
 from edge_agent.settings import (
     EdgeSettings,
     InferenceSettings,

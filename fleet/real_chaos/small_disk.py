@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from edge_agent.outbox import Outbox
-from edge_agent.storage import open_database
+from edge_agent.store.outbox import Outbox
+from edge_agent.store.storage import open_database
 from fleet.real_chaos.cloud_path import CloudPath
 from fleet.real_chaos.device_path import DevicePath
 from fleet.real_chaos.outcome import Outcome

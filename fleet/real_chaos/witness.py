@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent import cli
-from edge_agent.outbox import Outbox
+from edge_agent.store.outbox import Outbox
 
 
 class Witness:

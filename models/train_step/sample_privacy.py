@@ -4,8 +4,9 @@
 
 Laws of the file: a sample changes the sum by at most C, whatever its loss or weight (a weight says only whether it
 counts); nothing in the graph is random: `noise` is an input, standard normal, which the device draws from a secret of
-its own (`edge_agent/sample_noise.py`), so that a step can be compared, and nobody else can take the noise off. Here is
-what all private steps share, and the one that takes all samples at once; `sample_loop.py` takes them one by one.
+its own (`edge_agent/rounds/sample_noise.py`), so that a step can be compared, and nobody else can take the noise off.
+Here is what all private steps share, and the one that takes all samples at once; `sample_loop.py` takes them one by
+one.
 Source: Abadi et al., "Deep learning with differential privacy" (2016).
 """
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from bench import bare_training
 from bench.memory import feeds_of
-from edge_agent.learning import train
+from edge_agent.rounds.learning import train
 from edge_agent.runtime import Runtime
 from models.flat import flatten_params
 from models.task import Task

@@ -13,7 +13,7 @@ import numpy as np
 
 from cloud_server.helper.helper import Helper
 from cloud_server.helper.store import MEMORY, HelperStore
-from edge_agent.helped_round import HelpedMasking
+from edge_agent.rounds.helped_round import HelpedMasking
 from wire.envelope import seal
 from wire.header import Header
 from wire.helper import HelperAnswer, HelperQuestion, HelperRefusal, MaskSeed

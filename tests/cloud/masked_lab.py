@@ -10,7 +10,7 @@ import numpy as np
 from cloud_server.secure.book import MaskBook
 from cloud_server.secure.layout import Layout, choose_layout
 from cloud_server.secure.unmask import unmask
-from edge_agent.masking import DeviceMasking
+from edge_agent.rounds.masking import DeviceMasking
 from wire.mask_terms import MaskTerms
 from wire.masking import MaskGroup, Roster
 from wire.messages import Order

@@ -18,10 +18,10 @@ from cloud_server.deployment import Deployment, initialise
 from cloud_server.enrolment.tokens import mint_token
 from cloud_server.https import HttpsFront
 from cloud_server.settings import CloudSettings, EnrolmentSettings, ListenSettings
-from edge_agent.enrol import enrol, renew, renew_late
-from edge_agent.fetcher import HttpsFetcher
-from edge_agent.https import HttpsConnection, identity_context, unverified_context, verified_context
-from edge_agent.identity import Identity
+from edge_agent.enrolment.enrol import enrol, renew, renew_late
+from edge_agent.enrolment.https import HttpsConnection, identity_context, unverified_context, verified_context
+from edge_agent.enrolment.identity import Identity
+from edge_agent.release.fetcher import HttpsFetcher
 from process.clock import SystemClock
 from tests.cloud.deployment import Newcomer
 from wire.enrolment import EnrolmentToken, encode_json

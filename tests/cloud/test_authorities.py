@@ -29,13 +29,13 @@ from cloud_server.https import HttpsFront
 from cloud_server.keys import LEARN_SECONDS, OVERLAP_SECONDS
 from cloud_server.release.authority_watch import AuthorityWatch
 from cloud_server.settings import BrokerSettings, CloudSettings, EnrolmentSettings, ListenSettings
-from edge_agent import identity as identity_files
-from edge_agent.enrol import enrol, renew
-from edge_agent.fetcher import HttpsFetcher, MemoryFetcher
-from edge_agent.https import verified_context
-from edge_agent.identity import Identity
-from edge_agent.release_child import Request, _check_with_trust
-from edge_agent.tuf_client import find_authorities
+from edge_agent.enrolment import identity as identity_files
+from edge_agent.enrolment.enrol import enrol, renew
+from edge_agent.enrolment.https import verified_context
+from edge_agent.enrolment.identity import Identity
+from edge_agent.release.child import Request, _check_with_trust
+from edge_agent.release.fetcher import HttpsFetcher, MemoryFetcher
+from edge_agent.release.tuf_client import find_authorities
 from process.clock import SystemClock
 from tests.cloud.deployment import NOW, SteppedClock
 from tests.cloud.deployment import Deployment as Books

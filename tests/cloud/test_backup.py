@@ -26,8 +26,8 @@ from cloud_server.deployment import Deployment, initialise
 from cloud_server.registry import add_device
 from cloud_server.release.tuf_repository import TufRepository
 from cloud_server.settings import CloudSettings, StorageSettings
-from edge_agent.fetcher import MemoryFetcher
-from edge_agent.tuf_client import ReleaseInfo, check
+from edge_agent.release.fetcher import MemoryFetcher
+from edge_agent.release.tuf_client import ReleaseInfo, check
 from tests.cloud.deployment import SteppedClock
 from tests.cloud.round_lab import FusedDatabase, Lab, Message
 from tests.edge.tiny_release import graph_files, tiny_release

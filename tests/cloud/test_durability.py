@@ -12,7 +12,7 @@ from cloud_server.db.durability import Promise, newest_promise, note_backup, num
 from cloud_server.db.schema import meta
 from cloud_server.deployment import Deployment, initialise
 from cloud_server.settings import CloudSettings
-from edge_agent.hearing import RESTORED_EPOCHS
+from edge_agent.uplink.hearing import RESTORED_EPOCHS
 from tests.cloud.deployment import SteppedClock
 from tests.cloud.round_lab import Lab
 

@@ -20,8 +20,8 @@ from cloud_server.rounds.plan import RunPlan, RunPorts
 from cloud_server.rounds.runner import RoundRunner
 from cloud_server.rounds.state import Phase
 from cloud_server.secure.helped import UNUSABLE, HelpedPerformer, HelpedPorts
-from edge_agent.draws import Draws
-from edge_agent.helped_round import HelpedMasking
+from edge_agent.rounds.draws import Draws
+from edge_agent.rounds.helped_round import HelpedMasking
 from tests.cloud.helper_lab import Sealer
 from tests.cloud.round_lab import BlownFuseError, Device, Fuse, Lab, Message
 from wire.helper import HelperAnswer, HelperRefusal

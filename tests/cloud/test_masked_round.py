@@ -20,8 +20,8 @@ from cloud_server.rounds.runner import RoundRunner
 from cloud_server.secure.desk import MaskedPerformer, MaskingPorts
 from cloud_server.secure.groups import MAX_MESSAGE_BYTES
 from cloud_server.secure.opening import check_setup, masking_rules
-from edge_agent.draws import Draws
-from edge_agent.masking import DeviceMasking
+from edge_agent.rounds.draws import Draws
+from edge_agent.rounds.masking import DeviceMasking
 from tests.cloud.round_lab import BlownFuseError, Device, Fuse, Lab, Message, rng_of
 from wire.errors import ConfigurationError, MessageError
 from wire.messages import (

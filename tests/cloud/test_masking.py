@@ -263,7 +263,7 @@ def test_device_refuses_terms_that_protect_nobody(changes: dict[str, Any]) -> No
 
 
 def test_device_refuses_a_round_smaller_than_it_wants() -> None:
-    from edge_agent.masking import DeviceMasking
+    from edge_agent.rounds.masking import DeviceMasking
 
     lab = MaskedLab(6, layout=Layout(5, 3))
     key = lab.keys[lab.names[0]]

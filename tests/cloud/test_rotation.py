@@ -24,8 +24,8 @@ from cloud_server.keys import (
 )
 from cloud_server.release.expiry import ExpiryAlarm, judge_expiries
 from cloud_server.release.tuf_signing import TufExpiry, public_key
-from edge_agent.fetcher import MemoryFetcher
-from edge_agent.tuf_client import check
+from edge_agent.release.fetcher import MemoryFetcher
+from edge_agent.release.tuf_client import check
 from tests.cloud.deployment import SteppedClock
 from wire.errors import ConfigurationError, StorageError
 from wire.primitives import KemPrivateKey, SigningKey

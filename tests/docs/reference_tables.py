@@ -22,8 +22,8 @@ import fleet.cli
 from cloud_server.helper.folder import HelperSettings
 from cloud_server.metrics import CloudMetrics
 from cloud_server.settings import CloudSettings
-from edge_agent.metrics import EdgeMetrics
 from edge_agent.settings import EdgeSettings
+from edge_agent.vitals.metrics import EdgeMetrics
 from fleet.scenario import Scenario
 from process.exits import EXIT_CODES
 from process.metrics import Metric, Registry

@@ -15,9 +15,9 @@ from cloud_server.cli import main
 from cloud_server.deployment import Deployment
 from cloud_server.keys import CloudKeys
 from cloud_server.release.tuf_signing import public_key
-from edge_agent.enrol import renew
-from edge_agent.fetcher import MemoryFetcher
-from edge_agent.tuf_client import ReleaseInfo, check, find_authorities
+from edge_agent.enrolment.enrol import renew
+from edge_agent.release.fetcher import MemoryFetcher
+from edge_agent.release.tuf_client import ReleaseInfo, check, find_authorities
 from tests.cloud.test_authorities import Cloud, Machine, cloud, machine, trusted  # noqa: F401
 from tests.cloud.test_authorities import check as come_back
 from tests.docs.test_runbook import SECTIONS
@@ -130,7 +130,7 @@ def test_device_that_lost_its_keys_comes_under_another_name(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from edge_agent.enrol import enrol
+    from edge_agent.enrolment.enrol import enrol
     from process.clock import SystemClock
 
     lost = cloud.enrol("gateway-1", tmp_path)

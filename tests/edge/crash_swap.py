@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edge_agent.slots import Slots
+from edge_agent.release.slots import Slots
 from tests.edge.tiny_release import tiny_release
 
 OPERATIONS = frozenset(

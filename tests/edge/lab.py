@@ -20,18 +20,18 @@ from cloud_server.artefacts import Artefacts
 from cloud_server.keys import CloudKeys
 from cloud_server.release.tuf_repository import TufRepository
 from edge_agent.agent import Agent
-from edge_agent.fetcher import MemoryFetcher
-from edge_agent.identity import Identity
-from edge_agent.install import TufReleases
-from edge_agent.machine import Machine
-from edge_agent.memory_slots import MemorySlots, SharedReleases
+from edge_agent.enrolment.identity import Identity
 from edge_agent.ports import JobResult, SelfTest
+from edge_agent.release.fetcher import MemoryFetcher
+from edge_agent.release.install import TufReleases
+from edge_agent.release.memory_slots import MemorySlots, SharedReleases
+from edge_agent.release.selftest import InlineSelfTest
+from edge_agent.release.slots import SlotStore
+from edge_agent.rounds.worker import InlineWorker
 from edge_agent.runtime import Runtime
-from edge_agent.selftest import InlineSelfTest
 from edge_agent.settings import EdgeSettings
-from edge_agent.slots import SlotStore
-from edge_agent.storage import MEMORY, Database, open_database
-from edge_agent.worker import InlineWorker
+from edge_agent.store.storage import MEMORY, Database, open_database
+from edge_agent.vitals.machine import Machine
 from models.bundle import Bundle
 from models.candidate import Candidate, CandidateMaker
 from wire import envelope

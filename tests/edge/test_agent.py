@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from edge_agent import events as on
-from edge_agent.memory_slots import MemorySlots
+from edge_agent.release.memory_slots import MemorySlots
 from edge_agent.settings import EdgeSettings, InferenceSettings, TrainingSettings
-from edge_agent.storage import MEMORY, open_database
+from edge_agent.store.storage import MEMORY, open_database
 from tests.edge.lab import FLEET, TENANT, Lab, feed, windows
 from wire.codec import decode
 from wire.errors import DataError, ModelError, StorageError

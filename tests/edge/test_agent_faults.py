@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from edge_agent.memory_slots import MemorySlots
-from edge_agent.storage import MEMORY, open_database
+from edge_agent.release.memory_slots import MemorySlots
+from edge_agent.store.storage import MEMORY, open_database
 from tests.edge.lab import Heard, Lab, feed
 from wire.blobs import needed_chunks
 from wire.errors import ShoalError

@@ -13,10 +13,10 @@ from msgspec import structs
 
 from edge_agent import actions as do
 from edge_agent import events as on
-from edge_agent.check import judge_version
 from edge_agent.device_state import State
 from edge_agent.state import step
-from edge_agent.status import read_status
+from edge_agent.vitals.check import judge_version
+from edge_agent.vitals.status import read_status
 from process.version import VERSION
 from tests.edge.lab import FLEET, TENANT, Lab
 from tests.edge.test_state import GRAPHS, NOW, at, run, started

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.at_rest import ROTATE_SECONDS, Vault, open_vault
-from edge_agent.forget import forget
-from edge_agent.key_store import FileKeyStore, KeyStore, MemoryKeyStore
 from edge_agent.lock import lock_state
-from edge_agent.outbox import Outbox
-from edge_agent.samples import SampleStore
-from edge_agent.storage import Database, open_database
+from edge_agent.store.at_rest import ROTATE_SECONDS, Vault, open_vault
+from edge_agent.store.forget import forget
+from edge_agent.store.key_store import FileKeyStore, KeyStore, MemoryKeyStore
+from edge_agent.store.outbox import Outbox
+from edge_agent.store.samples import SampleStore
+from edge_agent.store.storage import Database, open_database
 from tests.edge.lab import Lab
 from tests.edge.tiny_release import SteppedClock
 from wire.errors import ConfigurationError, StorageError
@@ -292,7 +292,7 @@ def test_sealed_bytes_open_in_their_store_and_place_only(store: str, other: str)
 
 def test_row_that_is_moved_to_another_place_is_found_though_its_digest_is_made_anew(tmp_path: Path) -> None:
     """Who may write the file can make any digest, and no seal."""
-    from edge_agent.sealed_rows import row_digest, update_place
+    from edge_agent.store.sealed_rows import row_digest, update_place
 
     database = open_database(tmp_path, clock=SteppedClock())
     outbox = Outbox(database)

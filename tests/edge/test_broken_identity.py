@@ -15,7 +15,7 @@ import pytest
 
 from edge_agent import Agent
 from edge_agent.cli import main
-from edge_agent.status import read_status
+from edge_agent.vitals.status import read_status
 from models.bundle import Bundle
 from process.pulse import READY
 from tests.edge.aggregator import Aggregator, open_aggregator

@@ -8,9 +8,9 @@ import pytest
 
 from edge_agent.checks import CHECKS, judge_all
 from edge_agent.checks.facts import Facts
-from edge_agent.metrics import REMEDY_NAMES
 from edge_agent.remedies import prescribe
 from edge_agent.settings import HealthSettings
+from edge_agent.vitals.metrics import REMEDY_NAMES
 from wire.messages import CheckName, RemedyName
 
 LIMITS = HealthSettings()

@@ -18,7 +18,7 @@ import pytest
 
 from edge_agent import Agent
 from edge_agent.cli import main
-from edge_agent.status import read_status
+from edge_agent.vitals.status import read_status
 from tests.edge.aggregator import Aggregator
 from tests.transport.mailbox import Mailbox
 from wire import envelope

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.outbox import Outbox
-from edge_agent.samples import SampleStore
-from edge_agent.storage import open_database
+from edge_agent.store.outbox import Outbox
+from edge_agent.store.samples import SampleStore
+from edge_agent.store.storage import open_database
 from tests.edge.tiny_release import SteppedClock
 
 SECRET = b"what the sensor saw on Tuesday! " * 16
@@ -101,7 +101,7 @@ def test_disk_without_room_for_two_databases_costs_the_samples_and_not_the_start
     code = (
         "import resource, sys\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))\n"
-        "from edge_agent.storage import open_database\n"
+        "from edge_agent.store.storage import open_database\n"
         "open_database(sys.argv[1]).close()\n"
     )
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True, timeout=60, cwd=ROOT)

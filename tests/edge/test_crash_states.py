@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.slots import Slots
+from edge_agent.release.slots import Slots
 from tests.edge.crash_states import Disk, crash_states, lay_down, record
 from tests.edge.crash_swap import prepare
 

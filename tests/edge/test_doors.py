@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_agent.status import read_status
+from edge_agent.vitals.status import read_status
 from tests.edge.aggregator import Aggregator
 from tests.edge.device_process import DeviceProcess
 from tests.transport.conftest import FAST, KINDS

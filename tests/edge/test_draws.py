@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.draws import Draws
+from edge_agent.rounds.draws import Draws
 from wire.codec import Randomness, decode, encode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,8 +55,8 @@ def test_codecs_take_draws_where_they_take_a_generator_of_numpy(codec: str) -> N
 def test_planning_and_encoding_import_no_numpy_random() -> None:
     code = (
         "import sys, numpy as np\n"
-        "from edge_agent.jobs import _encode\n"
-        "from edge_agent.learning import plan_batches\n"
+        "from edge_agent.rounds.jobs import _encode\n"
+        "from edge_agent.rounds.learning import plan_batches\n"
         "from wire.messages import TrainConfig\n"
         "plan_batches(20, TrainConfig(), 1)\n"
         "for codec in ('dithered', 'int4', 'int2'):\n"

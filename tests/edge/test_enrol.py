@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from cloud_server.enrolment.ca import CertificateAuthority
-from edge_agent import identity as identity_files
 from edge_agent.cli import main
-from edge_agent.enrol import (
+from edge_agent.enrolment import identity as identity_files
+from edge_agent.enrolment.enrol import (
     RENEW_AFTER_SHARE,
     enrol,
     is_expired,
@@ -25,10 +25,10 @@ from edge_agent.enrol import (
     renewal_is_due,
     was_refused,
 )
-from edge_agent.fetcher import HttpsFetcher
-from edge_agent.https import HttpsConnection, exchange, identity_context
-from edge_agent.identity import Identity
-from edge_agent.patience import Patience
+from edge_agent.enrolment.https import HttpsConnection, exchange, identity_context
+from edge_agent.enrolment.identity import Identity
+from edge_agent.enrolment.patience import Patience
+from edge_agent.release.fetcher import HttpsFetcher
 from tests.edge.https_server import TLS_NAME, Script, https_server
 from tests.edge.tiny_release import SteppedClock
 from wire.backoff import Backoff, Retries

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from cloud_server.enrolment.ca import CertificateAuthority
-from edge_agent import identity as identity_files
-from edge_agent.fetcher import Fetcher, HttpsFetcher, MemoryFetcher
-from edge_agent.https import retry_after_seconds
-from edge_agent.identity import Identity
+from edge_agent.enrolment import identity as identity_files
+from edge_agent.enrolment.https import retry_after_seconds
+from edge_agent.enrolment.identity import Identity
+from edge_agent.release.fetcher import Fetcher, HttpsFetcher, MemoryFetcher
 from tests.edge.https_server import TLS_NAME, Script, https_server
 from wire.enrolment import OnlineKey
 from wire.errors import PeerError, RefusedError, TransportError, TrustError

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent import first_run
-from edge_agent.first_run import enrol_in_child
+from edge_agent.enrolment import first_run
+from edge_agent.enrolment.first_run import enrol_in_child
 from wire.errors import EnrolmentError
 
 
@@ -24,7 +24,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_child_gets_the_token_by_standard_input_alone(program: Path, tmp_path: Path) -> None:
     program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/arguments\ncat > {tmp_path}/told\nexit 4\n')
     assert enrol_in_child("shoal1.secret", Path("/some/state")) == 4
-    assert (tmp_path / "arguments").read_text() == "-m edge_agent.first_run /some/state\n"
+    assert (tmp_path / "arguments").read_text() == "-m edge_agent.enrolment.first_run /some/state\n"
     assert (tmp_path / "told").read_text() == "shoal1.secret\n"
 
 

@@ -13,10 +13,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_agent.flight import DEATHS, NAME, WITHIN_SECONDS, FlightRecorder, go_back_after_deaths
-from edge_agent.selftest import ChildSelfTest
-from edge_agent.slots import Slots
-from edge_agent.storage import MEMORY, open_database
+from edge_agent.release.flight import DEATHS, NAME, WITHIN_SECONDS, FlightRecorder, go_back_after_deaths
+from edge_agent.release.selftest import ChildSelfTest
+from edge_agent.release.slots import Slots
+from edge_agent.store.storage import MEMORY, open_database
 from tests.edge.aggregator import Aggregator
 from tests.edge.test_cli import end, enrolled, item, start
 from tests.fuzz.models.seeds import FEATURES, Seed, seeds_by_hand
@@ -29,7 +29,7 @@ USUAL, DEADLY = [0.25] * FEATURES, [SMALLEST] + [0.25] * (FEATURES - 1)
 _RECORDED = """
 import os, sys
 from pathlib import Path
-from edge_agent.flight import FlightRecorder
+from edge_agent.release.flight import FlightRecorder
 recorder = FlightRecorder(Path(sys.argv[1]))
 for in_flight in eval(sys.argv[2]):
     recorder.note(in_flight)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.slots import Slots
-from edge_agent.storage import open_database
+from edge_agent.release.slots import Slots
+from edge_agent.store.storage import open_database
 from tests.edge.tiny_release import tiny_release
 
 

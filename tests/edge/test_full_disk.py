@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from edge_agent.memory_slots import MemorySlots
-from edge_agent.outbox import Outbox
-from edge_agent.storage import open_database
+from edge_agent.release.memory_slots import MemorySlots
+from edge_agent.store.outbox import Outbox
+from edge_agent.store.storage import open_database
 from tests.edge.lab import Lab, windows
 from wire.errors import StorageError
 from wire.messages import Birth

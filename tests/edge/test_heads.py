@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edge_agent.agent import Agent
-from edge_agent.heads import Heads, Progress
+from edge_agent.rounds.heads import Heads, Progress
 from tests.edge.lab import Lab, feed
 from wire.blobs import make_ref
 from wire.checkpoint import Checkpoint

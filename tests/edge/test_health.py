@@ -11,9 +11,9 @@ import msgspec
 import pytest
 
 from edge_agent.agent import Agent
-from edge_agent.machine import RealMachine, free_bytes, hottest
 from edge_agent.ports import TrainInputs, TrainOutputs, TrainSession
 from edge_agent.settings import EdgeSettings, HealthSettings
+from edge_agent.vitals.machine import RealMachine, free_bytes, hottest
 from tests.edge.lab import Lab, feed, windows
 from wire.messages import Telemetry, TrainConfig, Update
 

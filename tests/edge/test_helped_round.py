@@ -12,12 +12,12 @@ import pytest
 
 from edge_agent import actions as do
 from edge_agent import events as on
-from edge_agent.hearing import refusal_of
-from edge_agent.helped_round import HelpedMasking
-from edge_agent.helper_pin import HELPER_FACT, HelperPin
-from edge_agent.masked_rounds import Draft, MaskedRounds
+from edge_agent.rounds.helped_round import HelpedMasking
+from edge_agent.rounds.helper_pin import HELPER_FACT, HelperPin
+from edge_agent.rounds.masked_rounds import Draft, MaskedRounds
 from edge_agent.settings import EdgeSettings, TrainingSettings
-from edge_agent.storage import MEMORY, Database, open_database
+from edge_agent.store.storage import MEMORY, Database, open_database
+from edge_agent.uplink.hearing import refusal_of
 from fleet.virtual import VirtualTime
 from tests.cloud.helper_lab import FLEET, TENANT, HelperLab, Sealer
 from tests.edge.lab import FLEET as LAB_FLEET

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from cloud_server.enrolment.ca import CertificateAuthority
-from edge_agent import identity as identity_files
-from edge_agent.identity import Identity, parse_broker_url, parse_https_url
+from edge_agent.enrolment import identity as identity_files
+from edge_agent.enrolment.identity import Identity, parse_broker_url, parse_https_url
 from wire.enrolment import OnlineKey
 from wire.errors import ConfigurationError, EnrolmentError, ShoalError, StorageError
 from wire.primitives import SigningKey, generate_tls_key, make_csr

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_agent.inference.serving import Answer
 from edge_agent.inputs.files import MAX_BAD_ROWS, ORPHAN_POLLS, FileInput, read_items
 from edge_agent.inputs.item import Item, as_window, read_item, read_payload
 from edge_agent.inputs.lines import LineInput
 from edge_agent.inputs.topic import TopicInput, parse_topic_url
 from edge_agent.ports import Floats
-from edge_agent.serving import Answer
 from tests.edge.lab import VirtualTime
 from wire.errors import ConfigurationError, DataError, StorageError
 from wire.transport import Packet

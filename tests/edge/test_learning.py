@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_agent.learning import (
+from edge_agent.rounds.learning import (
     TrainPolicy,
     bounded,
     clip,
@@ -134,7 +134,7 @@ def test_training_in_many_runs_is_training_in_one(bundle: Bundle, monkeypatch: p
     config = TrainConfig(epochs=4, batch_size=8)
     size = bundle.manifest.opt_state_sizes.sgd
     whole = train(session, head, size, x, y, config, seed=1)
-    monkeypatch.setattr("edge_agent.learning.STEPS_PER_RUN", 3)
+    monkeypatch.setattr("edge_agent.rounds.learning.STEPS_PER_RUN", 3)
     cut = train(session, head, size, x, y, config, seed=1)
     np.testing.assert_array_equal(whole.update, cut.update)
 
@@ -157,7 +157,7 @@ def test_training_that_diverges_gives_no_update(bundle: Bundle) -> None:
 
 def test_training_can_be_stopped_between_runs(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     session, head = Runtime().load_train(bundle.read(TRAIN_SGD)), bundle.checkpoint()
-    monkeypatch.setattr("edge_agent.learning.STEPS_PER_RUN", 2)
+    monkeypatch.setattr("edge_agent.rounds.learning.STEPS_PER_RUN", 2)
     asked = iter([False, False, True])
     with pytest.raises(ModelError, match="stopped"):
         train(

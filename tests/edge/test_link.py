@@ -13,7 +13,6 @@ from msgspec import structs
 from edge_agent import actions as do
 from edge_agent import events as on
 from edge_agent.agent import Agent
-from edge_agent.check import judge_link
 from edge_agent.link.allowance import NOTE_NAME, Allowance, read_note
 from edge_agent.link.budget import IDLE_SHARE, idle_bytes_a_day, keepalive_for
 from edge_agent.link.door import AHEAD_BYTES, Link, plan_of
@@ -24,7 +23,8 @@ from edge_agent.settings import (
     ReportSettings,
     load_edge_settings,
 )
-from edge_agent.storage import MEMORY, Database, open_database
+from edge_agent.store.storage import MEMORY, Database, open_database
+from edge_agent.vitals.check import judge_link
 from models.bundle import Bundle
 from process.options import render_toml
 from tests.edge.lab import Lab, VirtualTime, feed

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 from paho.mqtt import client as paho
 
-from edge_agent.enrol import enrol
+from edge_agent.enrolment.enrol import enrol
 from edge_agent.link.allowance import NOTE_NAME
 from edge_agent.link.budget import CHECK_BYTES, HEARTBEAT_BYTES, PING_BYTES, REPORT_BYTES, idle_bytes_a_day
 from edge_agent.link.door import Link, plan_of
-from edge_agent.orders import ReplayWindows
-from edge_agent.release_child import ChildReleases
-from edge_agent.sequence import Sequence
+from edge_agent.release.child import ChildReleases
 from edge_agent.settings import EdgeSettings, LinkSettings
-from edge_agent.speaker import Speaker
-from edge_agent.storage import MEMORY, Database, open_database
+from edge_agent.store.orders import ReplayWindows
+from edge_agent.store.sequence import Sequence
+from edge_agent.store.storage import MEMORY, Database, open_database
+from edge_agent.uplink.speaker import Speaker
 from models.bundle import Bundle
 from process.clock import SystemClock
 from tests.edge.aggregator import Aggregator

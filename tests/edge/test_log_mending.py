@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.log_mending import mend_log
-from edge_agent.outbox import Outbox
-from edge_agent.storage import DATABASE_NAME, Database, open_database
+from edge_agent.store.log_mending import mend_log
+from edge_agent.store.outbox import Outbox
+from edge_agent.store.storage import DATABASE_NAME, Database, open_database
 
 HEAD_BYTES, FRAME_BYTES = 32, 4120
 ROWS = 12

@@ -13,7 +13,7 @@ import pytest
 from edge_agent import actions as do
 from edge_agent import events as on
 from edge_agent.device_state import State
-from edge_agent.masked_rounds import MAX_ROUNDS, Draft, MaskedRounds
+from edge_agent.rounds.masked_rounds import MAX_ROUNDS, Draft, MaskedRounds
 from tests.cloud.masked_lab import ORDER, MaskedLab
 from tests.edge.test_state import at, invitation, order, run, started
 from wire.errors import MessageError

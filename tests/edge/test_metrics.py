@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.metrics import EdgeMetrics
-from edge_agent.metrics_board import REFRESH_SECONDS, MetricsBoard
 from edge_agent.settings import MetricsSettings
-from edge_agent.status import STATUS_NAME, read_status
+from edge_agent.vitals.metrics import EdgeMetrics
+from edge_agent.vitals.metrics_board import REFRESH_SECONDS, MetricsBoard
+from edge_agent.vitals.status import STATUS_NAME, read_status
 from process.metrics import Registry
 from tests.edge.lab import Lab, feed, windows
 from wire.errors import DataError, TransportError

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from cloud_server.keys import CloudKeys
-from edge_agent.online_keys import ONLINE_KEYS_FACT, OnlineKeys
-from edge_agent.storage import MEMORY, open_database
+from edge_agent.store.storage import MEMORY, open_database
+from edge_agent.uplink.online_keys import ONLINE_KEYS_FACT, OnlineKeys
 from tests.edge.lab import FLEET, TENANT, Lab
 from wire.errors import ReleaseError
 from wire.primitives import SigningKey

@@ -16,13 +16,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from edge_agent.orders import Orders, ReplayWindows
-from edge_agent.outbox import END_STATES, ENDED_ROWS_KEPT, Outbox
-from edge_agent.quarantine import Quarantine
-from edge_agent.samples import SampleStore
-from edge_agent.sequence import Sequence
-from edge_agent.storage import MEMORY, Database, open_database
-from edge_agent.time_floor import FlooredClock
+from edge_agent.store.orders import Orders, ReplayWindows
+from edge_agent.store.outbox import END_STATES, ENDED_ROWS_KEPT, Outbox
+from edge_agent.store.quarantine import Quarantine
+from edge_agent.store.samples import SampleStore
+from edge_agent.store.sequence import Sequence
+from edge_agent.store.storage import MEMORY, Database, open_database
+from edge_agent.store.time_floor import FlooredClock
 from tests.edge.tiny_release import SteppedClock
 from wire.errors import ReplayError, StorageError
 

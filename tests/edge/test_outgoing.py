@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from edge_agent import outgoing
-from edge_agent.outgoing import Outgoing
+from edge_agent.uplink import outgoing
+from edge_agent.uplink.outgoing import Outgoing
 from tests.edge.lab import VirtualTime
 from wire.transport import Connected, Packet, Received, TransportEvent
 from wire.transport.memory import MemoryBroker, MemoryTransport

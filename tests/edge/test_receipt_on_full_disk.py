@@ -5,8 +5,8 @@ from __future__ import annotations
 import sqlite3
 from typing import Any
 
-from edge_agent.memory_slots import MemorySlots
-from edge_agent.storage import open_database
+from edge_agent.release.memory_slots import MemorySlots
+from edge_agent.store.storage import open_database
 from tests.edge.lab import Lab, feed
 from wire.messages import Update
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent import identity as identity_files
-from edge_agent.enrol import enrol
-from edge_agent.release_child import ChildReleases
+from edge_agent.enrolment import identity as identity_files
+from edge_agent.enrolment.enrol import enrol
+from edge_agent.release.child import ChildReleases
 from models.bundle import Bundle
 from process.clock import SystemClock
 from tests.edge.aggregator import Aggregator
@@ -151,7 +151,7 @@ def test_aggregator_that_is_away_is_a_transport_error(state: Path, monkeypatch: 
     place = state / "identity" / "enrolment.json"
     port = identity_files.load(state).url_api.rsplit(":", 1)[1]
     place.write_text(place.read_text().replace(f":{port}", ":1"))
-    monkeypatch.setattr("edge_agent.release_child.TIMEOUT_SECONDS", 60.0)
+    monkeypatch.setattr("edge_agent.release.child.TIMEOUT_SECONDS", 60.0)
     with pytest.raises(TransportError):
         releases(state)[0].fetch(0, nothing, {})
 

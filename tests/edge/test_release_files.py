@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from edge_agent.memory_slots import MemorySlots, SharedReleases
-from edge_agent.release_files import read_contents, reader_of, refuse_strangers, verify_complete
-from edge_agent.slots import Slots
+from edge_agent.release.files import read_contents, reader_of, refuse_strangers, verify_complete
+from edge_agent.release.memory_slots import MemorySlots, SharedReleases
+from edge_agent.release.slots import Slots
 from tests.edge.tiny_release import tiny_release
 from wire.errors import BundleError
 from wire.manifest import GRAPH_FILES, MANIFEST, RELEASE, TEMPLATE, TRAIN_SGD, FileRef, Manifest

@@ -8,8 +8,8 @@ import pytest
 
 from cloud_server.keys import CloudKeys
 from edge_agent.agent import Agent
-from edge_agent.memory_slots import MemorySlots
-from edge_agent.storage import MEMORY, open_database
+from edge_agent.release.memory_slots import MemorySlots
+from edge_agent.store.storage import MEMORY, open_database
 from tests.edge.lab import FLEET, TENANT, Heard, Lab, feed
 from wire.messages import Join, Update
 from wire.primitives import KemPrivateKey

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from edge_agent.agent import Agent
-from edge_agent.hearing import RESTORED_EPOCHS
-from edge_agent.memory_slots import MemorySlots
-from edge_agent.storage import MEMORY, open_database
+from edge_agent.release.memory_slots import MemorySlots
+from edge_agent.store.storage import MEMORY, open_database
+from edge_agent.uplink.hearing import RESTORED_EPOCHS
 from tests.edge.lab import Heard, Lab, feed
 from wire.messages import Update
 

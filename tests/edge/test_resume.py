@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.heads import Heads
-from edge_agent.kept_heads import FROM_BYTES, MAX_AGE_SECONDS, MAX_FILES, FolderChunks
-from edge_agent.memory_slots import MemorySlots
-from edge_agent.speaker import ASKED_FROM_CHUNKS
-from edge_agent.storage import MEMORY, open_database
+from edge_agent.release.memory_slots import MemorySlots
+from edge_agent.rounds.heads import Heads
+from edge_agent.rounds.kept_heads import FROM_BYTES, MAX_AGE_SECONDS, MAX_FILES, FolderChunks
+from edge_agent.store.storage import MEMORY, open_database
+from edge_agent.uplink.speaker import ASKED_FROM_CHUNKS
 from models.bundle import Bundle
 from process.clock import SystemClock
 from tests.edge.lab import LIMIT, Lab, VirtualTime, feed

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from edge_agent.learning import train
 from edge_agent.ports import TrainInputs
+from edge_agent.rounds.learning import train
+from edge_agent.rounds.sample_noise import SampleNoise
 from edge_agent.runtime import Runtime
-from edge_agent.sample_noise import SampleNoise
 from models.flat import flatten_params
 from models.task import Task
 from models.train_step import SamplePrivacy, TrainStepExport, export_train_step

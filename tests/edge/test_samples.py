@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.samples import ROW_BYTES, UNLABELLED, SampleStore
-from edge_agent.storage import MEMORY, Database, open_database
+from edge_agent.store.samples import ROW_BYTES, UNLABELLED, SampleStore
+from edge_agent.store.storage import MEMORY, Database, open_database
 from wire.errors import DataError, StorageError
 
 

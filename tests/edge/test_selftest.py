@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.release_files import SlotContents, read_contents, reader_of
-from edge_agent.runtime import Runtime
-from edge_agent.selftest import (
+from edge_agent.release.files import SlotContents, read_contents, reader_of
+from edge_agent.release.selftest import (
     ChildSelfTest,
     InlineSelfTest,
     StagedModel,
@@ -19,6 +18,7 @@ from edge_agent.selftest import (
     model_of,
     pick_up,
 )
+from edge_agent.runtime import Runtime
 from models.bundle import Bundle
 from wire.errors import SelfTestError
 from wire.manifest import GRAPH_FILES
@@ -45,7 +45,7 @@ class Fixed(ChildSelfTest):
 
     def run_on(self, staged: StagedModel, folder: Path) -> None:
         lay_down(staged, folder)
-        from edge_agent.selftest import judged
+        from edge_agent.release.selftest import judged
 
         judged(self._run(str(folder)))
 

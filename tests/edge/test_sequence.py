@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.sequence import BLOCK, LOW, Sequence
-from edge_agent.storage import MEMORY, Database, open_database
+from edge_agent.store.sequence import BLOCK, LOW, Sequence
+from edge_agent.store.storage import MEMORY, Database, open_database
 from tests.edge.tiny_release import SteppedClock
 from wire.errors import StorageError
 
@@ -40,8 +40,8 @@ def test_restart_goes_on_in_the_next_block(tmp_path: Path) -> None:
 def test_killed_processes_never_use_a_number_twice(tmp_path: Path) -> None:
     code = (
         "import os, sys\n"
-        "from edge_agent.sequence import Sequence\n"
-        "from edge_agent.storage import open_database\n"
+        "from edge_agent.store.sequence import Sequence\n"
+        "from edge_agent.store.storage import open_database\n"
         "sequence = Sequence(open_database(sys.argv[1]))\n"
         "for _ in range(int(sys.argv[2])):\n"
         "    print(*sequence.next(), flush=True)\n"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.memory_slots import MemorySlots, SharedReleases
-from edge_agent.release_files import INT8, Standing
-from edge_agent.slots import Slots, SlotStore
+from edge_agent.release.files import INT8, Standing
+from edge_agent.release.memory_slots import MemorySlots, SharedReleases
+from edge_agent.release.slots import Slots, SlotStore
 from tests.edge.tiny_release import graph_files, tiny_release
 from wire.errors import BundleError, ReleaseError, StorageError
 from wire.manifest import (

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.at_rest import content_algorithm_here
-from edge_agent.identity import Identity
-from edge_agent.orders import ReplayWindows
-from edge_agent.sequence import Sequence
-from edge_agent.speaker import Speaker
-from edge_agent.storage import open_database
+from edge_agent.enrolment.identity import Identity
+from edge_agent.store.at_rest import content_algorithm_here
+from edge_agent.store.orders import ReplayWindows
+from edge_agent.store.sequence import Sequence
+from edge_agent.store.storage import open_database
+from edge_agent.uplink.speaker import Speaker
 from tests.edge.tiny_release import SteppedClock
 from wire.cbor import decode_canonical
 from wire.cose import read_sign1

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from edge_agent.agent import Agent
-from edge_agent.fetcher import MemoryFetcher
-from edge_agent.storage import MEMORY, Database, open_database
-from edge_agent.time_floor import BUILT, RECEIPT_LIFE_SECONDS, RECEIPT_STEP_SECONDS, FlooredClock
-from edge_agent.tuf_client import check
+from edge_agent.release.fetcher import MemoryFetcher
+from edge_agent.release.tuf_client import check
+from edge_agent.store.storage import MEMORY, Database, open_database
+from edge_agent.store.time_floor import BUILT, RECEIPT_LIFE_SECONDS, RECEIPT_STEP_SECONDS, FlooredClock
 from tests.edge.lab import START, Lab, feed
 from tests.edge.tiny_release import SteppedClock
 from wire.errors import ReleaseError

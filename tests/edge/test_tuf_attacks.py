@@ -17,8 +17,8 @@ from cloud_server.artefacts import Artefacts
 from cloud_server.keys import CloudKeys
 from cloud_server.release.tuf_repository import TufRepository
 from cloud_server.release.tuf_signing import FileSigner, public_key
-from edge_agent.fetcher import MemoryFetcher
-from edge_agent.tuf_client import check, download
+from edge_agent.release.fetcher import MemoryFetcher
+from edge_agent.release.tuf_client import check, download
 from tests.edge.tiny_release import SteppedClock, graph_files, tiny_release
 from wire.errors import ReleaseError, ShoalError
 from wire.manifest import CHECKPOINT, RELEASE, TEMPLATE

@@ -18,8 +18,8 @@ from tuf.ngclient import Updater
 from cloud_server.artefacts import Artefacts
 from cloud_server.keys import CloudKeys
 from cloud_server.release.tuf_repository import TufRepository
-from edge_agent.fetcher import Fetcher, MemoryFetcher
-from edge_agent.tuf_client import ReleaseInfo, check, clear_staging, download
+from edge_agent.release.fetcher import Fetcher, MemoryFetcher
+from edge_agent.release.tuf_client import ReleaseInfo, check, clear_staging, download
 from tests.edge.tiny_release import SteppedClock, graph_files, tiny_release
 from wire.errors import ReleaseError, ShoalError, TransportError
 from wire.manifest import CHECKPOINT, GRAPH_FILES, MANIFEST, RELEASE
@@ -386,5 +386,5 @@ def test_root_that_is_not_one_is_refused(tmp_path: Path) -> None:
 
 
 def test_import_of_the_client_does_not_load_tuf() -> None:
-    code = "import sys, edge_agent.tuf_client; sys.exit(any(n.split('.')[0] == 'tuf' for n in sys.modules))"
+    code = "import sys, edge_agent.release.tuf_client; sys.exit(any(n.split('.')[0] == 'tuf' for n in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

@@ -10,10 +10,10 @@ import pytest
 
 from edge_agent.agent import Agent
 from edge_agent.ports import Floats
+from edge_agent.release.slots import Slots
+from edge_agent.release.watch import KEPT, PENDING_BYTES, PENDING_WINDOWS, Said, Shadowed, Watch, judge
 from edge_agent.settings import EdgeSettings, HealthSettings, ReleaseSettings
-from edge_agent.slots import Slots
-from edge_agent.storage import open_database
-from edge_agent.watch import KEPT, PENDING_BYTES, PENDING_WINDOWS, Said, Shadowed, Watch, judge
+from edge_agent.store.storage import open_database
 from tests.edge.lab import Lab, windows
 from wire.errors import ModelError
 from wire.messages import Telemetry

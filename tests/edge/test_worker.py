@@ -11,7 +11,7 @@ import pytest
 
 from edge_agent.background import NICENESS, Background
 from edge_agent.ports import JobResult
-from edge_agent.worker import ThreadWorker
+from edge_agent.rounds.worker import ThreadWorker
 from wire.errors import DataError
 
 PATIENCE_SECONDS = 20.0

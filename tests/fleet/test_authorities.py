@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from edge_agent import identity as identity_files
-from edge_agent.enrol import enrol
+from edge_agent.enrolment import identity as identity_files
+from edge_agent.enrolment.enrol import enrol
 from edge_agent.settings import EdgeSettings, InferenceSettings
 from fleet.local_agent import LocalAgent
 from fleet.local_cloud import LocalCloud

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.disk import write_durably
+from edge_agent.store.disk import write_durably
 from fleet.chaos.disk import Disk, mounted
 from fleet.chaos.faults import Fault
 from fleet.chaos.injector import Crash, Injector

@@ -20,9 +20,9 @@ from cloud_server.rounds.buffered import BufferedPerformer
 from cloud_server.rounds.chronicle import Origin
 from cloud_server.rounds.desk import Desk
 from cloud_server.secure.book import MaskBook
-from edge_agent.release_files import StagedRelease
-from edge_agent.slots import LAST_GOOD, Slots
-from edge_agent.storage import Database
+from edge_agent.release.files import StagedRelease
+from edge_agent.release.slots import LAST_GOOD, Slots
+from edge_agent.store.storage import Database
 from fleet.chaos.campaign import laboratory, play, shrunk_schedule
 from fleet.chaos.faults import Fault
 from fleet.chaos.plays import play_of, schedule_of

@@ -17,7 +17,7 @@ from cloud_server.db.rounds import load_body, load_updates
 from cloud_server.helper.folder import HelperFolder
 from cloud_server.settings import SecureSettings
 from edge_agent.settings import EdgeSettings, InferenceSettings, NetworkSettings, TrainingSettings
-from edge_agent.status import read_status
+from edge_agent.vitals.status import read_status
 from fleet.local_agent import LocalAgent
 from fleet.local_cloud import LocalCloud, free_port
 from models.bundle import Bundle

@@ -9,7 +9,7 @@ import pytest
 from msgspec import structs
 
 from cloud_server.db.rounds import load_rounds, load_updates
-from edge_agent.masked_rounds import Draft
+from edge_agent.rounds.masked_rounds import Draft
 from fleet.scenario import FaultScenario, RunScenario, Scenario, SecureScenario
 from fleet.simulate import RUN, job_cost, plan_cuts, report_of, run_config, train_settings
 from fleet.simulation import Simulation

@@ -18,8 +18,8 @@ from cloud_server.release.gate import GatePolicy
 from cloud_server.rounds.state import RoundPolicy
 from cloud_server.strikes import StrikePolicy
 from edge_agent import shell
-from edge_agent.jobs import Assignment
 from edge_agent.ports import Engine
+from edge_agent.rounds.jobs import Assignment
 from fleet.simulation import Simulation
 from models.bundle import Bundle
 from tests.fleet.thirds import make_federation

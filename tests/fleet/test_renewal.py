@@ -10,10 +10,10 @@ from cloud_server.db.devices import load_device as registered
 from cloud_server.deployment import Deployment
 from cloud_server.enrolment.ca import CertificateAuthority, ensure_server_files
 from cloud_server.settings import BrokerSettings, CloudSettings, ListenSettings, RunSettings
-from edge_agent import identity as identity_files
 from edge_agent.device import CertificateInUse, broker_context
-from edge_agent.enrol import enrol
-from edge_agent.identity import Identity
+from edge_agent.enrolment import identity as identity_files
+from edge_agent.enrolment.enrol import enrol
+from edge_agent.enrolment.identity import Identity
 from edge_agent.settings import EdgeSettings, InferenceSettings
 from fleet.local_agent import LocalAgent
 from fleet.local_cloud import LocalCloud, free_port

@@ -10,8 +10,8 @@ import pytest
 
 from cloud_server.settings import BrokerSettings, CloudSettings, ListenSettings, RunSettings
 from edge_agent.device import broker_context
-from edge_agent.enrol import enrol, renew, renew_late
-from edge_agent.identity import Identity
+from edge_agent.enrolment.enrol import enrol, renew, renew_late
+from edge_agent.enrolment.identity import Identity
 from fleet.local_cloud import LocalCloud, free_port
 from process.clock import SystemClock
 from tests.fleet import thirds

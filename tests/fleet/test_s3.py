@@ -23,9 +23,9 @@ from cloud_server.settings import (
     StorageSettings,
     TrainSettings,
 )
-from edge_agent import identity as identity_files
-from edge_agent import tuf_client
-from edge_agent.fetcher import HttpsFetcher
+from edge_agent.enrolment import identity as identity_files
+from edge_agent.release import tuf_client
+from edge_agent.release.fetcher import HttpsFetcher
 from edge_agent.settings import EdgeSettings, InferenceSettings
 from fleet.local_agent import LocalAgent
 from fleet.local_cloud import LocalCloud, free_port

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.storage import DATABASE_NAME
+from edge_agent.store.storage import DATABASE_NAME
 from fleet.real_chaos.damaged_outbox import LOG_NAME, damage, spots
 from fleet.real_chaos.device_path import DevicePath
 from fleet.real_chaos.foreign_files import Replacement, start_with

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_agent.jobs import Assignment, Samples, do_evaluate, do_train
-from edge_agent.learning import TrainPolicy
-from edge_agent.release_files import SlotContents
+from edge_agent.release.files import SlotContents
+from edge_agent.release.selftest import ChildSelfTest
+from edge_agent.release.slots import Slots
+from edge_agent.rounds.jobs import Assignment, Samples, do_evaluate, do_train
+from edge_agent.rounds.learning import TrainPolicy
 from edge_agent.runtime import Runtime
-from edge_agent.selftest import ChildSelfTest
-from edge_agent.slots import Slots
 from wire import codec
 from wire.blobs import make_ref
 from wire.envelope import Expect, Signer, open_sealed, seal

@@ -28,18 +28,18 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent import selftest
 from edge_agent.child import Ended
-from edge_agent.install import Installer
-from edge_agent.memory_slots import MemorySlots, SharedReleases
-from edge_agent.online_keys import OnlineKeys
+from edge_agent.inference.serving import Serving
 from edge_agent.ports import SelfTestVerdict
-from edge_agent.release_files import SlotContents
-from edge_agent.release_source import Held, Known, Offer
+from edge_agent.release import selftest
+from edge_agent.release.files import SlotContents
+from edge_agent.release.install import Installer
+from edge_agent.release.memory_slots import MemorySlots, SharedReleases
+from edge_agent.release.source import Held, Known, Offer
 from edge_agent.runtime import Runtime
-from edge_agent.serving import Serving
 from edge_agent.settings import ReleaseSettings
-from edge_agent.storage import MEMORY, open_database
+from edge_agent.store.storage import MEMORY, open_database
+from edge_agent.uplink.online_keys import OnlineKeys
 from process.clock import SystemClock
 from tests.fuzz.models.seeds import Seed
 from wire.checkpoint import Checkpoint

@@ -1,0 +1,1 @@
+"""Who a device is: its keys, its certificate, and how it gets and renews them."""

@@ -1,0 +1,1 @@
+"""Answers, and what is learnt from the labels that come after them."""

@@ -1,0 +1,1 @@
+"""From a release to a model that serves: fetched, checked, proved, watched, taken back."""

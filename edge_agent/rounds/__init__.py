@@ -1,0 +1,1 @@
+"""A device's part of a round: the head, the training, the masks."""

@@ -1,0 +1,1 @@
+"""What a device says and hears: sealed, verified, counted, queued."""

@@ -1,0 +1,1 @@
+"""How an agent is: what it counts, checks, shows."""
