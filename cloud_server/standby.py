@@ -81,6 +81,23 @@ def check_standby(settings: CloudSettings) -> None:
             )
 
 
+def check_unheld(deployment: Deployment) -> None:
+    """Looks for as long as a lease lasts whether somebody holds it; returns when it ended long ago, or never began.
+
+    Raises:
+        ConfigurationError: (operator) an aggregator lives on this database.
+        StorageError: (disk) the database did not answer.
+    """
+    clock, pause = deployment.clock, threading.Event()
+    first = _read(deployment.database)
+    watch = Watch().look(first, clock.monotonic())
+    while not watch.has_ended(clock.monotonic()):
+        pause.wait(LOOK_SECONDS)
+        watch = watch.look(_read(deployment.database), clock.monotonic())
+        if watch.seen != first:
+            raise ConfigurationError("an aggregator runs on this database", hint="stop it first, for good")
+
+
 def wait_for_lease(deployment: Deployment, stop: Stop, pulse: Pulse) -> int | None:
     """Waits until nobody holds the lease, and takes it.
 

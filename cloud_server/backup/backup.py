@@ -29,6 +29,7 @@ from cloud_server.privacy.ledger import anchored_charges
 from cloud_server.privacy.plan import PrivacyPlan
 from cloud_server.privacy.restore import charge_lost_rounds, check_charges
 from cloud_server.settings import load_cloud_settings
+from cloud_server.standby import check_unheld
 from process.clock import Clock
 from process.logs import get_logger
 from wire.errors import ConfigurationError, StorageError
@@ -133,11 +134,19 @@ def _facts(copy: Path) -> tuple[set[str], int, int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What came back. `lost_charges`: private rounds that were charged after the backup, and are charged now."""
+    """What came back.
 
-    listing: Listing
+    Attributes:
+        graphs_outrun: whether the targets key was there to sign above what devices may know.
+        audit_entries: of the chain, as far as it came back.
+        made: when the backup was made, unix seconds; None where only its own tools know.
+        lost_charges: private rounds that were charged after the backup, and are charged now.
+    """
+
     incarnation: Incarnation
     graphs_outrun: bool
+    audit_entries: int
+    made: float | None = None
     lost_charges: int = 0
 
 
@@ -169,9 +178,10 @@ def restore_backup(
         deployment = Deployment(folder, settings, clock=clock, offline=offline)
         if deployment.settings.storage.database:
             raise ConfigurationError(
-                "settings.toml names a database of its own", hint="restore it with its own tools"
+                "settings.toml names a database of its own",
+                hint="bring it and this folder back by their own tools, then: shoal-cloud restore --in-place",
             )
-        restored = _begin_anew(deployment, listing, charges)
+        restored = _begin_anew(deployment, charges, listing.created)
         deployment.close()
         (root / ".FORMAT").rename(folder.format)
     except BaseException:  # an interrupt too: half a folder would be in the way of the next try
@@ -182,20 +192,37 @@ def restore_backup(
     return restored
 
 
-def _begin_anew(deployment: Deployment, listing: Listing, charges: int | None) -> Restored:
+def restore_in_place(deployment: Deployment, *, charges: int | None = None) -> Restored:
+    """Begins another life of a deployment whose database and folder were brought back by other tools than ours: a dump
+    of PostgreSQL, a snapshot of a disk.
+
+    Args:
+        charges: see `restore_backup`.
+
+    Raises:
+        ConfigurationError: (operator) an aggregator runs on the database, or a private fleet's charges are not told.
+        StorageError: (disk) the database failed.
+    """
+    check_unheld(deployment)
+    return _begin_anew(deployment, charges, None)
+
+
+def _begin_anew(deployment: Deployment, charges: int | None, made: float | None) -> Restored:
     now = deployment.clock.now()
     lost = _lost_charges(deployment, charges)
     with deployment.database.transaction() as connection:
+        last = newest_entry(connection)
+        entries = 0 if last is None else last.seq
         life = reincarnate(connection, now)
         if lost is not None:
             keys = open_ledger_keys(deployment.folder.keys, is_new=last_charge(connection) is None)
             plan = _stated_plan(deployment)
             charge_lost_rounds(connection, keys, plan, lost, incarnation=life.number, now=now)
-        body = {"incarnation": life.number, "entries": listing.audit_entries, "made": listing.created}
-        append_audit(connection, "cloud.restored", now, body)
+        body = {"incarnation": life.number, "entries": entries}
+        append_audit(connection, "cloud.restored", now, body | ({} if made is None else {"made": made}))
     deployment.repository.outrun(int(now))
     deployment.notary.sign()
-    return Restored(listing, life, deployment.keys.targets is not None, lost or 0)
+    return Restored(life, deployment.keys.targets is not None, entries, made, lost or 0)
 
 
 def _stated_plan(deployment: Deployment) -> PrivacyPlan:

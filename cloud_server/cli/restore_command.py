@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import os
 
-from cloud_server.backup.backup import restore_backup
+from cloud_server.backup.backup import restore_backup, restore_in_place
 from cloud_server.cli import add_json, add_state
 from cloud_server.cli.output import print_json, say
+from cloud_server.deployment import Deployment
 from process.arguments import path, whole_number
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=path, metavar="FILE", help="the backup")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("file", type=path, nargs="?", metavar="FILE", help="the backup")
+    what.add_argument(
+        "--in-place",
+        action="store_true",
+        help="the database (PostgreSQL) and the state folder were brought back by their own tools",
+    )
     parser.add_argument(
         "--offline",
         type=path,
@@ -30,7 +38,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _restore(options: argparse.Namespace) -> int:
-    restored = restore_backup(options.file, options.state, offline=options.offline, charges=options.charges)
+    if options.in_place:
+        with Deployment.open(options.state, os.environ, offline=options.offline) as deployment:
+            restored = restore_in_place(deployment, charges=options.charges)
+    else:
+        restored = restore_backup(
+            options.file, options.state, offline=options.offline, charges=options.charges
+        )
     life = restored.incarnation
     if options.json:
         print_json(
@@ -38,8 +52,8 @@ def _restore(options: argparse.Namespace) -> int:
                 "state": str(options.state),
                 "incarnation": life.number,
                 "release_floor": life.release_floor,
-                "created": restored.listing.created,
-                "audit_entries": restored.listing.audit_entries,
+                "created": restored.made,
+                "audit_entries": restored.audit_entries,
                 "lost_charges": restored.lost_charges,
             }
         )

@@ -15,7 +15,7 @@ from msgspec import structs
 from cloud_server.audit.check import check_chain
 from cloud_server.audit.notary import listed_keys
 from cloud_server.backup.archive import LIST, unpack
-from cloud_server.backup.backup import make_backup, restore_backup
+from cloud_server.backup.backup import make_backup, restore_backup, restore_in_place
 from cloud_server.cli import main
 from cloud_server.db import schema
 from cloud_server.db.audit import load_audit, load_heads
@@ -26,6 +26,7 @@ from cloud_server.deployment import Deployment, initialise
 from cloud_server.registry import add_device
 from cloud_server.release.tuf_repository import TufRepository
 from cloud_server.settings import CloudSettings, StorageSettings
+from cloud_server.standby import held_lease
 from edge_agent.release.fetcher import MemoryFetcher
 from edge_agent.release.tuf_client import ReleaseInfo, check
 from tests.cloud.deployment import SteppedClock
@@ -326,6 +327,16 @@ def test_restore_over_something_is_refused(fleet: Fleet) -> None:
     fleet.back_up()
     with pytest.raises(ConfigurationError, match="not empty"):
         restore_backup(fleet.backup, fleet.cloud.folder.root)
+
+
+def test_restore_in_place_is_refused_while_an_aggregator_lives(tmp_path: Path) -> None:
+    with initialise(tmp_path / "state", CloudSettings()) as cloud:
+        running = open_database(f"sqlite:///{cloud.folder.database}")
+        lease = held_lease(running, running.claim_writer(), 2.0, is_alive=lambda: True, on_lost=list)
+        with lease, pytest.raises(ConfigurationError, match="an aggregator runs"):
+            restore_in_place(cloud)
+        running.close()
+        assert restore_in_place(cloud).incarnation.number == 2
 
 
 def test_backup_of_artefacts_elsewhere_names_where_they_are(tmp_path: Path) -> None:

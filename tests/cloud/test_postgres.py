@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -12,11 +15,14 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
+from cloud_server.cli import main
 from cloud_server.db import schema
 from cloud_server.db.audit import append_audit, verify_audit
 from cloud_server.db.engine import Database, open_database
+from cloud_server.deployment import Deployment, initialise
+from cloud_server.settings import CloudSettings, StorageSettings
 from tests.cloud.deployment import Newcomer, open_deployment
-from tests.cloud.postgres_server import needs_postgres, postgres_server
+from tests.cloud.postgres_server import PG_CTL, needs_postgres, postgres_server
 from tests.cloud.round_lab import Lab
 from wire.errors import EnrolmentError, StorageError
 
@@ -175,6 +181,29 @@ def test_process_that_stopped_inside_of_a_transaction_keeps_nobody_from_taking_o
         assert connection.execute(sa.select(schema.audit)).all() == []
     first.close()
     second.close()
+
+
+def pg_tool(name: str, url: str, *words: str) -> None:
+    """Runs one of PostgreSQL's own tools on the database."""
+    address = url.replace("+psycopg", "")
+    subprocess.run([Path(PG_CTL).resolve().with_name(name), *words, address], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_database_that_came_back_from_a_dump_begins_another_life(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The dump, then a copy of the folder; what the lost life gave out after that is not given out again."""
+    folder, copy, dump = tmp_path / "state", tmp_path / "copy", tmp_path / "dump"
+    with initialise(folder, CloudSettings(storage=StorageSettings(database=url))) as cloud:
+        pg_tool("pg_dump", url, "--format=custom", f"--file={dump}")
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("offline"))
+        lost = [cloud.database.claim_writer() for _ in range(20)]
+    pg_tool("pg_restore", url, "--clean", str(dump), "--dbname")
+    assert main(["restore", "--in-place", "--state", str(copy), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["incarnation"] == 2
+    with Deployment.open(copy) as restored:
+        assert restored.database.claim_writer() > max(lost)
+    assert main(["audit", "verify", "--state", str(copy)]) == 0
 
 
 def test_server_that_is_away_is_one_clear_error(url: str) -> None:
