@@ -49,6 +49,9 @@ class _Known:
     by_node: Mapping[int, str]
 
 
+_NOTHING = _Known(-1, {}, {}, {})
+
+
 class Registry:
     """The register of one fleet. Safe to use from many threads. A `NodeDirectory` of the round machine.
 
@@ -61,7 +64,7 @@ class Registry:
         self._database = database
         self._clock = clock
         self._lock = threading.Lock()
-        self._known = _Known(0, {}, {}, {})
+        self._known = _NOTHING
         self._unwritten: set[str] = set()
         self._born: set[str] = set()
         with database.read() as connection:
@@ -319,21 +322,30 @@ class Registry:
         if self._database.peek(table.VERSION_QUERY) == known.version:
             return known
         with self._database.read() as connection:
-            version = table.load_version(connection)
-            rows = table.load_devices(connection)
-            keys = table.load_keys(connection)
-        known = _Known(
-            version,
-            MappingProxyType({row.device: row for row in rows}),
-            MappingProxyType(
-                {bytes.fromhex(i): Signer(name, VerifyKey(bytes.fromhex(p))) for i, name, p in keys}
-            ),
-            MappingProxyType({row.node_id: row.device for row in rows}),
-        )
+            known = _brought_up(known, connection)
         with self._lock:
             if known.version > self._known.version:
                 self._known = known
         return known
+
+
+def _brought_up(known: _Known, connection: Connection) -> _Known:
+    """The register as it is now, from what changed: thousands who enrol must not each cost a pass over all."""
+    version, since = table.load_version(connection), known.version
+    rows = {row.device: row for row in table.load_devices(connection, since=since)}
+    keys = table.load_keys(connection, since=since)
+    devices = {**known.devices, **rows}
+    if since != _NOTHING.version and len(devices) != table.count_devices(connection):
+        # One is gone, and who it was stands nowhere.
+        return _brought_up(_NOTHING, connection)
+    if len(devices) != len(known.devices):
+        devices = dict(sorted(devices.items()))
+    signers = dict(known.signers)
+    if not rows.keys().isdisjoint(known.devices):
+        signers = {key: signer for key, signer in signers.items() if signer.device not in rows}
+    signers |= {bytes.fromhex(i): Signer(name, VerifyKey(bytes.fromhex(p))) for i, name, p in keys}
+    by_node = {**known.by_node, **{row.node_id: name for name, row in rows.items()}}
+    return _Known(version, MappingProxyType(devices), MappingProxyType(signers), MappingProxyType(by_node))
 
 
 def add_device(

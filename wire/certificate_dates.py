@@ -27,7 +27,8 @@ def validity_of(pem: bytes) -> tuple[float, float]:
         TrustError: not a certificate.
     """
     try:
-        whole = ssl.PEM_cert_to_DER_cert(pem.decode("ascii").strip())
+        first, footer, _ = pem.decode("ascii").strip().partition(ssl.PEM_FOOTER)
+        whole = ssl.PEM_cert_to_DER_cert(first + footer)
         (_, certificate), _ = _item(whole, _SEQUENCE)
         (_, fields), _ = _item(certificate, _SEQUENCE)
         if fields[:1] == bytes((_VERSION,)):

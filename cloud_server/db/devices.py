@@ -45,6 +45,9 @@ class DeviceRow:
     probation_at: float = 0.0
 
 
+_COLUMNS = [devices.c[name] for name in DeviceRow.__slots__]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PresenceRow:
     """What a device said of itself last. `boot_id` is hex."""
@@ -63,10 +66,9 @@ class PresenceRow:
 def insert_device(connection: Connection, row: DeviceRow, key_id: str) -> None:
     """A new device and its first update key."""
     values = {name: getattr(row, name) for name in row.__slots__}
-    connection.execute(sa.insert(devices).values(**values))
+    connection.execute(sa.insert(devices).values(**values, changed=raise_version(connection)))
     key = {"key_id": key_id, "device": row.device, "public": row.update_key, "since": row.enrolled_at}
     connection.execute(sa.insert(device_keys).values(**key))
-    _raise_version(connection)
 
 
 def update_device(connection: Connection, device: str, **values: Any) -> bool:
@@ -76,16 +78,16 @@ def update_device(connection: Connection, device: str, **values: Any) -> bool:
     """
     if "status" in values:
         values.setdefault("probation_at", 0.0)
+    values["changed"] = raise_version(connection)
     changed = connection.execute(
         sa.update(devices).where(devices.c.device == device).values(**values)
     ).rowcount
-    _raise_version(connection)
     return bool(changed)
 
 
 def load_device(connection: Connection, device: str, *, for_update: bool = False) -> DeviceRow | None:
     """One device; `for_update`: nobody else changes it before the caller's transaction ends."""
-    query = sa.select(devices).where(devices.c.device == device)
+    query = sa.select(*_COLUMNS).where(devices.c.device == device)
     row = connection.execute(query.with_for_update() if for_update else query).one_or_none()
     return None if row is None else DeviceRow(**row._mapping)
 
@@ -100,11 +102,19 @@ def hold_status(connection: Connection, device: str) -> str:
     return str(connection.execute(_HOLD_STATUS, {"of_device": device}).scalar_one_or_none() or "")
 
 
-def load_devices(connection: Connection) -> list[DeviceRow]:
-    """Every device, by name."""
-    return [
-        DeviceRow(**row._mapping) for row in connection.execute(sa.select(devices).order_by(devices.c.device))
-    ]
+def load_devices(connection: Connection, *, since: int = -1) -> list[DeviceRow]:
+    """Every device, by name.
+
+    Args:
+        since: only those that changed after this version of the register, or of whom a key did.
+    """
+    query = sa.select(*_COLUMNS).where(devices.c.changed > since).order_by(devices.c.device)
+    return [DeviceRow(**row._mapping) for row in connection.execute(query)]
+
+
+def count_devices(connection: Connection) -> int:
+    """How many there are."""
+    return int(connection.execute(sa.select(sa.func.count()).select_from(devices)).scalar_one())
 
 
 def load_pseudonyms(connection: Connection, names: Collection[str]) -> dict[str, str]:
@@ -122,12 +132,12 @@ def has_key(connection: Connection, key_id: str) -> bool:
     )
 
 
-def load_keys(connection: Connection) -> list[tuple[str, str, str]]:
-    """The keys in use of devices that are not revoked: (key id, device, public key), keys in hex."""
+def load_keys(connection: Connection, *, since: int = -1) -> list[tuple[str, str, str]]:
+    """The keys in use of devices that are not revoked: (key id, device, public key), keys in hex; `since` as above."""
     query = (
         sa.select(device_keys.c.key_id, device_keys.c.device, device_keys.c.public)
         .join(devices, devices.c.device == device_keys.c.device)
-        .where((devices.c.status != REVOKED) & device_keys.c.until.is_(None))
+        .where((devices.c.changed > since) & (devices.c.status != REVOKED) & device_keys.c.until.is_(None))
     )
     return [(row.key_id, row.device, row.public) for row in connection.execute(query)]
 
@@ -137,8 +147,10 @@ def load_version(connection: Connection) -> int:
     return int(connection.exec_driver_sql(VERSION_QUERY).scalar_one())
 
 
-def _raise_version(connection: Connection) -> None:
-    connection.execute(sa.update(meta).values(devices_version=meta.c.devices_version + 1))
+def raise_version(connection: Connection) -> int:
+    """The next version of the register, for a change in this transaction: who changes after us waits for its end."""
+    raised = sa.update(meta).values(devices_version=meta.c.devices_version + 1)
+    return int(connection.execute(raised.returning(meta.c.devices_version)).scalar_one())
 
 
 # ---- certificates ----

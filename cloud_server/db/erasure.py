@@ -12,8 +12,8 @@ import secrets
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from cloud_server.db.devices import DeviceRow
-from cloud_server.db.schema import devices, meta, metadata, orders, presence, tokens
+from cloud_server.db.devices import DeviceRow, raise_version
+from cloud_server.db.schema import devices, metadata, orders, presence, tokens
 
 ERASED_PREFIX = "erased-"
 _OPEN = ("committed", "sent", "accepted")
@@ -49,6 +49,6 @@ def erase_device(connection: Connection, row: DeviceRow) -> str:
     for column in (tokens.c.name, tokens.c.claimed_by):
         connection.execute(sa.update(tokens).where(column == row.device).values({column.name: name}))
     connection.execute(sa.delete(devices).where(devices.c.device == row.device))
-    connection.execute(sa.update(devices).where(devices.c.device == name).values(node_id=row.node_id))
-    connection.execute(sa.update(meta).values(devices_version=meta.c.devices_version + 1))
+    moved = {"node_id": row.node_id, "changed": raise_version(connection)}
+    connection.execute(sa.update(devices).where(devices.c.device == name).values(**moved))
     return name

@@ -30,7 +30,7 @@ from sqlalchemy import (
 )
 
 FORMAT = 1
-HEAD = "0009"
+HEAD = "0010"
 """The newest migration, which these tables are."""
 
 metadata = MetaData(
@@ -115,6 +115,8 @@ devices = Table(
     Column("struck_at", Double, nullable=False, default=0.0, server_default="0"),  # last strike; 0: never
     # When a device that its strikes quarantined is let back by itself; 0: only by the operator.
     Column("probation_at", Double, nullable=False, default=0.0, server_default="0"),
+    # meta.devices_version as of the last change of the row or its keys
+    Column("changed", BigInteger, nullable=False, default=0, server_default="0", index=True),
 )
 
 device_keys = Table(

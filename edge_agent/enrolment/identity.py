@@ -46,6 +46,7 @@ TUF_ROOT: Final = "root.json"
 NOT_ENROLLED_HINT: Final = (
     "enrol it: shoal-edge enroll --token-file FILE (a token comes from `shoal-cloud device add`)"
 )
+_PEM_FOOTER: Final = b"-----END CERTIFICATE-----"
 _MAX_FILE_BYTES: Final = 256 * 1024
 _URL = re.compile(r"[a-z]+://[^/\s@?#]+/?")
 
@@ -344,9 +345,12 @@ def _facts(path: Path) -> tuple[Enrolment, tuple[str, int, bool]]:
 
 
 def _certificate(path: Path) -> bytes:
+    """One certificate or, while an authority follows another, two."""
     pem = _read(path)
+    blocks = pem.split(_PEM_FOOTER)
     try:
-        validity_of(pem)
+        for block in blocks[:-1] or blocks:
+            validity_of(block + _PEM_FOOTER)
     except TrustError as error:
         raise _damaged(path, str(error)) from error
     return pem

@@ -186,7 +186,9 @@ def test_process_that_stopped_inside_of_a_transaction_keeps_nobody_from_taking_o
 def pg_tool(name: str, url: str, *words: str) -> None:
     """Runs one of PostgreSQL's own tools on the database."""
     address = url.replace("+psycopg", "")
-    subprocess.run([Path(PG_CTL).resolve().with_name(name), *words, address], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [Path(PG_CTL).resolve().with_name(name), *words, address], check=True, stdout=subprocess.DEVNULL
+    )
 
 
 def test_database_that_came_back_from_a_dump_begins_another_life(

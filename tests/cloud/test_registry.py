@@ -254,3 +254,49 @@ def test_damage_of_the_chain_is_named(
         connection.exec_driver_sql(damage)
     with deployment.database.read() as connection, pytest.raises(StorageError, match=message):
         verify_audit(connection)
+
+
+def whole(registry: Registry, deployment: Deployment) -> None:
+    """What the register remembers is what one that reads everything anew finds."""
+    fresh = Registry(deployment.database, deployment.clock)
+    assert registry.devices() == fresh.devices()
+    assert [row.device for row in registry.devices()] == sorted(row.device for row in registry.devices())
+    assert {key: signer.device for key, signer in registry.signers().items()} == {
+        key: signer.device for key, signer in fresh.signers().items()
+    }
+    assert [registry.device_of(row.node_id) for row in registry.devices()] == [
+        row.device for row in registry.devices()
+    ]
+
+
+def test_register_that_reads_changes_alone_is_the_one_that_reads_all(deployment: Deployment) -> None:
+    registry = deployment.registry
+    elsewhere = Registry(deployment.database, deployment.clock)
+    for name in ("m", "c", "x", "a"):
+        let_in(deployment, name)
+        whole(registry, deployment)
+    elsewhere.quarantine("c")
+    elsewhere.rename("m", "at the door")
+    whole(registry, deployment)
+    assert (registry.status("c"), registry.show("m").label) == ("quarantined", "at the door")
+    elsewhere.revoke("x", "stolen")
+    whole(registry, deployment)
+    assert "x" not in {signer.device for signer in registry.signers().values()}
+    gone = elsewhere.show("x")
+    with deployment.database.transaction() as connection:
+        erase_device(connection, gone)
+    let_in(deployment, "n")  # as many as before the erasure, and one more
+    whole(registry, deployment)
+    assert registry.status("x") == ""
+
+
+def test_enrolment_reads_nothing_of_the_devices_that_did_not_change(deployment: Deployment) -> None:
+    for name in ("a", "b"):
+        let_in(deployment, name)
+    registry = deployment.registry
+    before, signers = {row.device: row for row in registry.devices()}, dict(registry.signers())
+    let_in(deployment, "c")
+    after = {row.device: row for row in registry.devices()}
+    assert len(after) == 3
+    assert all(after[name] is row for name, row in before.items())
+    assert all(registry.signers()[key] is signer for key, signer in signers.items())

@@ -66,6 +66,12 @@ def garbage_certificate(identity: Path) -> str:
     return "certificate.pem"
 
 
+def garbage_in_the_next_authority(identity: Path) -> str:
+    with (identity / "ca.pem").open("ab") as file:
+        file.write(b"-----BEGIN CERTIFICATE-----\nno\n-----END CERTIFICATE-----\n")
+    return "ca.pem"
+
+
 def truncated_key(identity: Path) -> str:
     (identity / "update.key").write_bytes((identity / "update.key").read_bytes()[:9])
     return "update.key"
@@ -95,6 +101,7 @@ def open_to_others(identity: Path) -> str:
 
 BREAKAGES = (
     garbage_certificate,
+    garbage_in_the_next_authority,
     truncated_key,
     missing_file,
     folder_for_a_file,

@@ -49,6 +49,11 @@ def test_times_are_those_that_the_library_reads(
     assert validity_of(b"\n" + pem + b"\n") == certificate_validity(pem)
 
 
+def test_of_several_certificates_the_first_is_read() -> None:
+    other = certificate(datetime(2030, 1, 1, tzinfo=UTC), datetime(2031, 1, 1, tzinfo=UTC))
+    assert validity_of(PEM + other) == certificate_validity(PEM)
+
+
 @pytest.mark.parametrize("pem", [b"", b"\xff", b"no certificate", PEM[:-40], PEM.replace(b"BEGIN", b"START")])
 def test_what_is_no_certificate_is_refused(pem: bytes) -> None:
     with pytest.raises(TrustError):
