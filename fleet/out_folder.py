@@ -22,7 +22,8 @@ def make_empty(out: Path, marker: str, maker: str) -> None:
         ConfigurationError: (operator) it is not empty, and not the command's.
         StorageError: it cannot be made.
     """
-    if out.is_dir() and any(out.iterdir()) and not (out / marker).is_file():
+    is_foreign = any(out.iterdir()) and not (out / marker).is_file() if out.is_dir() else out.exists()
+    if is_foreign:
         raise ConfigurationError(
             f"{out} is not empty and not a {maker}'s", hint="name a new folder with --out"
         )

@@ -92,6 +92,9 @@ def test_folder_of_somebody_else_is_not_emptied(tmp_path: Path) -> None:
     (tmp_path / MARKER).touch()
     make_empty(tmp_path, MARKER, "load")
     assert [path.name for path in tmp_path.iterdir()] == [MARKER]
+    with pytest.raises(ConfigurationError):
+        make_empty(tmp_path / MARKER, MARKER, "load")
+    assert (tmp_path / MARKER).is_file()
 
 
 def play(out: Path, bundle: Bundle, *, devices: int, cut_every: int, is_tls: bool = True) -> LoadReport:
